@@ -1,0 +1,37 @@
+"""The ops of K-BFGS: five families, each a folder with one implementation per backend.
+
+Every op takes lists with one entry per layer and writes its arguments named first. See README.md in
+this folder for symbols and equations, `library.py` for the schemas, `registry.py` for dispatch.
+"""
+
+from kbfgs_ext.ops import library as library
+from kbfgs_ext.ops.bfgs_update import bfgs_update_, curvature_update_
+from kbfgs_ext.ops.double_damping import double_damping_, pair_ema_
+from kbfgs_ext.ops.factor_ema import factor_ema_, hessian_action_
+from kbfgs_ext.ops.kron_precondition import (
+    descend_,
+    kron_precondition_,
+    kron_step_,
+    momentum_,
+    restore_,
+)
+from kbfgs_ext.ops.lbfgs_two_loop import lbfgs_push_, lbfgs_two_loop_
+from kbfgs_ext.ops.registry import FAMILIES, Unsupported
+
+__all__ = [
+    "FAMILIES",
+    "Unsupported",
+    "bfgs_update_",
+    "curvature_update_",
+    "descend_",
+    "double_damping_",
+    "factor_ema_",
+    "hessian_action_",
+    "kron_precondition_",
+    "kron_step_",
+    "lbfgs_push_",
+    "lbfgs_two_loop_",
+    "momentum_",
+    "pair_ema_",
+    "restore_",
+]

@@ -1,0 +1,142 @@
+"""bfgs_update: the gated rank-2 update, and the whole curvature update of a step."""
+
+from __future__ import annotations
+
+import torch
+
+from kbfgs_ext.ops import checks
+from kbfgs_ext.ops.checks import Tensors
+
+
+def bfgs_update_(
+    H: Tensors,
+    counts: Tensors,
+    s: Tensors,
+    y: Tensors,
+    Hy: Tensors,
+    c: Tensors,
+    ok: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """The BFGS update of inverse factors, for all layers, gated on the device.
+
+    (8)  accept if s'y > 0, s'y > 1e-4*s's*||c||, and all is finite
+    (9)  H <- H - rho*(s (Hy)' + (Hy) s') + (rho^2*y'Hy + rho)*s s',   rho = 1/s'y
+
+    Args:
+        H: (n, n) each, symmetric, updated where the pair is accepted, untouched elsewhere.
+        counts: (4,) int64 each: accepted, rejected, Powell-damped, LM-damped; the first two count.
+        s, y: (n,) each.
+        Hy: (n,) each: H y; an empty list computes it.
+        c: (n,) each: reference vector of the gate.
+        ok: bool scalar on the device; where false nothing happens and nothing is counted.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+
+    Source: step 8 of the algorithm.
+    """
+    checks.backend(backend)
+    checks.same_length(H=H, counts=counts, s=s, y=y, c=c, **({"Hy": Hy} if Hy else {}))
+    for i, h in enumerate(H):
+        n = s[i].shape[0]
+        checks.shape("H", i, h, n, n)
+        vectors = [("s", s[i]), ("y", y[i]), ("c", c[i])] + ([("Hy", Hy[i])] if Hy else [])
+        for name, v in vectors:
+            checks.shape(name, i, v, n)
+            checks.like(name, i, v, h)
+        checks.shape("counts", i, counts[i], 4)
+    torch.ops.kbfgs_ext.bfgs_update_(H, counts, s, y, Hy, c, ok, backend)
+
+
+def workspace_size(n_a: int, n_g: int) -> int:
+    """Elements of one layer's ``work`` in `curvature_update_`: s, y, Hy of both sides, scalars."""
+    return 3 * (n_a + n_g) + 32
+
+
+def curvature_update_(
+    H_a: Tensors,
+    H_g: Tensors,
+    s: Tensors,
+    y: Tensors,
+    counts_a: Tensors,
+    counts_g: Tensors,
+    work: Tensors,
+    A: Tensors,
+    X: Tensors,
+    a_bar: Tensors,
+    h_bar: Tensors,
+    h_bar_next: Tensors,
+    g_bar: Tensors,
+    g_bar_next: Tensors,
+    lam_a: Tensors,
+    lam_g: Tensors,
+    pair_decay: float,
+    mu1: float = 0.2,
+    ok: torch.Tensor | None = None,
+    ok_pair: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Steps 6 to 9 of the algorithm for all layers in one call: both factors of every layer.
+
+    H_a: s_a = H_a a_bar, y_a = A s_a + lam_a s_a or X~'(X~ s_a)/m + lam_a s_a (10),
+         gate with c = a_bar (8), update (9).
+    H_g: s, y averaged (5); copies of them damped (6), (7); gate with c = g_bar (8), update (9).
+
+    Args:
+        H_a: (n_a, n_a) each, symmetric, updated.
+        H_g: (n_g, n_g) each, symmetric, updated; an empty list updates the H_a alone (then s, y,
+            counts_g, h_bar, h_bar_next, g_bar, g_bar_next and lam_g are empty too).
+        s, y: (n_g,) each: the moving averages of the pair, updated.
+        counts_a, counts_g: (4,) int64 each.
+        work: scratch of `workspace_size` elements each.
+        A: (n_a, n_a) each; or empty, and then ``X`` is used.
+        X: (m, d_in) each, as in `factor_ema_`; or empty when ``A`` is given.
+        a_bar: (n_a,) each.
+        h_bar, h_bar_next, g_bar, g_bar_next: (n_g,) each.
+        lam_a, lam_g: float64 scalar each, on the device.
+        pair_decay: decay of (5), in [0, 1).
+        mu1: Powell's threshold, in [0, 1).
+        ok: bool scalar on the device: the first pass was finite; where false nothing changes.
+        ok_pair: bool scalar on the device: the second pass was finite too; where false, or where
+            a layer's own means are not finite, that layer's s, y and H_g stay.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype, device, ``pair_decay`` or ``mu1`` does not fit.
+    """
+    checks.backend(backend)
+    checks.fraction("pair_decay", pair_decay)
+    checks.fraction("mu1", mu1)
+    if bool(A) == bool(X):
+        raise ValueError(f"give A or X, not both or neither: got {len(A)} and {len(X)} of them")
+    checks.same_length(H_a=H_a, counts_a=counts_a, work=work, a_bar=a_bar, lam_a=lam_a)
+    for i, h in enumerate(H_a):
+        n_a = a_bar[i].shape[0]
+        checks.shape("H_a", i, h, n_a, n_a)
+        checks.like("a_bar", i, a_bar[i], h)
+        if A:
+            checks.shape("A", i, A[i], n_a, n_a)
+            checks.like("A", i, A[i], h)
+        else:
+            checks.rows("X", i, X[i], n_a)
+    g_side = {
+        "s": s, "y": y, "h_bar": h_bar, "h_bar_next": h_bar_next, "g_bar": g_bar,
+        "g_bar_next": g_bar_next,
+    }  # fmt: skip
+    checks.same_length(H_g=H_g, counts_g=counts_g, lam_g=lam_g, **g_side)
+    for i, h in enumerate(H_g):
+        n_g = h.shape[0]
+        checks.shape("H_g", i, h, n_g, n_g)
+        for name, vectors in g_side.items():
+            checks.shape(name, i, vectors[i], n_g)
+            checks.like(name, i, vectors[i], h)
+    for i, w in enumerate(work):
+        wanted = workspace_size(a_bar[i].shape[0], H_g[i].shape[0] if H_g else 0)
+        if w.numel() < wanted:
+            raise ValueError(f"work[{i}] must have at least {wanted} elements, got {w.numel()}")
+    torch.ops.kbfgs_ext.curvature_update_(
+        H_a, H_g, s, y, counts_a, counts_g, work, A, X, a_bar, h_bar, h_bar_next, g_bar,
+        g_bar_next, lam_a, lam_g, pair_decay, mu1, ok, ok_pair, backend,
+    )  # fmt: skip

@@ -1,0 +1,181 @@
+"""kron_precondition: the direction P = H_g M H_a, and the step around it.
+
+In every op here a layer without a bias has an empty tensor in the place of its bias.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kbfgs_ext.ops import checks
+from kbfgs_ext.ops.checks import Tensors
+
+
+def kron_precondition_(
+    P: Tensors, H_g: Tensors, M: Tensors, H_a: Tensors, work: Tensors, backend: str = "auto"
+) -> None:
+    """The Kronecker-preconditioned direction of all layers.
+
+    (3)  P = H_g M H_a,  that is (H_a x H_g) vec(M)
+
+    Args:
+        P: (n_g, n_a) each, written.
+        H_g: (n_g, n_g) each, symmetric; an empty list is the identity: P = M H_a.
+        M: (n_g, n_a) each.
+        H_a: (n_a, n_a) each, symmetric.
+        work: (n_g, n_a) each, scratch for the inner product; layers may share storage.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+
+    Source: step 4 of the algorithm.
+    """
+    checks.backend(backend)
+    checks.same_length(P=P, M=M, H_a=H_a, work=work, **({"H_g": H_g} if H_g else {}))
+    for i, m in enumerate(M):
+        n_g, n_a = m.shape
+        for name, t, wanted in (
+            ("P", P[i], (n_g, n_a)),
+            ("work", work[i], (n_g, n_a)),
+            ("H_a", H_a[i], (n_a, n_a)),
+            *((("H_g", H_g[i], (n_g, n_g)),) if H_g else ()),
+        ):
+            checks.shape(name, i, t, *wanted)
+            checks.like(name, i, t, m)
+    torch.ops.kbfgs_ext.kron_precondition_(P, H_g, M, H_a, work, backend)
+
+
+def momentum_(
+    M: Tensors,
+    dW: Tensors,
+    db: Tensors,
+    W: Tensors,
+    b: Tensors,
+    momentum: float,
+    weight_decay: float,
+    ok: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """The moving average of the regularised gradient, for all layers.
+
+    (2)  M <- momentum*M + (1-momentum) * ([dW, db] + weight_decay*[W, b])
+
+    Args:
+        M: (n_g, n_a) each, updated.
+        dW, W: (n_g, d_in) each. db, b: (n_g,) each, or empty without a bias.
+        momentum: in [0, 1).
+        weight_decay: the regulariser is weight_decay/2 * ||[W, b]||^2.
+        ok: bool scalar on the device; where false M stays.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype, device or ``momentum`` does not fit.
+
+    Source: step 2 of the algorithm.
+    """
+    checks.backend(backend)
+    checks.fraction("momentum", momentum)
+    checks.same_length(M=M, dW=dW, db=db, W=W, b=b)
+    _check_parameters(M, ("dW", dW), ("W", W), ("db", db), ("b", b))
+    torch.ops.kbfgs_ext.momentum_(M, dW, db, W, b, momentum, weight_decay, ok, backend)
+
+
+def descend_(
+    W: Tensors,
+    b: Tensors,
+    P: Tensors,
+    step_size: Tensors,
+    ok: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Take the step and leave the parameters of before in the place of the direction.
+
+    (4)  [W, b], P <- [W, b] - step_size*P, [W, b]
+
+    Args:
+        W: (n_g, d_in) each, updated. b: (n_g,) each, updated, or empty without a bias.
+        P: (n_g, n_a) each: the direction; afterwards [W, b] of before, for `restore_`.
+        step_size: float64 scalar each, on the device: learning rate times the safeguard's scale.
+        ok: bool scalar on the device; where false the parameters stay (P is still overwritten).
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+
+    Source: step 4 of the algorithm.
+    """
+    checks.backend(backend)
+    checks.same_length(W=W, b=b, P=P, step_size=step_size)
+    _check_parameters(P, ("W", W), ("b", b))
+    torch.ops.kbfgs_ext.descend_(W, b, P, step_size, ok, backend)
+
+
+def restore_(
+    W: Tensors, b: Tensors, saved: Tensors, undo: torch.Tensor, backend: str = "auto"
+) -> None:
+    """Put the parameters of before the step back where ``undo`` is true: exactly, bit for bit.
+
+    Args:
+        W: (n_g, d_in) each, updated. b: (n_g,) each, updated, or empty without a bias.
+        saved: (n_g, n_a) each: what `descend_` left.
+        undo: bool scalar on the device.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    checks.backend(backend)
+    checks.same_length(W=W, b=b, saved=saved)
+    _check_parameters(saved, ("W", W), ("b", b))
+    torch.ops.kbfgs_ext.restore_(W, b, saved, undo, backend)
+
+
+def kron_step_(
+    W: Tensors,
+    b: Tensors,
+    M: Tensors,
+    P: Tensors,
+    work: Tensors,
+    dW: Tensors,
+    db: Tensors,
+    H_g: Tensors,
+    H_a: Tensors,
+    step_size: Tensors,
+    momentum: float,
+    weight_decay: float,
+    ok: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """`momentum_`, `kron_precondition_` and `descend_` in one call, for all layers.
+
+    Arguments, shapes and errors are theirs; equations (2), (3), (4).
+    """
+    checks.backend(backend)
+    checks.fraction("momentum", momentum)
+    checks.same_length(
+        W=W, b=b, M=M, P=P, work=work, dW=dW, db=db, H_g=H_g, H_a=H_a, step_size=step_size
+    )
+    _check_parameters(M, ("dW", dW), ("W", W), ("db", db), ("b", b))
+    for i, m in enumerate(M):
+        n_g, n_a = m.shape
+        checks.shape("H_g", i, H_g[i], n_g, n_g)
+        checks.shape("H_a", i, H_a[i], n_a, n_a)
+        checks.shape("P", i, P[i], n_g, n_a)
+        checks.shape("work", i, work[i], n_g, n_a)
+    torch.ops.kbfgs_ext.kron_step_(
+        W, b, M, P, work, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok, backend
+    )
+
+
+def _check_parameters(joined: Tensors, *named: tuple[str, Tensors]) -> None:
+    """Weights are n_g x d_in and biases n_g or empty, with n_a = d_in + (1 with a bias)."""
+    biases = next(tensors for name, tensors in named if name == "b")
+    for i, m in enumerate(joined):
+        n_g, n_a = m.shape
+        with_bias = int(biases[i].numel() > 0)
+        for name, tensors in named:
+            if name in ("W", "dW"):
+                checks.shape(name, i, tensors[i], n_g, n_a - with_bias)
+            else:
+                checks.shape(name, i, tensors[i], n_g * with_bias)

@@ -1,0 +1,62 @@
+"""kron_precondition, the mathematics: equations (2) to (4) of kbfgs_ext/ops/README.md.
+
+A layer without a bias has an empty tensor in the place of its bias.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kbfgs_ext.ops.registry import register
+
+
+def joined(W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[W, b], n_g x n_a."""
+    return torch.cat([W, b[:, None]], dim=1) if b.numel() else W
+
+
+@register("momentum_", "kron_precondition", "reference")
+def momentum_(M, dW, db, W, b, momentum, weight_decay, ok) -> None:
+    for i in range(len(M)):
+        D = joined(dW[i], db[i]).to(M[i].dtype)
+        D = D + weight_decay * joined(W[i], b[i]).to(M[i].dtype)  # (2)
+        M_new = momentum * M[i] + (1 - momentum) * D  # (2)
+        M[i].copy_(M_new if ok is None else torch.where(ok, M_new, M[i]))
+
+
+@register("kron_precondition_", "kron_precondition", "reference")
+def kron_precondition_(P, H_g, M, H_a, work) -> None:
+    for i in range(len(P)):
+        left = H_g[i] @ M[i] if H_g else M[i]
+        P[i].copy_(left @ H_a[i])  # (3)
+
+
+@register("descend_", "kron_precondition", "reference")
+def descend_(W, b, P, step_size, ok) -> None:
+    for i in range(len(W)):
+        before = joined(W[i], b[i]).to(P[i].dtype)
+        after = before - step_size[i].to(P[i].dtype) * P[i]  # (4)
+        after = after if ok is None else torch.where(ok, after, before)
+        P[i].copy_(before)  # what restore_ puts back
+        _write(W[i], b[i], after)
+
+
+@register("restore_", "kron_precondition", "reference")
+def restore_(W, b, saved, undo) -> None:
+    for i in range(len(W)):
+        _write(W[i], b[i], torch.where(undo, saved[i], joined(W[i], b[i]).to(saved[i].dtype)))
+
+
+@register("kron_step_", "kron_precondition", "reference")
+def kron_step_(
+    W, b, M, P, work, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok
+) -> None:  # fmt: skip
+    momentum_(M, dW, db, W, b, momentum, weight_decay, ok)
+    kron_precondition_(P, H_g, M, H_a, work)
+    descend_(W, b, P, step_size, ok)
+
+
+def _write(W: torch.Tensor, b: torch.Tensor, joined_: torch.Tensor) -> None:
+    W.copy_(joined_[:, : W.shape[1]])
+    if b.numel():
+        b.copy_(joined_[:, W.shape[1]])

@@ -1,0 +1,85 @@
+"""The op schemas, on one screen, and their registration with ``torch.library``.
+
+Every op takes lists with one entry per layer: all layers of a model in one call. Arguments marked
+``(x!)`` are written, the others are read only; no op returns anything. ``ok`` is a bool scalar on
+the device: where it is false the op leaves its named outputs as they were. ``backend`` is
+"auto", "reference", "cpu", "cuda" or "triton". Shapes and equations stand in each family's
+``api.py``, symbols in this folder's README.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kbfgs_ext.ops import registry
+
+SCHEMAS = (
+    # factor_ema
+    "factor_ema_(Tensor(a!)[] A, Tensor(b!)[] a_bar, Tensor[] X, float decay, Tensor? ok=None,"
+    ' str backend="auto") -> ()',
+    "hessian_action_(Tensor(a!)[] y, Tensor[] X, Tensor[] s, Tensor[] lam,"
+    ' str backend="auto") -> ()',
+    # double_damping
+    "pair_ema_(Tensor(a!)[] s, Tensor(b!)[] y, Tensor[] h_bar, Tensor[] h_bar_next,"
+    " Tensor[] g_bar, Tensor[] g_bar_next, float decay, Tensor? ok=None,"
+    ' str backend="auto") -> ()',
+    "double_damping_(Tensor(a!)[] s, Tensor(b!)[] y, Tensor(c!)[] Hy, Tensor(d!)[] counts,"
+    ' Tensor[] H, Tensor[] lam, float mu1, Tensor? ok=None, str backend="auto") -> ()',
+    # bfgs_update
+    "bfgs_update_(Tensor(a!)[] H, Tensor(b!)[] counts, Tensor[] s, Tensor[] y, Tensor[] Hy,"
+    ' Tensor[] c, Tensor? ok=None, str backend="auto") -> ()',
+    "curvature_update_(Tensor(a!)[] H_a, Tensor(b!)[] H_g, Tensor(c!)[] s, Tensor(d!)[] y,"
+    " Tensor(e!)[] counts_a, Tensor(f!)[] counts_g, Tensor(g!)[] work, Tensor[] A, Tensor[] X,"
+    " Tensor[] a_bar, Tensor[] h_bar, Tensor[] h_bar_next, Tensor[] g_bar, Tensor[] g_bar_next,"
+    " Tensor[] lam_a, Tensor[] lam_g, float pair_decay, float mu1, Tensor? ok=None,"
+    ' Tensor? ok_pair=None, str backend="auto") -> ()',
+    # lbfgs_two_loop
+    "lbfgs_two_loop_(Tensor(a!)[] out, Tensor[] Q, Tensor[] S, Tensor[] Y, Tensor[] rho,"
+    ' Tensor[] pushed, str form="auto", str backend="auto") -> ()',
+    "lbfgs_push_(Tensor(a!)[] S, Tensor(b!)[] Y, Tensor(c!)[] rho, Tensor(d!)[] pushed,"
+    " Tensor(e!)[] counts, Tensor[] s, Tensor[] y, Tensor[] c, Tensor? ok=None,"
+    ' str backend="auto") -> ()',
+    # kron_precondition
+    "kron_precondition_(Tensor(a!)[] P, Tensor[] H_g, Tensor[] M, Tensor[] H_a, Tensor(b!)[] work,"
+    ' str backend="auto") -> ()',
+    "momentum_(Tensor(a!)[] M, Tensor[] dW, Tensor[] db, Tensor[] W, Tensor[] b,"
+    ' float momentum, float weight_decay, Tensor? ok=None, str backend="auto") -> ()',
+    "descend_(Tensor(a!)[] W, Tensor(b!)[] b, Tensor(c!)[] P, Tensor[] step_size, Tensor? ok=None,"
+    ' str backend="auto") -> ()',
+    "restore_(Tensor(a!)[] W, Tensor(b!)[] b, Tensor[] saved, Tensor undo,"
+    ' str backend="auto") -> ()',
+    "kron_step_(Tensor(a!)[] W, Tensor(b!)[] b, Tensor(c!)[] M, Tensor(d!)[] P, Tensor(e!)[] work,"
+    " Tensor[] dW, Tensor[] db, Tensor[] H_g, Tensor[] H_a, Tensor[] step_size, float momentum,"
+    ' float weight_decay, Tensor? ok=None, str backend="auto") -> ()',
+)
+
+_library = torch.library.Library("kbfgs_ext", "DEF")
+
+
+def _define(schema: str) -> None:
+    name = schema.split("(", 1)[0]
+
+    def dispatch(*args) -> None:
+        *op_args, backend = args
+        registry.run(name, backend, tuple(op_args))
+
+    _library.define(schema)
+    _library.impl(name, _with_defaults(name, dispatch), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kbfgs_ext::{name}", lambda *args, **kwargs: None, lib=_library)
+
+
+def _with_defaults(name: str, dispatch):
+    """The dispatcher hands over only what the caller gave; fill in the schema's defaults."""
+    arguments = getattr(torch.ops.kbfgs_ext, name).default._schema.arguments
+
+    def call(*args, **kwargs) -> None:
+        full = list(args)
+        for argument in arguments[len(args) :]:
+            full.append(kwargs.get(argument.name, argument.default_value))
+        dispatch(*full)
+
+    return call
+
+
+for _schema in SCHEMAS:
+    _define(_schema)
