@@ -1,2 +1,17 @@
-"""K-BFGS and K-BFGS(L) for PyTorch: an optimizer, its kernels, their proof."""
-from kbfgs_ext import ops as ops
+"""K-BFGS and K-BFGS(L) for PyTorch: an optimizer, its kernels, their proof.
+
+    from kbfgs_ext import KBFGS
+    opt = KBFGS(model, lr=0.3, damping=0.3)
+    loss = opt.step(closure)
+
+Source: Goldfarb, Ren, Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks",
+NeurIPS 2020 (arXiv 2006.08877).
+"""
+
+from kbfgs_ext import ops
+from kbfgs_ext.ops.registry import explain
+from kbfgs_ext.optim import KBFGS, KBFGSL
+
+__version__ = "0.1.0"
+
+__all__ = ["KBFGS", "KBFGSL", "explain", "ops"]

@@ -85,7 +85,8 @@ def curvature_update_(
     H_g: s, y averaged (5); copies of them damped (6), (7); gate with c = g_bar (8), update (9).
 
     Args:
-        H_a: (n_a, n_a) each, symmetric, updated.
+        H_a: (n_a, n_a) each, symmetric, updated; an empty list updates the H_g alone (then
+            counts_a, A, X, a_bar and lam_a are empty too).
         H_g: (n_g, n_g) each, symmetric, updated; an empty list updates the H_a alone (then s, y,
             counts_g, h_bar, h_bar_next, g_bar, g_bar_next and lam_g are empty too).
         s, y: (n_g,) each: the moving averages of the pair, updated.
@@ -109,9 +110,9 @@ def curvature_update_(
     checks.backend(backend)
     checks.fraction("pair_decay", pair_decay)
     checks.fraction("mu1", mu1)
-    if bool(A) == bool(X):
+    if H_a and bool(A) == bool(X):
         raise ValueError(f"give A or X, not both or neither: got {len(A)} and {len(X)} of them")
-    checks.same_length(H_a=H_a, counts_a=counts_a, work=work, a_bar=a_bar, lam_a=lam_a)
+    checks.same_length(H_a=H_a, counts_a=counts_a, a_bar=a_bar, lam_a=lam_a)
     for i, h in enumerate(H_a):
         n_a = a_bar[i].shape[0]
         checks.shape("H_a", i, h, n_a, n_a)
@@ -132,8 +133,12 @@ def curvature_update_(
         for name, vectors in g_side.items():
             checks.shape(name, i, vectors[i], n_g)
             checks.like(name, i, vectors[i], h)
+    if len(work) != max(len(H_a), len(H_g)):
+        raise ValueError(f"work must have one entry per layer, got {len(work)}")
     for i, w in enumerate(work):
-        wanted = workspace_size(a_bar[i].shape[0], H_g[i].shape[0] if H_g else 0)
+        wanted = workspace_size(
+            H_a[i].shape[0] if H_a else 0, H_g[i].shape[0] if H_g else 0
+        )
         if w.numel() < wanted:
             raise ValueError(f"work[{i}] must have at least {wanted} elements, got {w.numel()}")
     torch.ops.kbfgs_ext.curvature_update_(

@@ -23,7 +23,8 @@ def kron_precondition_(
         H_g: (n_g, n_g) each, symmetric; an empty list is the identity: P = M H_a.
         M: (n_g, n_a) each.
         H_a: (n_a, n_a) each, symmetric.
-        work: (n_g, n_a) each, scratch for the inner product; layers may share storage.
+        work: (n_g, n_a) each, scratch for the inner product. On the CPU layers may share its
+            storage; the GPU backends work on all layers at once and need one each.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:

@@ -1,0 +1,156 @@
+"""Per-layer state of K-BFGS: the factors, the pair, and the scratch of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from kbfgs_ext.ops.bfgs_update.api import workspace_size
+from kbfgs_ext.optim.capture import Slot
+from kbfgs_ext.optim.layers import Linear
+
+ACCUMULATION = torch.float32  # factors of 16-bit parameters are kept in this dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the optimizer keeps for a layer: decided once, the same for all layers."""
+
+    keep_A: bool  # hessian_action="ema"
+    memory: int | None  # pairs of K-BFGS(L); None keeps H_g
+
+
+class LayerFactors:
+    """A covered layer: its parameters, its capture slot, and its tensors.
+
+    ``kept`` is what a checkpoint holds; ``scratch`` lives from one half of a step to the other.
+
+    ========== ============== ==================================================================
+    kept       shape          meaning
+    ========== ============== ==================================================================
+    M          n_g x n_a      momentum
+    A          n_a x n_a      activation factor (hessian_action="ema" only)
+    H_a        n_a x n_a      inverse activation factor; before the start, the average of X~'X~/m
+    H_g        n_g x n_g      inverse gradient factor (K-BFGS)
+    S, Y       p x n_g        ring of pairs (K-BFGS(L)), with rho (p) and pushed (scalar)
+    s, y       n_g            moving averages of the pair
+    counts_a/g 4              accepted, rejected, Powell-damped, LM-damped
+    ========== ============== ==================================================================
+    """
+
+    def __init__(self, name: str, module: nn.Module, kind: type[Linear]) -> None:
+        self.name = name
+        self.kind = kind
+        self.weight: nn.Parameter = module.weight
+        bias = module.bias
+        self.bias: nn.Parameter | None = bias if bias is not None and bias.requires_grad else None
+        n_g, d_in = kind.matrix(self.weight).shape
+        self.n_g, self.n_a = n_g, d_in + (self.bias is not None)
+        self.slot = Slot(name, kind, n_g)
+        self.started = False  # H_a is the inverse factor, no longer the average
+        self.warm_batches = 0  # averaged into the factor by warm_start so far
+        self.kept: dict[str, torch.Tensor] = {}
+        self.scratch: dict[str, torch.Tensor] = {}
+        self._no_bias = torch.empty(0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors: the weight's, but never less than 32 bits."""
+        return torch.promote_types(self.weight.dtype, ACCUMULATION)
+
+    def kept_shapes(self, plan: Plan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every kept tensor under ``plan``."""
+        n_a, n_g, real = self.n_a, self.n_g, self.dtype
+        shapes = {
+            "M": ((n_g, n_a), real),
+            "H_a": ((n_a, n_a), real),
+            "s": ((n_g,), real),
+            "y": ((n_g,), real),
+            "counts_a": ((4,), torch.int64),
+            "counts_g": ((4,), torch.int64),
+        }
+        if plan.keep_A:
+            shapes["A"] = ((n_a, n_a), real)
+        if plan.memory is None:
+            shapes["H_g"] = ((n_g, n_g), real)
+        else:
+            shapes["S"] = shapes["Y"] = ((plan.memory, n_g), real)
+            shapes["rho"] = ((plan.memory,), real)
+            shapes["pushed"] = ((), torch.int64)
+        return shapes
+
+    def scratch_shapes(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """Shape of every scratch tensor under ``plan``, but for the shared product scratch."""
+        n_a, n_g = self.n_a, self.n_g
+        shapes: dict[str, tuple[int, ...]] = {
+            "P": (n_g, n_a),
+            "a_bar": (n_a,),
+            "work": (workspace_size(n_a, n_g),),
+        }
+        for name in ("h_bar", "h_bar_next", "g_bar", "g_bar_next"):
+            shapes[name] = (n_g,)
+        if plan.memory is not None:
+            for name in ("s_damped", "y_damped", "Hy"):
+                shapes[name] = (n_g,)
+        return shapes
+
+    def allocate(self, plan: Plan) -> None:
+        """Make the tensors, on the weight's device; the ones that exist stay."""
+        device = self.weight.device
+        if not self.kept:
+            for name, (shape, dtype) in self.kept_shapes(plan).items():
+                self.kept[name] = torch.zeros(shape, dtype=dtype, device=device)
+            if plan.memory is None:
+                self.kept["H_g"].fill_diagonal_(1.0)
+        if not self.scratch:
+            for name, shape in self.scratch_shapes(plan).items():
+                self.scratch[name] = torch.zeros(shape, dtype=self.dtype, device=device)
+            self._no_bias = torch.empty(0, dtype=self.weight.dtype, device=device)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.kept.get(name)
+        return self.scratch[name] if tensor is None else tensor
+
+    # The parameters and their gradients as the ops want them: matrices, and empty for no bias.
+
+    def W(self) -> torch.Tensor:
+        """The weight, d_out x d_in."""
+        return self.kind.matrix(self.weight.detach())
+
+    def b(self) -> torch.Tensor:
+        """The bias, or an empty tensor."""
+        return self._no_bias if self.bias is None else self.bias.detach()
+
+    def dW(self) -> torch.Tensor:
+        """The weight's gradient, d_out x d_in."""
+        return self.kind.matrix(self.weight.grad)
+
+    def db(self) -> torch.Tensor:
+        """The bias's gradient, or an empty tensor."""
+        return self._no_bias if self.bias is None else self.bias.grad
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The covered parameters: the weight, and the bias where it is trained."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def has_gradients(self) -> bool:
+        """Whether this step's backward pass has reached the layer."""
+        return self.slot.gradients > 0 and all(p.grad is not None for p in self.parameters())
+
+    def average(self, plan: Plan) -> torch.Tensor:
+        """Where X~'X~/m is averaged before the start: A, or the place of H_a without A."""
+        return self.kept["A" if plan.keep_A else "H_a"]
+
+    def start(self, lam_a: float, plan: Plan) -> None:
+        """H_a = inv(A_0 + lam_a*I), from the average that the warm start or first batch left.
+
+        The one O(n^3) operation of a run, in float64: its condition is that of A_0/lam_a.
+        """
+        H_a = self.kept["H_a"]
+        damped = self.average(plan).to(torch.float64, copy=True)
+        damped.diagonal().add_(lam_a)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped)[0])
+        H_a.copy_(inverse.add_(inverse.T.clone()).mul_(0.5))
+        self.started = True

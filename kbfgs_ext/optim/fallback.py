@@ -1,0 +1,82 @@
+"""Parameters of layers that are not covered: a first-order optimizer, undone when the step is.
+
+The fallback steps between the two passes, so that the second pass sees every parameter's new value.
+A void step (non-finite loss or gradient) leaves its parameters and state as they were, and a step
+that the safeguard undoes leaves the parameters as they were; both are decided on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+def default_fallback(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+    """AdamW with torch's defaults (lr 1e-3)."""
+    return torch.optim.AdamW(parameters)
+
+
+class Fallback:
+    """A fallback optimizer with copies of what its last step has changed."""
+
+    def __init__(
+        self,
+        parameters: list[torch.Tensor],
+        factory: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer],
+    ) -> None:
+        self.optimizer = factory(parameters)
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "fallback must return a torch.optim.Optimizer,"
+                f" got {type(self.optimizer).__name__}"
+            )
+        self._saved: list[torch.Tensor] = []
+        self._stepped: list[torch.Tensor] = []
+
+    def parameters(self) -> list[torch.Tensor]:
+        """All parameters of the fallback's groups."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _state_tensors(self) -> list[torch.Tensor]:
+        values = (v for state in self.optimizer.state.values() for v in state.values())
+        return [v for v in values if isinstance(v, torch.Tensor)]
+
+    def step(self, ok: torch.Tensor) -> None:
+        """Step where ``ok``; elsewhere leave parameters and state."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        state = self._state_tensors()
+        before = [t.detach() for t in parameters + state]
+        self._keep(before)
+        for p in parameters:  # a non-finite gradient must not enter state made by this very step
+            if not p.grad.is_sparse:
+                p.grad.copy_(torch.where(ok, p.grad, 0.0))
+        self.optimizer.step()
+        self._put_back(before, ~ok)
+        self._stepped = parameters
+
+    def undo(self, undo: torch.Tensor) -> None:
+        """Put the parameters, not the state, back where ``undo``."""
+        self._put_back([p.detach() for p in self._stepped], undo)
+
+    def _keep(self, tensors: list[torch.Tensor]) -> None:
+        fits = len(self._saved) == len(tensors) and all(
+            s.shape == t.shape and s.dtype == t.dtype and s.device == t.device
+            for s, t in zip(self._saved, tensors, strict=True)
+        )
+        if not fits:  # the first steps, while the optimizer makes its state
+            self._saved = [torch.empty_like(t) for t in tensors]
+        for saved, tensor in zip(self._saved, tensors, strict=True):
+            saved.copy_(tensor)
+
+    def _put_back(self, tensors: list[torch.Tensor], where: torch.Tensor) -> None:
+        for saved, tensor in zip(self._saved, tensors, strict=False):
+            # AdamW may keep its step counts on the host: left advanced, a device flag cannot reach
+            # them without a read, and a count one too high only moves a bias correction.
+            if tensor.device == where.device:
+                tensor.copy_(torch.where(where, saved, tensor))
+
+    def bytes(self) -> int:
+        """Bytes of the fallback's state and of the copies."""
+        tensors = self._state_tensors() + self._saved
+        return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,42 @@
+"""Memory of the optimizer, counted from shapes: the same numbers before and after training starts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kbfgs_ext.optim.factors import LayerFactors, Plan
+from kbfgs_ext.optim.fallback import Fallback
+
+
+def product_scratch_elements(layers: list[LayerFactors], device: torch.device) -> int:
+    """Elements of the scratch of P = H_g M H_a: shared by all layers on the CPU, where they go one
+    after the other; one each on a GPU, where they go at once."""
+    sizes = [layer.n_g * layer.n_a for layer in layers]
+    return max(sizes) if device.type == "cpu" else sum(sizes)
+
+
+def memory_usage(
+    layers: list[LayerFactors], plan: Plan, fallback: Fallback | None
+) -> dict[str, int]:
+    """Bytes by kind, and their "total".
+
+    Kinds are the names of `LayerFactors`; "vectors" are all tensors of one dimension, "product" is
+    the scratch of the direction, "fallback" the fallback's state and copies as they are at present.
+    """
+    usage: dict[str, int] = {}
+
+    def add(kind: str, elements: int, dtype: torch.dtype) -> None:
+        usage[kind] = usage.get(kind, 0) + elements * dtype.itemsize
+
+    for layer in layers:
+        for name, (shape, dtype) in layer.kept_shapes(plan).items():
+            add(name if len(shape) == 2 else "vectors", math.prod(shape), dtype)
+        for name, shape in layer.scratch_shapes(plan).items():
+            add(name if len(shape) == 2 else "vectors", math.prod(shape), layer.dtype)
+    first = layers[0]
+    add("product", product_scratch_elements(layers, first.weight.device), first.dtype)
+    usage["fallback"] = 0 if fallback is None else fallback.bytes()
+    usage["total"] = sum(usage.values())
+    return usage

@@ -1,0 +1,227 @@
+"""The two methods as sequences of ops on lists of layers: K-BFGS and K-BFGS(L).
+
+The face (kbfgs.py) decides when; these classes say what. Step numbers are those of docs/algorithm.md.
+Every call takes all layers of one param group at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from kbfgs_ext import ops
+from kbfgs_ext.optim import hyper
+from kbfgs_ext.optim.factors import LayerFactors, Plan
+
+Layers = list[LayerFactors]
+Group = dict[str, Any]
+
+
+def _each(layers: Layers, name: str) -> list[torch.Tensor]:
+    return [layer[name] for layer in layers]
+
+
+@dataclasses.dataclass
+class KBFGSMethod:
+    """K-BFGS: both inverse factors are kept as matrices."""
+
+    plan: Plan
+    backend: str
+
+    def statistics(self, layers: Layers, group: Group, ok: torch.Tensor) -> None:
+        """Step 3: the activation factor and mean; at a layer's start also its damped inverse."""
+        for layer in layers:
+            if not layer.started:
+                cold = [] if layer.warm_batches else [layer.average(self.plan)]
+                ops.factor_ema_(cold, [layer["a_bar"]], [layer.slot.X()], 0.0, ok, self.backend)
+        old = [layer for layer in layers if layer.started]
+        A = _each(old, "A") if self.plan.keep_A else []
+        X = [layer.slot.X() for layer in old]
+        ops.factor_ema_(A, _each(old, "a_bar"), X, group["stat_decay"], ok, self.backend)
+        for layer in layers:
+            if not layer.started:
+                layer.start(hyper.lam_a(group), self.plan)
+
+    def descend(
+        self,
+        layers: Layers,
+        group: Group,
+        scalars: hyper.DeviceScalars,
+        scratch: list[torch.Tensor],
+        ok: torch.Tensor,
+    ) -> None:
+        """Steps 2 and 4: momentum, direction, weights."""
+        ops.kron_step_(
+            W=[layer.W() for layer in layers],
+            b=[layer.b() for layer in layers],
+            M=_each(layers, "M"),
+            P=_each(layers, "P"),
+            work=scratch,
+            dW=[layer.dW() for layer in layers],
+            db=[layer.db() for layer in layers],
+            H_g=_each(layers, "H_g"),
+            H_a=_each(layers, "H_a"),
+            step_size=[scalars.step_size] * len(layers),
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            ok=ok,
+            backend=self.backend,
+        )
+        written(layers)
+
+    def undo(self, layers: Layers, undo: torch.Tensor) -> None:
+        """Put the parameters of before the step back where ``undo``."""
+        W, b = [layer.W() for layer in layers], [layer.b() for layer in layers]
+        ops.restore_(W, b, _each(layers, "P"), undo, self.backend)
+        written(layers)
+
+    def curvature_from_activations(
+        self, layers: Layers, group: Group, scalars: hyper.DeviceScalars, ok: torch.Tensor
+    ) -> None:
+        """Step 9 for hessian_action="minibatch": before the second pass, so that the activations
+        of the first need not outlive it."""
+        X = [layer.slot.X() for layer in layers]
+        self._curvature(layers, [], X, group, scalars, ok, ok)
+
+    def curvature(
+        self,
+        layers: Layers,
+        group: Group,
+        scalars: hyper.DeviceScalars,
+        ok: torch.Tensor,
+        ok_pair: torch.Tensor,
+    ) -> None:
+        """Steps 6 to 8, and step 9 for hessian_action="ema"."""
+        a_side = layers if self.plan.keep_A else []
+        self._curvature(a_side, layers, [], group, scalars, ok, ok_pair)
+
+    def _curvature(
+        self,
+        a_side: Layers,
+        g_side: Layers,
+        X: list[torch.Tensor],
+        group: Group,
+        scalars: hyper.DeviceScalars,
+        ok: torch.Tensor,
+        ok_pair: torch.Tensor,
+    ) -> None:
+        ops.curvature_update_(
+            H_a=_each(a_side, "H_a"),
+            H_g=_each(g_side, "H_g"),
+            s=_each(g_side, "s"),
+            y=_each(g_side, "y"),
+            counts_a=_each(a_side, "counts_a"),
+            counts_g=_each(g_side, "counts_g"),
+            work=_each(a_side or g_side, "work"),
+            A=[] if X else _each(a_side, "A"),
+            X=X,
+            a_bar=_each(a_side, "a_bar"),
+            h_bar=_each(g_side, "h_bar"),
+            h_bar_next=_each(g_side, "h_bar_next"),
+            g_bar=_each(g_side, "g_bar"),
+            g_bar_next=_each(g_side, "g_bar_next"),
+            lam_a=[scalars.lam_a] * len(a_side),
+            lam_g=[scalars.lam_g] * len(g_side),
+            pair_decay=group["pair_decay"],
+            mu1=group["powell"],
+            ok=ok,
+            ok_pair=ok_pair,
+            backend=self.backend,
+        )
+
+
+class KBFGSLMethod(KBFGSMethod):
+    """K-BFGS(L): the gradient factor is the last p pairs, applied without ever being formed."""
+
+    def _apply_H_g(self, layers: Layers, out: list[torch.Tensor], Q: list[torch.Tensor]) -> None:
+        ops.lbfgs_two_loop_(
+            out,
+            Q,
+            _each(layers, "S"),
+            _each(layers, "Y"),
+            _each(layers, "rho"),
+            _each(layers, "pushed"),
+            "auto",
+            self.backend,
+        )
+
+    def descend(
+        self,
+        layers: Layers,
+        group: Group,
+        scalars: hyper.DeviceScalars,
+        scratch: list[torch.Tensor],
+        ok: torch.Tensor,
+    ) -> None:
+        """Steps 2 and 4: momentum, direction, weights."""
+        W, b = [layer.W() for layer in layers], [layer.b() for layer in layers]
+        M, P, work = _each(layers, "M"), _each(layers, "P"), scratch
+        ops.momentum_(
+            M,
+            [layer.dW() for layer in layers],
+            [layer.db() for layer in layers],
+            W,
+            b,
+            group["momentum"],
+            group["weight_decay"],
+            ok,
+            self.backend,
+        )
+        # P = H_g (M H_a), layer after layer on the CPU, where all share the scratch of the product.
+        step = 1 if work[0].device.type == "cpu" else len(layers)
+        for i in range(0, len(layers), step):
+            part = slice(i, i + step)
+            ops.kron_precondition_(
+                work[part], [], M[part], _each(layers[part], "H_a"), P[part], self.backend
+            )
+            self._apply_H_g(layers[part], P[part], work[part])
+        ops.descend_(W, b, P, [scalars.step_size] * len(layers), ok, self.backend)
+        written(layers)
+
+    def curvature(
+        self,
+        layers: Layers,
+        group: Group,
+        scalars: hyper.DeviceScalars,
+        ok: torch.Tensor,
+        ok_pair: torch.Tensor,
+    ) -> None:
+        """Steps 6 to 8 on the ring of pairs, and step 9 for hessian_action="ema"."""
+        if self.plan.keep_A:
+            self._curvature(layers, [], [], group, scalars, ok, ok)
+        s, y, Hy = (_each(layers, name) for name in ("s_damped", "y_damped", "Hy"))
+        counts, g_bar = _each(layers, "counts_g"), _each(layers, "g_bar")
+        ops.pair_ema_(
+            _each(layers, "s"),
+            _each(layers, "y"),
+            _each(layers, "h_bar"),
+            _each(layers, "h_bar_next"),
+            g_bar,
+            _each(layers, "g_bar_next"),
+            group["pair_decay"],
+            ok_pair,
+            self.backend,
+        )
+        torch._foreach_copy_(s + y, _each(layers, "s") + _each(layers, "y"))
+        self._apply_H_g(layers, Hy, y)
+        lam_g = [scalars.lam_g] * len(layers)
+        ops.double_damping_(s, y, Hy, counts, [], lam_g, group["powell"], ok_pair, self.backend)
+        ops.lbfgs_push_(
+            _each(layers, "S"),
+            _each(layers, "Y"),
+            _each(layers, "rho"),
+            _each(layers, "pushed"),
+            counts,
+            s,
+            y,
+            g_bar,
+            ok_pair,
+            self.backend,
+        )
+
+
+def written(layers: Layers) -> None:
+    """Tell autograd that the parameters have changed: kernels write behind its back."""
+    torch.autograd.graph.increment_version([p for layer in layers for p in layer.parameters()])
