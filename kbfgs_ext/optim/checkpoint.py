@@ -12,12 +12,12 @@ from kbfgs_ext.optim.factors import LayerFactors, Plan
 FORMAT = 1
 
 
-def describe(method: str, hessian_action: str, plan: Plan, layers: list[LayerFactors]) -> dict:
+def describe(plan: Plan, layers: list[LayerFactors]) -> dict[str, Any]:
     """What a checkpoint must agree on with the optimizer that loads it."""
     return {
         "format": FORMAT,
-        "method": method,
-        "hessian_action": hessian_action,
+        "method": "K-BFGS" if plan.memory is None else "K-BFGS(L)",
+        "hessian_action": "ema" if plan.keep_A else "minibatch",
         "memory": plan.memory,
         "layers": {layer.name: [layer.n_g, layer.n_a] for layer in layers},
     }

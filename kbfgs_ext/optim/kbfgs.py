@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,30 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from kbfgs_ext import ops
 from kbfgs_ext.ops import checks
-from kbfgs_ext.optim import checkpoint, hyper
-from kbfgs_ext.optim.capture import Pass, Recorder
-from kbfgs_ext.optim.coverage import common_device, cover
+from kbfgs_ext.optim import hyper
+from kbfgs_ext.optim.base import CoveredOptimizer
+from kbfgs_ext.optim.capture import Pass
 from kbfgs_ext.optim.factors import LayerFactors, Plan
-from kbfgs_ext.optim.fallback import Fallback, default_fallback
-from kbfgs_ext.optim.memory import memory_usage, product_scratch_elements
 from kbfgs_ext.optim.method import KBFGSLMethod, KBFGSMethod
 from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass
-from kbfgs_ext.optim.safeguard import Safeguard, SafeguardRule
 
 Closure = Callable[[], torch.Tensor]
 HESSIAN_ACTIONS = ("ema", "minibatch")
 
 
-@dataclasses.dataclass
-class Covered:
-    """A param group of covered parameters, its layers, and its scalars on the device."""
-
-    group: dict[str, Any]
-    layers: list[LayerFactors]
-    scalars: hyper.DeviceScalars
-
-
-class KBFGS(torch.optim.Optimizer):
+class KBFGS(CoveredOptimizer):
     """K-BFGS: a Kronecker-factored quasi-Newton method with damped BFGS updates of both factors.
 
     Per covered layer with gradient D (n_g x n_a, bias as the last column) and per step:
@@ -121,55 +107,11 @@ class KBFGS(torch.optim.Optimizer):
         }
         hyper.check_group(defaults)
 
-        self.model = model
         self.safeguard = bool(safeguard)
-        self.hessian_action = hessian_action
         self.freeze_second_pass = bool(freeze_second_pass)
-        self._plan = Plan(keep_A=hessian_action == "ema", memory=self.memory)
-        method = KBFGSMethod if self.memory is None else KBFGSLMethod
-        self._method = method(self._plan, backend)
-        self._recorder = Recorder()
-        self._covered: list[Covered] = []
-        self._fallback: Fallback | None = None
-        layers, rest = cover(model, self._recorder)
-        try:
-            if not layers:
-                raise ValueError(
-                    f"model has no layer to cover: {type(model).__name__} contains no"
-                    " torch.nn.Linear with a trained weight"
-                )
-            device = common_device(layers)
-            super().__init__([p for layer in layers for p in layer.parameters()], defaults)
-            self._covered.append(
-                Covered(self.param_groups[0], layers, hyper.DeviceScalars(device))
-            )
-            self._guard = Safeguard(SafeguardRule(), device)
-            self._product = torch.empty(0)
-            self._fallback = self._make_fallback(rest, fallback)
-        except BaseException:
-            self._recorder.detach()
-            raise
-
-    def _make_fallback(
-        self,
-        rest: Mapping[str, nn.Parameter],
-        factory: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer] | None,
-    ) -> Fallback | None:
-        if not rest:
-            return None
-        made = Fallback(list(rest.values()), factory or default_fallback)
-        self.param_groups.extend(made.optimizer.param_groups)  # shared: schedulers reach them
-        if factory is None:
-            lr = made.optimizer.param_groups[0]["lr"]
-            warnings.warn(
-                f"{type(self).__name__} covers {len(self._layers())} layers; these parameters"
-                f" go to torch.optim.AdamW(lr={lr}) instead (fallback=... changes that):"
-                f" {', '.join(rest)}",
-                stacklevel=3,
-            )
-        return made
-
-    # ------------------------------------------------------------------ the step
+        plan = Plan(keep_A=hessian_action == "ema", memory=self.memory)
+        self._method = (KBFGSMethod if self.memory is None else KBFGSLMethod)(plan, backend)
+        super().__init__(model, defaults, plan, fallback)
 
     def step(self, closure: Closure | None = None) -> torch.Tensor:
         """One iteration: the closure runs twice, on the same minibatch.
@@ -279,8 +221,6 @@ class KBFGS(torch.optim.Optimizer):
         if self._fallback is not None:
             self._fallback.undo(undo)
 
-    # ------------------------------------------------------------------ before and around a step
-
     def warm_start(self, batches: Iterable[Any]) -> None:
         """Start the activation factors from more than the first minibatch.
 
@@ -339,170 +279,6 @@ class KBFGS(torch.optim.Optimizer):
                 layer.slot.inputs.clear()
                 fine &= torch.isfinite(a_bar).all()
         return fine
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take parameters that the optimizer does not have yet, such as a new or unfrozen layer's.
-
-        Whole layers of ``model`` (weight, and bias where trained) are covered with the group's
-        hyperparameters; the other parameters go to the fallback.
-
-        Raises:
-            ValueError: a hyperparameter is out of its range, or a parameter is taken already.
-        """
-        if not self._covered:  # torch's own constructor
-            super().add_param_group(param_group)
-            return
-        given = param_group["params"]
-        given = [given] if isinstance(given, torch.Tensor) else list(given)
-        hyper.check_group({**self.defaults, **param_group})
-        taken = {id(p) for group in self.param_groups for p in group["params"]}
-        if any(id(p) in taken for p in given):
-            raise ValueError("params: some parameters are in another param group already")
-        layers, rest = cover(self.model, self._recorder, within={id(p) for p in given})
-        known = {id(p) for layer in layers for p in layer.parameters()}
-        rest.update({f"params[{i}]": p for i, p in enumerate(given) if id(p) not in known})
-        if layers:
-            at = len(self._covered)
-            parameters = [p for layer in layers for p in layer.parameters()]
-            super().add_param_group({**param_group, "params": parameters})
-            self.param_groups.insert(at, self.param_groups.pop())
-            device = self._guard.scale.device
-            self._covered.append(
-                Covered(self.param_groups[at], layers, hyper.DeviceScalars(device))
-            )
-            common_device(self._layers())
-        others = list({id(p): p for p in rest.values()}.values())
-        if others and self._fallback is None:
-            self._fallback = Fallback(others, default_fallback)
-            self.param_groups.extend(self._fallback.optimizer.param_groups)
-        elif others:
-            self._fallback.optimizer.add_param_group({"params": others})
-            self.param_groups.append(self._fallback.optimizer.param_groups[-1])
-
-    # ------------------------------------------------------------------ what it reports
-
-    def diagnostics(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Per layer, how often its pairs were accepted, rejected and damped so far.
-
-        Keys: accepted, rejected, powell_damped, lm_damped of H_g; accepted_a, rejected_a of H_a.
-        Values are int64 scalars on the device; reading one waits for the device.
-        """
-        report = {}
-        for layer in self._layers():
-            layer.allocate(self._plan)
-            accepted, rejected, powell, lm = layer["counts_g"].clone().unbind()
-            accepted_a, rejected_a, _, _ = layer["counts_a"].clone().unbind()
-            report[layer.name] = {
-                "accepted": accepted,
-                "rejected": rejected,
-                "powell_damped": powell,
-                "lm_damped": lm,
-                "accepted_a": accepted_a,
-                "rejected_a": rejected_a,
-            }
-        return report
-
-    def counters(self) -> dict[str, torch.Tensor]:
-        """Of the whole optimizer: steps, skipped (void: non-finite), undone (by the safeguard), and
-        the safeguard's present scale; scalars on the device."""
-        return {name: tensor.clone() for name, tensor in self._guard.tensors().items()}
-
-    def memory_usage(self) -> dict[str, int]:
-        """Bytes by kind and in "total", the same before training starts and after.
-
-        At a layer's start, once, three float64 matrices of its n_a x n_a come on top.
-        """
-        return memory_usage(self._layers(), self._plan, self._fallback)
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def _about(self) -> dict[str, Any]:
-        method = "K-BFGS" if self.memory is None else "K-BFGS(L)"
-        return checkpoint.describe(method, self.hessian_action, self._plan, self._layers())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on bit for bit, but for torch's random state.
-
-        Tensors are not copied. Layers are found by name, so save the model's weights beside it.
-        """
-        packed = super().state_dict()
-        packed["state"] = {}
-        packed["kbfgs"] = {
-            "about": self._about(),
-            "layers": checkpoint.save_layers(self._layers()),
-            "safeguard": self._guard.tensors(),
-            "fallback": self._fallback and self._fallback.optimizer.state_dict(),
-        }
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, after checking all of it.
-
-        Raises:
-            ValueError: it was made by another method or for another model; nothing is loaded then.
-        """
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        saved = checkpoint.check(state_dict, self._about(), len(self.param_groups))
-        with torch.no_grad():
-            checkpoint.load_layers(self._layers(), self._plan, saved["layers"])
-            checkpoint.copy_into(self._guard.tensors(), saved["safeguard"])
-        for group, values in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in values.items() if key != "params"})
-        if self._fallback is not None:
-            self._fallback.optimizer.load_state_dict(saved["fallback"])
-            self.param_groups[len(self._covered) :] = self._fallback.optimizer.param_groups
-        self._publish_state()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
-
-    # ------------------------------------------------------------------ small things
-
-    def _layers(self) -> list[LayerFactors]:
-        return [layer for covered in self._covered for layer in covered.layers]
-
-    def _parameters(self) -> list[torch.Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _split(
-        self, layers: list[LayerFactors]
-    ) -> Iterator[tuple[dict[str, Any], list[LayerFactors], hyper.DeviceScalars]]:
-        """``layers`` by param group."""
-        wanted = {id(layer) for layer in layers}
-        for covered in self._covered:
-            part = [layer for layer in covered.layers if id(layer) in wanted]
-            if part:
-                yield covered.group, part, covered.scalars
-
-    def _materialize(self) -> None:
-        """Allocate what is not there yet."""
-        if all(layer.scratch for layer in self._layers()):
-            return
-        common_device(self._layers())
-        for layer in self._layers():
-            layer.allocate(self._plan)
-        first = self._layers()[0]
-        size = product_scratch_elements(self._layers(), first.weight.device)
-        self._product = torch.empty(size, dtype=first.dtype, device=first.weight.device)
-        self._publish_state()
-
-    def _publish_state(self) -> None:
-        """The kept tensors under torch's own name for them."""
-        for layer in self._layers():
-            if layer.kept:
-                self.state[layer.weight] = layer.kept
-
-    def _scratch(self, layers: list[LayerFactors]) -> list[torch.Tensor]:
-        """Each layer's part of the product scratch, n_g x n_a."""
-        alone = self._product.device.type == "cpu"
-        views, at = [], 0
-        for layer in layers:
-            size = layer.n_g * layer.n_a
-            views.append(self._product[at : at + size].view(layer.n_g, layer.n_a))
-            at += 0 if alone else size
-        return views
-
 
 class KBFGSL(KBFGS):
     """K-BFGS(L): K-BFGS with the gradient factor kept as its last ``memory`` pairs.
