@@ -19,6 +19,7 @@ from kbfgs_ext.optim.coverage import common_device, cover
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 from kbfgs_ext.optim.fallback import Fallback, default_fallback
 from kbfgs_ext.optim.memory import memory_usage, product_scratch_elements
+from kbfgs_ext.optim.passes import Buffers
 from kbfgs_ext.optim.safeguard import Safeguard, SafeguardRule
 
 FallbackFactory = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
@@ -49,6 +50,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         self._covered: list[Covered] = []
         self._fallback: Fallback | None = None
         self._product = torch.empty(0)
+        self._buffers = Buffers(model)
         layers, rest = cover(model, self._recorder)
         try:
             if not layers:

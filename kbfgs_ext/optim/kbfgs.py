@@ -17,7 +17,7 @@ from kbfgs_ext.optim.base import CoveredOptimizer
 from kbfgs_ext.optim.capture import Pass
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 from kbfgs_ext.optim.method import KBFGSLMethod, KBFGSMethod
-from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass
+from kbfgs_ext.optim.passes import RandomState, SecondPass
 
 Closure = Callable[[], torch.Tensor]
 HESSIAN_ACTIONS = ("ema", "minibatch")
@@ -140,7 +140,7 @@ class KBFGS(CoveredOptimizer):
         for covered in self._covered:
             hyper.check_group(covered.group)
         self._materialize()
-        random, buffers = RandomState(self._guard.scale.device), Buffers(self.model)
+        random = RandomState(self._guard.scale.device)
         loss = self._run(closure, Pass.FIRST)
         with torch.no_grad():
             value = _scalar(loss, self._guard.scale)
@@ -160,7 +160,9 @@ class KBFGS(CoveredOptimizer):
             if self._fallback is not None:
                 self._fallback.step(ok)
 
-        second = SecondPass(self._parameters(), random, buffers, self.freeze_second_pass)
+        second = SecondPass(
+            self._parameters(), random, self._buffers, self.freeze_second_pass
+        )
         try:
             with second:
                 loss_next = self._run(closure, Pass.SECOND)
@@ -239,7 +241,8 @@ class KBFGS(CoveredOptimizer):
         if any(layer.started for layer in self._layers()):
             raise RuntimeError("warm_start must come before the first step")
         self._materialize()
-        random, buffers = RandomState(self._guard.scale.device), Buffers(self.model).copies()
+        random = RandomState(self._guard.scale.device)
+        self._buffers.save()
         finite: list[torch.Tensor] = []
         try:
             with torch.no_grad(), self._recording(Pass.WARM):
@@ -247,7 +250,7 @@ class KBFGS(CoveredOptimizer):
                     finite.append(self._warm_batch(batch))
         finally:
             random.restore()
-            Buffers.restore(buffers)
+            self._buffers.restore()
         bad = [i for i, fine in enumerate(finite) if not fine]
         if bad or not finite:
             for layer in self._layers():

@@ -1,9 +1,9 @@
 """The second pass must see the first one's world: same random numbers, same buffers, other weights.
 
 `SecondPass` is a context manager around the second run of the closure. Inside it the random
-generators stand where they stood before the first pass, and parameters want no gradient; on leaving,
-buffers that the first pass has advanced (BatchNorm statistics) are as the first pass left them, and
-every parameter has its requires_grad and its first-pass gradient again.
+generators stand where they stood before the first pass, and parameters want no gradient. On leaving,
+buffers (BatchNorm statistics) are as the first pass left them, and every parameter has its
+requires_grad and its first-pass gradient again.
 """
 
 from __future__ import annotations
@@ -30,36 +30,35 @@ class RandomState:
 
 
 class Buffers:
-    """A model's buffers: which ones a pass has changed, and their values before the next pass."""
+    """Copies of a model's buffers, kept from step to step.
+
+    All of them: BatchNorm's kernels write the running statistics without a trace in the tensor's
+    version, so which buffers a pass has changed cannot be told beforehand.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._seen = [(b, b._version) for _, _, b in self._all()]
+        self._saved: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = []
 
-    def _all(self) -> Iterable[tuple[nn.Module, str, torch.Tensor]]:
+    def save(self) -> None:
+        """Copy every buffer."""
+        kept = {id(buffer): copy for _, _, buffer, copy in self._saved}
+        self._saved = []
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    yield module, name, buffer
+                if buffer is None:
+                    continue
+                copy = kept.get(id(buffer))
+                if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
+                    copy = buffer.clone()
+                else:
+                    copy.copy_(buffer)
+                self._saved.append((module, name, buffer, copy))
 
-    def changed(self) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]:
-        """Owner, name, tensor and copy of each buffer written or replaced since construction."""
-        seen = {id(buffer): version for buffer, version in self._seen}
-        return [
-            (module, name, buffer, buffer.clone())
-            for module, name, buffer in self._all()
-            if seen.get(id(buffer)) != buffer._version
-        ]
-
-    def copies(self) -> list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]:
-        """The same of every buffer."""
-        return [(module, name, buffer, buffer.clone()) for module, name, buffer in self._all()]
-
-    @staticmethod
-    def restore(saved: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]) -> None:
-        """Put what `changed` or `copies` returned back."""
-        for module, name, buffer, value in saved:
-            buffer.copy_(value)
+    def restore(self) -> None:
+        """Put every buffer back as `save` found it, replaced ones too."""
+        for module, name, buffer, copy in self._saved:
+            buffer.copy_(copy)
             module._buffers[name] = buffer
 
 
@@ -79,7 +78,7 @@ class SecondPass:
         self._freeze = freeze
 
     def __enter__(self) -> None:
-        self._saved = self._buffers.changed()
+        self._buffers.save()
         self._gradients = [p.grad for p in self._parameters]
         self._wanted = [p.requires_grad for p in self._parameters]
         for p in self._parameters:
@@ -94,4 +93,4 @@ class SecondPass:
         ):
             p.requires_grad_(wanted)
             p.grad = gradient
-        self._buffers.restore(self._saved)
+        self._buffers.restore()
