@@ -224,14 +224,14 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
     def _materialize(self) -> None:
         """Allocate what is not there yet."""
-        if all(layer.scratch for layer in self._layers()):
+        layers = self._layers()
+        if all(layer.scratch for layer in layers) and self._product.numel():
             return
-        common_device(self._layers())
-        for layer in self._layers():
+        device = common_device(layers)
+        for layer in layers:
             layer.allocate(self._plan)
-        first = self._layers()[0]
-        size = product_scratch_elements(self._layers(), first.weight.device)
-        self._product = torch.empty(size, dtype=first.dtype, device=first.weight.device)
+        size = product_scratch_elements(layers, device)
+        self._product = torch.empty(size, dtype=layers[0].dtype, device=device)
         self._publish_state()
 
     def _publish_state(self) -> None:

@@ -1,0 +1,79 @@
+"""The safeguard: what it undoes, how the scale moves, and that it can always recover."""
+
+import math
+
+import pytest
+import torch
+
+from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext.optim.safeguard import Safeguard, SafeguardRule
+from tests.optim.models import closure_of, mlp, rows
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("loss", "loss_next", "ok", "undo", "scale"),
+    [
+        (2.0, 1.0, True, False, 0.55),
+        (1.0, 1.0, True, False, 0.55),
+        (1.0, 2.0, True, True, 0.25),
+        (1.0, math.nan, True, True, 0.25),
+        (1.0, math.inf, True, True, 0.25),
+        (math.nan, math.nan, False, False, 0.5),
+    ],
+)
+def test_rule(loss, loss_next, ok, undo, scale):
+    guard = Safeguard(SafeguardRule(shrink=0.5, grow=1.1), torch.device("cpu"))
+    guard.scale.fill_(0.5)
+    judged = guard.judge(scalar(loss), scalar(loss_next), torch.tensor(ok))
+    assert bool(judged) is undo
+    assert guard.scale.item() == pytest.approx(scale)
+    assert int(guard.undone) == int(undo)
+
+
+def test_scale_is_bounded():
+    guard = Safeguard(SafeguardRule(), torch.device("cpu"))
+    guard.judge(scalar(2.0), scalar(1.0), torch.tensor(True))
+    assert guard.scale == 1.0
+    for _ in range(100):
+        guard.judge(scalar(1.0), scalar(2.0), torch.tensor(True))
+    assert guard.scale == SafeguardRule().smallest
+
+
+@pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+def test_undone_step_restores_weights_exactly(method):
+    torch.manual_seed(0)
+    model = mlp(6, 9, 4, dtype=torch.float32)
+    opt = method(model, lr=1e6)
+    x, target = rows(32, 6, torch.float32), rows(32, 4, torch.float32, seed=1)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.step(closure_of(model, opt, x, target))
+    assert int(opt.counters()["undone"]) == 1
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, q)
+    assert all(int(d["accepted"]) + int(d["rejected"]) == 1 for d in opt.diagnostics().values())
+
+
+@pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+def test_no_lock(method):
+    """A learning rate far too large does not bring training to a standstill."""
+    torch.manual_seed(0)
+    model = mlp(6, 9, 4)
+    x, target = rows(64, 6), rows(64, 4, seed=1)
+    opt = method(model, lr=1000.0)
+    closure = closure_of(model, opt, x, target)
+    losses = [opt.step(closure).item() for _ in range(300)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(b <= a for a, b in zip(losses, losses[1:], strict=False))  # one batch: never up
+
+
+def test_off_is_off():
+    model = mlp(6, 9, 4)
+    opt = KBFGS(model, lr=50.0, safeguard=False)
+    x, target = rows(32, 6), rows(32, 4, seed=1)
+    for _ in range(5):
+        opt.step(closure_of(model, opt, x, target))
+    assert int(opt.counters()["undone"]) == 0 and opt.counters()["scale"] == 1.0
