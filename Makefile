@@ -1,0 +1,51 @@
+# The front door. `make help` lists what there is.
+#
+# Everything runs in .venv, which the first target that needs it makes. To use a Python that has
+# torch already:  make test PY=python3
+VENV  ?= .venv
+PY    ?= $(VENV)/bin/python
+TORCH ?= torch==2.13.0
+OUT   ?= build/out
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast test-gpu bench lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+# A Python given from outside is used as it is; only the extension is built, in place.
+ifeq ($(PY),$(VENV)/bin/python)
+install: $(VENV)/.installed  ## make .venv, install the package with its extension, ready to edit
+else
+install:
+	$(PY) setup.py -q build_ext --inplace
+endif
+
+$(VENV)/.packages: pyproject.toml
+	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip
+	$(VENV)/bin/python -m pip install -q "$(TORCH)" "setuptools>=77" wheel ninja pybind11 packaging
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.packages $(SOURCES)
+	$(VENV)/bin/python -m pip install -q -e ".[test,demo,lint]" --no-build-isolation
+	touch $@
+
+demo: install  ## train kbfgs, kbfgsl and adamw on 5,000 digits; table and plot of loss against seconds
+	$(PY) -m benchmarks.demo --out $(OUT)/demo
+
+test: install  ## prove it: mathematics, trajectories, optimizer, kernels (no GPU needed)
+	$(PY) -m pytest
+
+test-fast: install  ## the same without the slow tests
+	$(PY) -m pytest -m "not slow"
+
+lint: install  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy kbfgs_ext
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info kbfgs_ext/_C*.so $(VENV)
