@@ -1,5 +1,6 @@
 """bfgs_update: see README.md in this folder."""
 
+from kbfgs_ext.ops.bfgs_update import native as native
 from kbfgs_ext.ops.bfgs_update import reference as reference
 from kbfgs_ext.ops.bfgs_update.api import bfgs_update_, curvature_update_
 

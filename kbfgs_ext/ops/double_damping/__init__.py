@@ -1,5 +1,6 @@
 """double_damping: see README.md in this folder."""
 
+from kbfgs_ext.ops.double_damping import native as native
 from kbfgs_ext.ops.double_damping import reference as reference
 from kbfgs_ext.ops.double_damping.api import double_damping_, pair_ema_
 

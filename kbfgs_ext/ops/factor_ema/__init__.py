@@ -1,5 +1,6 @@
 """factor_ema: see README.md in this folder."""
 
+from kbfgs_ext.ops.factor_ema import native as native
 from kbfgs_ext.ops.factor_ema import reference as reference
 from kbfgs_ext.ops.factor_ema.api import factor_ema_, hessian_action_
 

@@ -1,5 +1,6 @@
 """kron_precondition: see README.md in this folder."""
 
+from kbfgs_ext.ops.kron_precondition import native as native
 from kbfgs_ext.ops.kron_precondition import reference as reference
 from kbfgs_ext.ops.kron_precondition.api import descend_, kron_precondition_, kron_step_, momentum_, restore_
 

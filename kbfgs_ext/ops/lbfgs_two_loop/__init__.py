@@ -1,5 +1,6 @@
 """lbfgs_two_loop: see README.md in this folder."""
 
+from kbfgs_ext.ops.lbfgs_two_loop import native as native
 from kbfgs_ext.ops.lbfgs_two_loop import reference as reference
 from kbfgs_ext.ops.lbfgs_two_loop.api import lbfgs_push_, lbfgs_two_loop_
 

@@ -1,0 +1,1 @@
+"""Training runs and microbenchmarks of kbfgs_ext."""

@@ -1,0 +1,51 @@
+"""The three autoencoders of the paper and their losses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, pixels: Tensor) -> Tensor:
+    """Binary cross-entropy in nats, summed over the pixels, mean over the batch (both (m, d))."""
+    return F.binary_cross_entropy_with_logits(logits, pixels, reduction="sum") / len(pixels)
+
+
+def half_squared_error(outputs: Tensor, pixels: Tensor) -> Tensor:
+    """Half the squared error, summed over the pixels, mean over the batch (both (m, d))."""
+    return F.mse_loss(outputs, pixels, reduction="sum") / (2 * len(pixels))
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """Widths from the pixels to the code and back, and the loss of its outputs."""
+
+    encoder: tuple[int, ...]  # pixels, ..., code
+    loss: Loss
+
+    def build(self) -> nn.Sequential:
+        """Linear layers with PyTorch's default init, ReLU between them, none after code or output.
+
+        Draws from the global generator: seed it first.
+        """
+        code = len(self.encoder) - 2
+        widths = self.encoder + self.encoder[-2::-1]
+        layers: list[nn.Module] = []
+        for i, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
+            layers.append(nn.Linear(d_in, d_out))
+            if i != code and i != len(widths) - 2:
+                layers.append(nn.ReLU())
+        return nn.Sequential(*layers)
+
+
+AUTOENCODERS = {
+    "mnist": Autoencoder((784, 1000, 500, 250, 30), cross_entropy),
+    "curves": Autoencoder((784, 400, 200, 100, 50, 25, 6), cross_entropy),
+    "faces": Autoencoder((625, 2000, 1000, 500, 30), half_squared_error),
+}

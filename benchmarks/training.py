@@ -1,0 +1,350 @@
+"""One training run as a function: data, model, optimizer, a row per epoch, a JSON file.
+
+The command line (``train.py``), the demo and the comparisons all call :func:`train`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import optimizers
+from benchmarks.data import Dataset
+from benchmarks.environment import environment
+from benchmarks.models import AUTOENCODERS, Loss
+from benchmarks.optimizers import Settings
+
+EVALUATION_BATCH = 1_000  # images; the published notebook averages over batches of this size
+# Reading the loss waits for the device, so it is done this seldom. It feeds the progress display
+# and ends a diverged run inside its epoch.
+READ_EVERY = 0.5  # seconds
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained, how, and for how long."""
+
+    dataset: str = "mnist"
+    optimizer: str = "kbfgs"
+    settings: Settings = field(default_factory=Settings)  # None inside: the optimizer's default
+    epochs: int = 20
+    max_seconds: float | None = None  # of training; the epoch in which they run out is finished
+    batch_size: int = 1_000  # images, the paper's
+    weight_decay: float = 1e-5  # the paper's
+    warm_start: bool = True  # factors start from all training batches, as in the paper
+    seed: int = 0
+    device: str = "auto"  # auto: the GPU if there is one
+    threads: int | None = None  # of the CPU; None: as torch has it
+
+    def __post_init__(self) -> None:
+        if self.dataset not in AUTOENCODERS:
+            known = ", ".join(AUTOENCODERS)
+            raise ValueError(f"dataset must be one of {known}, got {self.dataset!r}")
+        for name, smallest in (("epochs", 0), ("batch_size", 1), ("weight_decay", 0)):
+            value = getattr(self, name)
+            if not value >= smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {value}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds must be above 0, got {self.max_seconds}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The state after an epoch; epoch 0 is the start."""
+
+    epoch: int
+    steps: int  # since the start
+    train_loss: float  # nats or half squared error per image, with the weight decay term
+    test_loss: float
+    seconds: float  # of training since the start: warm start included, evaluation excluded
+    counters: dict[str, float] = field(default_factory=dict)  # of the optimizer, since the start
+
+
+@dataclass
+class Run:
+    """A run and its outcome, as written to JSON."""
+
+    config: Config
+    settings: dict[str, Any]  # what the optimizer was built with
+    dataset: dict[str, Any]
+    environment: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    warm_start_seconds: float = 0.0
+    # Until the last epoch is through, so that a killed process leaves a truthful file behind.
+    status: str = "interrupted"
+
+    def payload(self) -> dict[str, Any]:
+        """The run as JSON content; numbers that are not finite become null."""
+        return _jsonable(
+            {
+                "status": self.status,
+                "config": asdict(self.config) | {"settings": self.settings},
+                "dataset": self.dataset,
+                "environment": self.environment,
+                "warm_start_seconds": self.warm_start_seconds,
+                "rows": [asdict(row) for row in self.rows],
+            }
+        )
+
+
+class Observer:
+    """Told what happens during a run; does nothing by itself."""
+
+    def started(self, run: Run, steps_per_epoch: int) -> None:
+        """Model and data are ready."""
+
+    def stepped(self, steps: int, seconds: float, loss: float) -> None:
+        """At most every ``READ_EVERY`` seconds: steps, training seconds, loss of the last batch."""
+
+    def evaluated(self, row: Row) -> None:
+        """An epoch, or the start, was evaluated."""
+
+    def ended(self, run: Run) -> None:
+        """The run is over, for whatever reason; ``run.status`` says which."""
+
+
+class Stopwatch:
+    """Seconds spent inside its ``with`` blocks, with the device drained on both sides."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def _drain(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def __enter__(self) -> Stopwatch:
+        self._drain()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._drain()
+        self.seconds += time.perf_counter() - self._start
+
+    def read(self) -> float:
+        """Seconds so far, from inside a ``with`` block and without waiting for the device."""
+        return self.seconds + time.perf_counter() - self._start
+
+
+def train(
+    config: Config,
+    dataset: Dataset,
+    *,
+    observer: Observer | None = None,
+    json_path: str | Path | None = None,
+) -> Run:
+    """Train the autoencoder of ``config.dataset`` on ``dataset`` and return the run.
+
+    ``json_path`` is written after every epoch and whenever the run ends, an interruption or an
+    exception (both are passed on) included. A loss that is not finite ends the run as
+    ``diverged``. Seeds the global generator and sets torch's thread count if one is configured.
+    """
+    observer = observer or Observer()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    steps_per_epoch = len(dataset.train) // config.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"batch_size {config.batch_size} is larger than the training set ({len(dataset.train)})"
+        )
+    settings = optimizers.settle(config.optimizer, config.settings)
+    torch.manual_seed(config.seed)
+    autoencoder = AUTOENCODERS[config.dataset]
+    model = autoencoder.build().to(device)  # built on the CPU: the same weights on every device
+    optimizer = optimizers.build(config.optimizer, model, settings, config.weight_decay)
+    run = Run(
+        config=config,
+        settings=optimizers.resolved(config.optimizer, optimizer, settings),
+        dataset={
+            "label": dataset.label,
+            "provenance": dataset.provenance,
+            "train": len(dataset.train),
+            "test": len(dataset.test),
+        },
+        environment=environment(device),
+    )
+    loop = _Loop(
+        run=run,
+        model=model,
+        optimizer=optimizer,
+        loss=autoencoder.loss,
+        train=dataset.train.to(device),
+        test=dataset.test.to(device),
+        watch=Stopwatch(device),
+        shuffle=torch.Generator().manual_seed(config.seed),
+        observer=observer,
+        json_path=None if json_path is None else Path(json_path),
+    )
+    observer.started(run, steps_per_epoch)
+    try:
+        loop.run_all()
+    finally:
+        loop.save()
+        observer.ended(run)
+    return run
+
+
+@dataclass
+class _Loop:
+    """The moving parts of one run."""
+
+    run: Run
+    model: nn.Module
+    optimizer: Any
+    loss: Loss
+    train: Tensor  # (N, d), on the device
+    test: Tensor  # (N_test, d), on the device
+    watch: Stopwatch
+    shuffle: torch.Generator
+    observer: Observer
+    json_path: Path | None
+    steps: int = 0
+    last_read: float = 0.0  # training seconds when the loss was last read
+
+    def run_all(self) -> None:
+        """Warm start and all epochs; sets ``run.status``."""
+        config = self.run.config
+        self.evaluate(epoch=0)
+        if config.warm_start and config.optimizer in optimizers.QUASI_NEWTON:
+            with self.watch:
+                self.optimizer.warm_start(batches(self.train, config.batch_size))
+            self.run.warm_start_seconds = self.watch.seconds
+        limit = config.max_seconds or math.inf
+        for epoch in range(1, config.epochs + 1):
+            with self.watch:
+                self.epoch()
+            self.evaluate(epoch)
+            if self.run.status == "diverged":
+                return
+            if self.watch.seconds >= limit:
+                break
+        self.run.status = "complete"
+
+    def epoch(self) -> None:
+        """One pass over the shuffled training set, given up at a loss seen not finite.
+
+        Images that do not fill a last batch are left for another epoch.
+        """
+        order = torch.randperm(len(self.train), generator=self.shuffle).to(self.train.device)
+        for images in batches(self.train, self.run.config.batch_size, order):
+
+            def closure(images: Tensor = images) -> Tensor:
+                self.optimizer.zero_grad()
+                loss = self.loss(self.model(images), images)
+                loss.backward()
+                return loss
+
+            loss = self.optimizer.step(closure)
+            self.steps += 1
+            seconds = self.watch.read()
+            if seconds - self.last_read >= READ_EVERY:
+                self.last_read = seconds
+                value = float(loss.detach())
+                self.observer.stepped(self.steps, seconds, value)
+                if not math.isfinite(value):
+                    self.run.status = "diverged"
+                    return
+
+    def evaluate(self, epoch: int) -> None:
+        """Add the row of ``epoch`` and save; the run has diverged if a loss is not finite."""
+        penalty = weight_penalty(self.model, self.run.config.weight_decay)
+        row = Row(
+            epoch=epoch,
+            steps=self.steps,
+            train_loss=mean_loss(self.model, self.loss, self.train) + penalty,
+            test_loss=mean_loss(self.model, self.loss, self.test) + penalty,
+            seconds=self.watch.seconds,
+            counters=counters(self.optimizer) if self.steps else {},
+        )
+        self.run.rows.append(row)
+        if not (math.isfinite(row.train_loss) and math.isfinite(row.test_loss)):
+            self.run.status = "diverged"
+        self.save()
+        self.observer.evaluated(row)
+
+    def save(self) -> None:
+        """Write the JSON file, if one is wanted."""
+        if self.json_path is not None:
+            write_json(self.json_path, self.run.payload())
+
+
+def batches(images: Tensor, size: int, order: Tensor | None = None) -> Iterator[Tensor]:
+    """Full batches of ``size`` rows, in the given order of the rows (N,); the rest is dropped."""
+    for start in range(0, len(images) - size + 1, size):
+        stop = start + size
+        yield images[start:stop] if order is None else images[order[start:stop]]
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, loss: Loss, images: Tensor) -> float:
+    """Mean over ``images`` of the loss per image, without weight decay."""
+    total = torch.zeros((), dtype=torch.float64, device=images.device)
+    for batch in images.split(EVALUATION_BATCH):
+        total += loss(model(batch), batch).double() * len(batch)
+    return float(total) / len(images)
+
+
+@torch.no_grad()
+def weight_penalty(model: nn.Module, weight_decay: float) -> float:
+    """``weight_decay / 2`` times the sum of squares of all weights and biases."""
+    squares = [parameter.double().square().sum() for parameter in model.parameters()]
+    return 0.5 * weight_decay * float(torch.stack(squares).sum())
+
+
+def counters(optimizer: Any) -> dict[str, float]:
+    """What ``optimizer.diagnostics()`` counts, added up over the layers, and its own counters.
+
+    Empty for optimizers without diagnostics. Reads from the device, so not for timed code.
+    """
+    if not hasattr(optimizer, "diagnostics"):
+        return {}
+    entries = list(optimizer.diagnostics().values())
+    if hasattr(optimizer, "counters"):
+        entries.append(optimizer.counters())
+    found: dict[str, float] = {}
+    for entry in entries:
+        for name, value in entry.items():
+            found[name] = found.get(name, 0) + float(value)
+    return found
+
+
+def write_json(path: Path, payload: dict[str, Any]) -> None:
+    """Write ``payload`` so that a reader finds the old content or the new, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(payload, indent=1, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but torch sees no CUDA device")
+    return device

@@ -1,0 +1,141 @@
+// Rows of many matrices shared out over the blocks of one grid, and their dot products with a vector.
+#pragma once
+
+#include "device.cuh"
+
+namespace kbfgs::cuda {
+
+// Rows at once per warp: two share each load of the vector, and their loads are all in flight before
+// the first use (2 rows x 2 packs x 16 bytes per thread, 32 KB per block of 512 threads; an H100's
+// 3.35 TB/s need about 15 KB in flight per multiprocessor).
+constexpr int kRowsAtOnce = 2;
+constexpr int kPacksAtOnce = 2;
+
+// Rows of one matrix that belong to this block: those that start in the block's equal part of the
+// concatenation of all matrices, so that blocks carry equal bytes whatever the sizes.
+struct RowShare {
+  int begin;
+  int end;
+};
+
+// `before`: elements of the matrices before this one; `total`: of all.
+__device__ __forceinline__ RowShare row_share(
+    int rows, int columns, int64_t before, int64_t total) {
+  const int64_t part = (total + gridDim.x - 1) / gridDim.x;
+  const int64_t from = part * blockIdx.x - before;
+  const int64_t to = from + part;
+  const int64_t size = static_cast<int64_t>(rows) * columns;
+  // Most blocks have no row of most matrices: keep them off the two divisions.
+  if (to <= 0 || from >= size) return {0, 0};
+  const int64_t first = from <= 0 ? 0 : (from + columns - 1) / columns;
+  const int64_t last = to >= size ? rows : (to + columns - 1) / columns;
+  return {static_cast<int>(first), static_cast<int>(last)};
+}
+
+// A row's place on chip: padded to whole packs.
+template <typename T>
+__device__ __forceinline__ int padded(int n) {
+  constexpr int kWidth = Pack<T>::kWidth;
+  return (n + kWidth - 1) / kWidth * kWidth;
+}
+
+// A vector that lies in memory. Other vectors are formed where they are used (see damping.cuh).
+template <typename T>
+struct Plain {
+  const T* v;
+  __device__ __forceinline__ T operator()(int j) const { return v[j]; }
+  __device__ __forceinline__ bool packed() const { return aligned(v); }
+  __device__ __forceinline__ Pack<T> pack(int j) const { return load_pack(v + j); }
+};
+
+// sum[k] = rows[k*pitch + .]·vec for the first `count` (1 or 2) rows, in every lane. With `keep` the
+// rows are also stored there, keep_pitch apart: the copy on chip that later phases read.
+template <typename T, typename Vector>
+__device__ __forceinline__ void dot_rows(
+    const T* rows, int64_t pitch, int count, int n, const Vector& vec, T* keep, int keep_pitch,
+    T (&sum)[kRowsAtOnce]) {
+  constexpr int kWidth = Pack<T>::kWidth;
+  // A missing second row repeats the first: no branch in the loop, the result is not used.
+  const int64_t step = count > 1 ? pitch : 0;
+  const int keep_step = count > 1 ? keep_pitch : 0;
+  sum[0] = sum[1] = T(0);
+  int done = 0;
+  if (aligned(rows) && pitch % kWidth == 0 && vec.packed()) {
+    done = n / kWidth * kWidth;
+    for (int j0 = lane_id() * kWidth; j0 < done; j0 += kPacksAtOnce * kWarp * kWidth) {
+      Pack<T> a[kPacksAtOnce][kRowsAtOnce];
+#pragma unroll
+      for (int u = 0; u < kPacksAtOnce; ++u) {
+        const int j = j0 + u * kWarp * kWidth;
+#pragma unroll
+        for (int k = 0; k < kRowsAtOnce; ++k) {
+          if (j < done) a[u][k] = load_pack(rows + k * step + j);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kPacksAtOnce; ++u) {
+        const int j = j0 + u * kWarp * kWidth;
+        if (j >= done) continue;
+        const Pack<T> x = vec.pack(j);
+#pragma unroll
+        for (int k = 0; k < kRowsAtOnce; ++k) {
+          if (keep) store_pack(keep + k * keep_step + j, a[u][k]);
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) sum[k] += a[u][k].value[e] * x.value[e];
+        }
+      }
+    }
+  }
+  // Rows or a vector off the 16-byte grid (every factor with a bias column of odd size), and tails.
+  constexpr int kScalarsAtOnce = kPacksAtOnce * kWidth;
+  for (int j0 = done + lane_id(); j0 < n; j0 += kScalarsAtOnce * kWarp) {
+    T a[kScalarsAtOnce][kRowsAtOnce];
+#pragma unroll
+    for (int u = 0; u < kScalarsAtOnce; ++u) {
+      const int j = j0 + u * kWarp;
+#pragma unroll
+      for (int k = 0; k < kRowsAtOnce; ++k) {
+        if (j < n) a[u][k] = rows[k * step + j];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kScalarsAtOnce; ++u) {
+      const int j = j0 + u * kWarp;
+      if (j >= n) continue;
+      const T x = vec(j);
+#pragma unroll
+      for (int k = 0; k < kRowsAtOnce; ++k) {
+        if (keep) keep[k * keep_step + j] = a[u][k];
+        sum[k] += a[u][k] * x;
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kRowsAtOnce; ++k) sum[k] = warp_sum(sum[k]);
+}
+
+// Rows [begin, end) of a matrix, two at a time over the warps of the block: `finish(row, dot)` runs
+// in one lane per row. `chip` is where this block keeps these rows, of which the first `kept` fit;
+// `fill` says whether they are read from memory and kept now, or read from the chip.
+template <typename T, typename Vector, typename Finish>
+__device__ __forceinline__ void matvec_rows(
+    const T* matrix, int n, RowShare share, const Vector& vec, T* chip, int kept, bool fill,
+    const Finish& finish) {
+  const int pitch = padded<T>(n);
+  for (int row = share.begin + kRowsAtOnce * warp_id(); row < share.end;
+       row += kRowsAtOnce * warps_per_block()) {
+    const int count = min(kRowsAtOnce, share.end - row);
+    const int local = row - share.begin;
+    const bool on_chip = local + count <= kept;
+    T* place = on_chip ? chip + static_cast<int64_t>(local) * pitch : nullptr;
+    T sum[kRowsAtOnce];
+    if (on_chip && !fill) {
+      dot_rows<T>(place, pitch, count, n, vec, nullptr, 0, sum);
+    } else {
+      dot_rows<T>(matrix + static_cast<int64_t>(row) * n, n, count, n, vec, place, pitch, sum);
+    }
+    if (lane_id() < count) finish(row + lane_id(), lane_id() == 0 ? sum[0] : sum[1]);
+  }
+}
+
+}  // namespace kbfgs::cuda

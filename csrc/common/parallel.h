@@ -1,0 +1,28 @@
+// Work units over torch's threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace kbfgs {
+
+// Calls body(unit) once for every unit. Threads take the next unit when they are free, so layers of
+// any size balance; a unit must therefore own what it writes, which also makes every result
+// independent of the number of threads.
+template <class Body>
+void parallel_units(int64_t units, const Body& body) {
+  const int64_t threads = std::min<int64_t>(units, at::get_num_threads());
+  std::atomic<int64_t> next{0};
+  const auto worker = [&](int64_t, int64_t) {
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(unit);
+  };
+  if (threads > 1)
+    at::parallel_for(0, threads, 1, worker);
+  else
+    worker(0, 1);
+}
+
+}  // namespace kbfgs

@@ -1,0 +1,46 @@
+// Fixed-width vectors on the compilers' vector extension (GCC, Clang): arithmetic is plain C++.
+// Reductions keep independent accumulators by hand, so that no fast-math is needed anywhere.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace kbfgs {
+
+
+template <typename T, int W>
+struct Simd {
+  static constexpr int L = W / static_cast<int>(sizeof(T));
+  typedef T V __attribute__((vector_size(W)));
+
+  static KBFGS_INLINE V load(const T* p) {
+    V v;
+    __builtin_memcpy(&v, p, W);
+    return v;
+  }
+  static KBFGS_INLINE void store(T* p, V v) { __builtin_memcpy(p, &v, W); }
+  static KBFGS_INLINE V all(T x) { return V{} + x; }
+  static KBFGS_INLINE T sum(V v) {
+    T lane[L];
+    __builtin_memcpy(lane, &v, W);
+    for (int width = L / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+    return lane[0];
+  }
+};
+
+// The next `W / sizeof(double)` elements of p, as doubles.
+template <int W>
+KBFGS_INLINE typename Simd<double, W>::V load_double(const double* p) {
+  return Simd<double, W>::load(p);
+}
+template <int W>
+KBFGS_INLINE typename Simd<double, W>::V load_double(const float* p) {
+  typedef float Half __attribute__((vector_size(W / 2)));
+  Half v;
+  __builtin_memcpy(&v, p, W / 2);
+  return __builtin_convertvector(v, typename Simd<double, W>::V);
+}
+
+}  // namespace kbfgs

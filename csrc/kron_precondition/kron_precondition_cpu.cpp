@@ -1,0 +1,156 @@
+// Momentum, the direction P = H_g M H_a, and the step.
+//
+// Per layer, N = n_g*n_a: momentum reads 3N elements and writes N; the two products are
+// 2*N*(n_g + n_a) FLOPs; the step reads 2N and writes 2N. Nothing else is touched.
+#include "kron_precondition.h"
+
+#include <algorithm>
+
+#include "../common/gemm.h"
+#include "../common/parallel.h"
+#include "../common/simd.h"
+
+namespace kbfgs {
+
+namespace {
+
+constexpr int64_t kBlockElements = 32 * 1024;  // some 10 us of work per unit
+
+struct MomentumBody {
+  // M <- mu*M + (1-mu)*(dW + gamma*W)
+  template <int W, typename T>
+  static KBFGS_INLINE void run(
+      T* M, const T* dW, const T* weight, int64_t n, T mu, T rest, T gamma) {
+    using S = Simd<T, W>;
+    int64_t j = 0;
+    for (; j + S::L <= n; j += S::L) {
+      const typename S::V D = S::load(dW + j) + S::load(weight + j) * gamma;
+      S::store(M + j, S::load(M + j) * mu + D * rest);
+    }
+    for (; j < n; ++j) M[j] = mu * M[j] + rest * (dW[j] + gamma * weight[j]);
+  }
+};
+
+struct DescendBody {
+  // weight, P <- weight - step*P, weight
+  template <int W, typename T>
+  static KBFGS_INLINE void run(T* weight, T* P, int64_t n, T step) {
+    using S = Simd<T, W>;
+    int64_t j = 0;
+    for (; j + S::L <= n; j += S::L) {
+      const typename S::V before = S::load(weight + j);
+      S::store(weight + j, before - S::load(P + j) * step);
+      S::store(P + j, before);
+    }
+    for (; j < n; ++j) {
+      const T before = weight[j];
+      weight[j] = before - step * P[j];
+      P[j] = before;
+    }
+  }
+};
+
+// Calls body(layer, row) for every row of every layer, in parallel by blocks of rows.
+template <class Layers, class Weights, class Body>
+void by_rows(const Layers& layers, const Weights& weights, const Body& body) {
+  struct Block {
+    size_t layer;
+    int64_t begin, end;
+  };
+  std::vector<Block> blocks;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const auto& w = weights(layers[l]);
+    const int64_t rows = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, w.n_a()));
+    for (int64_t i = 0; i < w.n_g; i += rows)
+      blocks.push_back({l, i, std::min(i + rows, w.n_g)});
+  }
+  parallel_units(static_cast<int64_t>(blocks.size()), [&](int64_t unit) {
+    const Block& block = blocks[unit];
+    for (int64_t i = block.begin; i < block.end; ++i) body(layers[block.layer], i);
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void momentum(const std::vector<Momentum<T>>& layers, double momentum, double weight_decay) {
+  const T mu = static_cast<T>(momentum), rest = static_cast<T>(1 - momentum);
+  const T gamma = static_cast<T>(weight_decay);
+  const auto weights = [](const Momentum<T>& l) -> const Parameters<T>& { return l.weights; };
+  by_rows(layers, weights, [&](const Momentum<T>& l, int64_t i) {  // (2)
+    const Parameters<T>&w = l.weights, &g = l.gradient;
+    T* M = l.M + i * w.n_a();
+    vectorised<MomentumBody>(
+        M, static_cast<const T*>(g.W + i * w.d_in), static_cast<const T*>(w.W + i * w.d_in),
+        w.d_in, mu, rest, gamma);
+    if (w.b != nullptr) M[w.d_in] = mu * M[w.d_in] + rest * (g.b[i] + gamma * w.b[i]);
+  });
+}
+
+template <typename T>
+void precondition(const std::vector<Precondition<T>>& layers) {
+  for (const auto& l : layers) {  // (3)
+    const Matrix<T> H_a(l.H_a, l.n_a, l.n_a, l.n_a), M(l.M, l.n_g, l.n_a, l.n_a);
+    if (l.H_g == nullptr) {
+      gemm(l.P, l.n_a, M, H_a, 1, 0);
+      continue;
+    }
+    gemm(l.work, l.n_a, Matrix<T>(l.H_g, l.n_g, l.n_g, l.n_g), M, 1, 0);
+    gemm(l.P, l.n_a, Matrix<T>(l.work, l.n_g, l.n_a, l.n_a), H_a, 1, 0);
+  }
+}
+
+template <typename T>
+void descend(const std::vector<Descend<T>>& layers, bool ok) {
+  const auto weights = [](const Descend<T>& l) -> const Parameters<T>& { return l.weights; };
+  by_rows(layers, weights, [&](const Descend<T>& l, int64_t i) {
+    const Parameters<T>& w = l.weights;
+    T *row = w.W + i * w.d_in, *P = l.P + i * w.n_a();
+    if (!ok) {
+      std::copy(row, row + w.d_in, P);
+      if (w.b != nullptr) P[w.d_in] = w.b[i];
+      return;
+    }
+    const T step = static_cast<T>(l.step_size);
+    vectorised<DescendBody>(row, P, w.d_in, step);  // (4)
+    if (w.b == nullptr) return;
+    const T before = w.b[i];
+    w.b[i] = before - step * P[w.d_in];
+    P[w.d_in] = before;
+  });
+}
+
+template <typename T>
+void restore(const std::vector<Descend<T>>& layers) {
+  const auto weights = [](const Descend<T>& l) -> const Parameters<T>& { return l.weights; };
+  by_rows(layers, weights, [](const Descend<T>& l, int64_t i) {
+    const Parameters<T>& w = l.weights;
+    const T* saved = l.P + i * w.n_a();
+    std::copy(saved, saved + w.d_in, w.W + i * w.d_in);
+    if (w.b != nullptr) w.b[i] = saved[w.d_in];
+  });
+}
+
+template <typename T>
+void kron_step(
+    const std::vector<KronStep<T>>& layers, double mu, double weight_decay, bool ok) {
+  for (const auto& l : layers) {  // layer by layer: M and P stay in the cache between the parts
+    if (ok) {
+      momentum<T>({l.momentum}, mu, weight_decay);
+      precondition<T>({l.direction});
+    }
+    descend<T>({l.descend}, ok);
+  }
+}
+
+#define KBFGS_INSTANTIATE(T)                                                  \
+  template void momentum(const std::vector<Momentum<T>>&, double, double);    \
+  template void precondition(const std::vector<Precondition<T>>&);            \
+  template void descend(const std::vector<Descend<T>>&, bool);                \
+  template void restore(const std::vector<Descend<T>>&);                      \
+  template void kron_step(const std::vector<KronStep<T>>&, double, double, bool);
+KBFGS_INSTANTIATE(float)
+KBFGS_INSTANTIATE(double)
+#undef KBFGS_INSTANTIATE
+
+}  // namespace kbfgs

@@ -1,0 +1,85 @@
+"""Builds kbfgs_ext._C: the C++ kernels always, the CUDA kernels where nvcc and a CUDA torch are.
+
+Everything else about the package stands in pyproject.toml.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).resolve().parent
+CUDA_BINDINGS = Path("csrc/bindings_cuda.cpp")
+# Ampere, Hopper, Blackwell, and PTX for what comes after.
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+os.chdir(HERE)
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError as error:
+    raise SystemExit(
+        f"kbfgs_ext is built against the installed torch, which does not import: {error}.\n"
+        "Install it first (pip install 'torch>=2.11'), or build without --no-build-isolation."
+    ) from error
+
+
+def check_compiler() -> None:
+    """Stop with what to install where there is no C++ compiler."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if sys.platform != "win32" and not (shutil.which(compiler) or shutil.which("g++")):
+        raise SystemExit(
+            f"kbfgs_ext needs a C++20 compiler, and {compiler!r} is not there. Install one:\n"
+            "  Debian, Ubuntu: apt-get install g++\n"
+            "  Fedora, RHEL:   dnf install gcc-c++\n"
+            "  macOS:          xcode-select --install\n"
+            "or set CXX to the one you have."
+        )
+
+
+def why_no_cuda() -> str | None:
+    """Why the CUDA kernels are left out, or None. A visible GPU is not needed."""
+    if not CUDA_BINDINGS.exists():
+        return f"{CUDA_BINDINGS} is not in this source tree"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if CUDA_HOME is None:
+        return "nvcc was not found (set CUDA_HOME)"
+    return None
+
+
+def extension():
+    """The one extension module, with or without CUDA."""
+    sources = sorted(
+        str(path)
+        for path in Path("csrc").rglob("*.cpp")
+        if path != CUDA_BINDINGS
+    )
+    # No fast-math: curvature quotients decide signs, and NaN must stay NaN.
+    cxx = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+    link = []
+    if sys.platform == "linux":  # torch's own OpenMP runtime; elsewhere kernels run on one thread
+        cxx.append("-fopenmp")
+        link.append("-fopenmp")
+    shared = {"name": "kbfgs_ext._C", "include_dirs": [str(HERE / "csrc")], "extra_link_args": link}
+    reason = why_no_cuda()
+    if reason is not None:
+        print(f"kbfgs_ext: CUDA kernels left out: {reason}")
+        return CppExtension(sources=sources, extra_compile_args={"cxx": cxx}, **shared)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    kernels = sorted(str(path) for path in Path("csrc").rglob("*.cu"))
+    return CUDAExtension(
+        sources=[*sources, str(CUDA_BINDINGS), *kernels],
+        define_macros=[("KBFGS_WITH_CUDA", None)],
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
+        **shared,
+    )
+
+
+check_compiler()
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildExtension},
+)

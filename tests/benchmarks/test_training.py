@@ -1,0 +1,268 @@
+"""Models, losses, optimizers and training runs on a handful of images."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import optimizers, training
+from benchmarks.data import Dataset
+from benchmarks.environment import environment
+from benchmarks.models import AUTOENCODERS, cross_entropy, half_squared_error
+from benchmarks.optimizers import Settings, SettingsError
+from benchmarks.training import Config, Observer, train
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def images() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(50, 784, generator=generator)
+    return Dataset.of("mnist", "noise (50)", "a test", pixels[:35], pixels[35:])
+
+
+def config(**changes: object) -> Config:
+    """Two epochs of AdamW, two batches of 16 each; three images are dropped."""
+    plain = {"optimizer": "adamw", "epochs": 2, "batch_size": 16}
+    return Config(**(plain | changes))
+
+
+# ------------------------------------------------------------------ models
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("mnist", "784-1000-500-250-30-250-500-1000-784"),
+        ("curves", "784-400-200-100-50-25-6-25-50-100-200-400-784"),
+        ("faces", "625-2000-1000-500-30-500-1000-2000-625"),
+    ],
+)
+def test_autoencoders_are_the_papers(name: str, widths: str) -> None:
+    model = AUTOENCODERS[name].build()
+    linear = [layer for layer in model if isinstance(layer, nn.Linear)]
+    assert [linear[0].in_features, *(layer.out_features for layer in linear)] == [
+        int(width) for width in widths.split("-")
+    ]
+    followed = [
+        i + 1 < len(model) and isinstance(model[i + 1], nn.ReLU)
+        for i, layer in enumerate(model)
+        if isinstance(layer, nn.Linear)
+    ]
+    code = len(linear) // 2 - 1
+    assert followed == [i not in (code, len(linear) - 1) for i in range(len(linear))]
+
+
+def test_losses_by_hand() -> None:
+    pixels = torch.tensor([[0.0, 1.0], [0.5, 0.25]])
+    assert cross_entropy(torch.zeros(2, 2), pixels).item() == pytest.approx(2 * math.log(2))
+    assert half_squared_error(pixels + 3, pixels).item() == pytest.approx(9)
+
+
+# ------------------------------------------------------------------ optimizers
+
+
+def test_settings_are_the_defaults_with_what_was_asked_for() -> None:
+    settled = optimizers.settle("kbfgsl", Settings(lr=0.1, damping_a=0.2))
+    expected = optimizers.DEFAULTS["kbfgsl"].given() | {"lr": 0.1, "damping_a": 0.2}
+    assert settled.given() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("adamw", Settings(damping=0.3, memory=3), "adamw has no setting damping, memory"),
+        ("kbfgs", Settings(memory=3), "kbfgs has no setting memory"),
+        ("adam", Settings(), "unknown optimizer 'adam', expected one of kbfgs, kbfgsl, adamw"),
+    ],
+)
+def test_foreign_settings_are_refused(name: str, settings: Settings, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        optimizers.settle(name, settings)
+
+
+@pytest.mark.parametrize("name", optimizers.NAMES)
+def test_every_optimizer_trains_every_parameter(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 5))
+    settings = optimizers.settle(name, Settings())
+    optimizer = optimizers.build(name, model, settings, weight_decay=1e-5)
+    x = torch.rand(8, 5)
+    before = [parameter.clone() for parameter in model.parameters()]
+    losses = []
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = half_squared_error(model(x), x)
+        loss.backward()
+        return loss
+
+    for _ in range(30):
+        losses.append(float(optimizer.step(closure).detach()))
+    assert losses[-1] < losses[0]
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert not torch.equal(old, new)
+    resolved = optimizers.resolved(name, optimizer, settings)
+    assert resolved["lr"] == settings.lr
+    assert ("hessian_action" in resolved) == (name in optimizers.QUASI_NEWTON)
+
+
+# ------------------------------------------------------------------ runs
+
+
+def test_a_run_has_a_row_per_epoch_and_says_where_it_comes_from(
+    images: Dataset, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "run.json"
+    run = train(config(), images, json_path=path)
+    assert run.status == "complete"
+    assert [row.epoch for row in run.rows] == [0, 1, 2]
+    assert [row.steps for row in run.rows] == [0, 2, 4]
+    assert run.rows[0].train_loss == pytest.approx(784 * math.log(2), rel=1e-2)
+    assert run.rows[2].train_loss < run.rows[0].train_loss
+    assert 0 == run.rows[0].seconds < run.rows[1].seconds < run.rows[2].seconds
+    written = json.loads(path.read_text())
+    assert written == json.loads(json.dumps(run.payload()))
+    assert written["status"] == "complete"
+    assert written["dataset"]["label"] == "noise (50)"
+    assert written["config"]["settings"]["lr"] == optimizers.DEFAULTS["adamw"].lr
+    assert written["environment"]["torch"] == torch.__version__
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_losses_are_the_published_notebooks(images: Dataset) -> None:
+    run = train(config(epochs=0, weight_decay=0.5, seed=3), images)
+    torch.manual_seed(3)
+    model = AUTOENCODERS["mnist"].build()
+    with torch.no_grad():
+        expected = cross_entropy(model(images.test), images.test)
+        expected += 0.25 * sum(p.square().sum() for p in model.parameters())
+    assert run.rows[0].test_loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_evaluation_weighs_a_short_last_batch_by_its_images(
+    images: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AUTOENCODERS["mnist"].build()
+    whole = training.mean_loss(model, cross_entropy, images.train)
+    monkeypatch.setattr(training, "EVALUATION_BATCH", 8)
+    assert training.mean_loss(model, cross_entropy, images.train) == pytest.approx(whole, rel=1e-6)
+
+
+def test_the_seed_decides_everything(images: Dataset) -> None:
+    def losses(seed: int) -> list[float]:
+        return [row.train_loss for row in train(config(seed=seed), images).rows]
+
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)
+
+
+def test_batches_are_full_and_follow_the_order() -> None:
+    rows = torch.arange(7).view(7, 1)
+    order = torch.tensor([6, 5, 4, 3, 2, 1, 0])
+    assert [batch.flatten().tolist() for batch in training.batches(rows, 3)] == [
+        [0, 1, 2],
+        [3, 4, 5],
+    ]
+    assert [batch.flatten().tolist() for batch in training.batches(rows, 3, order)] == [
+        [6, 5, 4],
+        [3, 2, 1],
+    ]
+
+
+@pytest.mark.parametrize("name", optimizers.QUASI_NEWTON)
+@pytest.mark.parametrize("warm_start", [True, False], ids=["warm", "cold"])
+def test_quasi_newton_runs_count_what_they_do(
+    images: Dataset, name: str, warm_start: bool
+) -> None:
+    run = train(config(optimizer=name, warm_start=warm_start, epochs=1), images)
+    assert run.status == "complete"
+    assert run.rows[0].counters == {}
+    pairs = run.rows[1].counters["accepted"] + run.rows[1].counters["rejected"]
+    assert pairs == 2 * 8  # steps times layers
+    assert (run.warm_start_seconds > 0) == warm_start
+    assert run.rows[1].seconds > run.warm_start_seconds
+
+
+def test_seconds_limit_a_run(images: Dataset) -> None:
+    run = train(config(epochs=100, max_seconds=1e-9), images)
+    assert run.status == "complete"
+    assert run.rows[-1].epoch == 1
+
+
+class Interrupt(Observer):
+    """Presses Ctrl-C after the first epoch."""
+
+    def evaluated(self, row: training.Row) -> None:
+        """Stop at epoch 1."""
+        if row.epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_leaves_its_rows(images: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    with pytest.raises(KeyboardInterrupt):
+        train(config(), images, observer=Interrupt(), json_path=path)
+    written = json.loads(path.read_text())
+    assert written["status"] == "interrupted"
+    assert [row["epoch"] for row in written["rows"]] == [0, 1]
+
+
+def test_an_unfinished_file_never_says_complete(images: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    seen = []
+
+    class Reader(Observer):
+        def evaluated(self, row: training.Row) -> None:
+            seen.append(json.loads(path.read_text())["status"])
+
+    train(config(), images, observer=Reader(), json_path=path)
+    assert seen == ["interrupted"] * 3
+
+
+@pytest.mark.parametrize("read_every", [0.0, math.inf], ids=["in the epoch", "after the epoch"])
+def test_a_diverged_run_stops(
+    images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_every: float
+) -> None:
+    monkeypatch.setattr(training, "READ_EVERY", read_every)
+    path = tmp_path / "run.json"
+    settings = Settings(lr=1e20)
+    run = train(config(optimizer="sgdm", settings=settings, epochs=9), images, json_path=path)
+    assert run.status == "diverged"
+    assert run.rows[-1].epoch == 1
+    written = json.loads(path.read_text())
+    assert written["status"] == "diverged"
+    assert written["rows"][-1]["train_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "cifar"}, "dataset must be one of mnist, curves, faces, got 'cifar'"),
+        ({"epochs": -1}, "epochs must be at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"weight_decay": math.nan}, "weight_decay must be at least 0, got nan"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"max_seconds": 0.0}, "max_seconds must be above 0, got 0"),
+        ({"batch_size": 36}, r"batch_size 36 is larger than the training set \(35\)"),
+    ],
+)
+def test_bad_configurations(images: Dataset, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(config(**changes), images)
+
+
+# ------------------------------------------------------------------ environment
+
+
+def test_environment_is_complete_and_ready_for_json() -> None:
+    found = json.loads(json.dumps(environment("cpu")))
+    assert set(found) == {
+        *("commit", "dirty", "device", "device_type", "driver", "torch", "cuda", "triton"),
+        *("kbfgs_ext", "python", "cpu", "threads"),
+    }
+    assert found["device"] == found["cpu"]
+    assert found["threads"] == torch.get_num_threads()
