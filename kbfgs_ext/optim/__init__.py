@@ -1,5 +1,6 @@
 """The optimizers. Data flows one way: capture -> factors -> method -> ops."""
 
 from kbfgs_ext.optim.kbfgs import KBFGS, KBFGSL
+from kbfgs_ext.optim.safeguard import SafeguardRule
 
-__all__ = ["KBFGS", "KBFGSL"]
+__all__ = ["KBFGS", "KBFGSL", "SafeguardRule"]

@@ -43,6 +43,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         plan: Plan,
         fallback: FallbackFactory | None,
+        rule: SafeguardRule,
     ) -> None:
         self.model = model
         self._plan = plan
@@ -63,7 +64,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
             self._covered.append(
                 Covered(self.param_groups[0], layers, hyper.DeviceScalars(device))
             )
-            self._guard = Safeguard(SafeguardRule(), device)
+            self._guard = Safeguard(rule, device)
             self._fallback = self._make_fallback(rest, fallback)
         except BaseException:
             self._recorder.detach()

@@ -18,6 +18,7 @@ from kbfgs_ext.optim.capture import Pass
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 from kbfgs_ext.optim.method import KBFGSLMethod, KBFGSMethod
 from kbfgs_ext.optim.passes import RandomState, SecondPass
+from kbfgs_ext.optim.safeguard import SafeguardRule
 
 Closure = Callable[[], torch.Tensor]
 HESSIAN_ACTIONS = ("ema", "minibatch")
@@ -47,7 +48,7 @@ class KBFGS(CoveredOptimizer):
         hessian_action: "minibatch" forms A's product with a vector from the minibatch itself, "ema"
             keeps the moving average A (the paper's; twice the memory on the activation side).
         safeguard: undo a step, on the device, whose second pass shows a higher or non-finite loss,
-            and shorten the next (kbfgs_ext/optim/safeguard.py). False is the paper's recursion.
+            and shorten the next; a `SafeguardRule` says how much. False is the paper's recursion.
         backend: of the ops: "auto", "reference", "cpu", "cuda" or "triton".
         fallback: makes the optimizer of the parameters that are not covered from a list of them;
             None takes `torch.optim.AdamW` with torch's defaults.
@@ -79,7 +80,7 @@ class KBFGS(CoveredOptimizer):
         powell: float = 0.2,
         weight_decay: float = 0.0,
         hessian_action: str = "minibatch",
-        safeguard: bool = True,
+        safeguard: bool | SafeguardRule = True,
         backend: str = "auto",
         fallback: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer] | None = None,
         freeze_second_pass: bool = True,
@@ -107,11 +108,14 @@ class KBFGS(CoveredOptimizer):
         }
         hyper.check_group(defaults)
 
-        self.safeguard = bool(safeguard)
+        if not isinstance(safeguard, (bool, SafeguardRule)):
+            raise TypeError(f"safeguard must be a bool or a SafeguardRule, got {safeguard!r}")
+        self.safeguard = safeguard is not False
+        rule = safeguard if isinstance(safeguard, SafeguardRule) else SafeguardRule()
         self.freeze_second_pass = bool(freeze_second_pass)
         plan = Plan(keep_A=hessian_action == "ema", memory=self.memory)
         self._method = (KBFGSMethod if self.memory is None else KBFGSLMethod)(plan, backend)
-        super().__init__(model, defaults, plan, fallback)
+        super().__init__(model, defaults, plan, fallback, rule)
 
     def step(self, closure: Closure | None = None) -> torch.Tensor:
         """One iteration: the closure runs twice, on the same minibatch.

@@ -14,17 +14,30 @@ like any other. How the two numbers were chosen: docs/safeguard.md.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
 
 @dataclasses.dataclass(frozen=True)
 class SafeguardRule:
-    """The numbers of the rule; the evidence is in docs/safeguard.md."""
+    """The numbers of the rule: 0 < shrink < 1 <= grow, 0 < smallest <= 1.
+
+    The evidence for the defaults is in docs/safeguard.md.
+    """
 
     shrink: float = 0.5
     grow: float = 1.1  # seven kept steps make up for one undone
     smallest: float = 2.0**-20  # keeps a run of bad batches from freezing training for good
+
+    def __post_init__(self) -> None:
+        for name, inside in (
+            ("shrink", 0 < self.shrink < 1),
+            ("grow", 1 <= self.grow < math.inf),
+            ("smallest", 0 < self.smallest <= 1),
+        ):
+            if not inside:
+                raise ValueError(f"{name} is out of its range: {getattr(self, name)}")
 
 
 class Safeguard:
