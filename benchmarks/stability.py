@@ -53,7 +53,7 @@ def row(run: Run, rule: str) -> dict[str, Any]:
 
 
 def _numbers(text: str) -> list[int]:
-    """"0-3,7" -> [0, 1, 2, 3, 7]."""
+    """ "0-3,7" -> [0, 1, 2, 3, 7]."""
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")

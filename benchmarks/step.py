@@ -1,8 +1,8 @@
 """Time of one whole training step, split into its parts: ``python -m benchmarks.step``.
 
-Each provider is a way to take a step of the same autoencoder on the same batches; the providers take
-turns, so that a noisy machine treats them alike, and every time is reported beside its ratio to the
-eager reference: section 2 of the method in plain PyTorch, with a full second pass.
+Each provider is a way to take a step of the same autoencoder on the same batches; they take
+turns, so that a noisy machine treats them alike, and every time is reported beside its ratio to
+the eager reference: the method in plain PyTorch, with a full second pass.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import os
 import types
+from typing import Any
 
 import torch
 
@@ -47,8 +48,8 @@ def _load_native() -> tuple[types.ModuleType | None, str | None]:
         return None, f"the compiled extension does not load: {error}"
 
 
-def native() -> types.ModuleType | None:
-    """The compiled extension, or None where it is missing or switched off."""
+def native() -> Any:
+    """The compiled extension; None where it is missing or switched off."""
     return None if native_missing() else _load_native()[0]
 
 

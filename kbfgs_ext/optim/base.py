@@ -61,9 +61,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
                 )
             device = common_device(layers)
             super().__init__([p for layer in layers for p in layer.parameters()], defaults)
-            self._covered.append(
-                Covered(self.param_groups[0], layers, hyper.DeviceScalars(device))
-            )
+            self._covered.append(Covered(self.param_groups[0], layers, hyper.DeviceScalars(device)))
             self._guard = Safeguard(rule, device)
             self._fallback = self._make_fallback(rest, fallback)
         except BaseException:
@@ -124,7 +122,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         if others and self._fallback is None:
             self._fallback = Fallback(others, default_fallback)
             self.param_groups.extend(self._fallback.optimizer.param_groups)
-        elif others:
+        elif others and self._fallback is not None:
             self._fallback.optimizer.add_param_group({"params": others})
             self.param_groups.append(self._fallback.optimizer.param_groups[-1])
 
@@ -189,8 +187,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it was made by another method or for another model; nothing is loaded then.
         """
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         saved = checkpoint.check(state_dict, self._about(), len(self.param_groups))
         with torch.no_grad():
@@ -202,8 +200,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
             self._fallback.optimizer.load_state_dict(saved["fallback"])
             self.param_groups[len(self._covered) :] = self._fallback.optimizer.param_groups
         self._publish_state()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     # ------------------------------------------------------------------ small things
 

@@ -39,10 +39,10 @@ class Slot:
         self.inputs: list[torch.Tensor] = []  # X of each use, m x d_in
         self.rows = 0  # m over all uses in the present pass
         self.gradients = 0  # uses that the backward pass has reached
-        self.h: torch.Tensor | None = None  # n_g: where the present pass averages the outputs
-        self.g: torch.Tensor | None = None  # n_g: where the present pass sums the gradients
+        self.h = torch.empty(0)  # n_g: where the present pass averages the outputs
+        self.g = torch.empty(0)  # n_g: where the present pass sums the gradients
 
-    def begin(self, h: torch.Tensor | None, g: torch.Tensor | None) -> None:
+    def begin(self, h: torch.Tensor, g: torch.Tensor) -> None:
         """Start a pass that writes to ``h`` and ``g``."""
         self.inputs, self.rows, self.gradients = [], 0, 0
         self.h, self.g = h, g
@@ -104,7 +104,7 @@ class Hook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor):
         recorder = self._recorder()
-        if recorder is None or recorder.at is Pass.OFF:
+        if recorder is None or self._slot is None or recorder.at is Pass.OFF:
             return None
         return recorder.record(self._slot, module, args[0] if args else kwargs["input"], output)
 

@@ -1,4 +1,4 @@
-"""Coverage: which layers of a model K-BFGS takes, and which parameters it leaves to the fallback."""
+"""Coverage: which layers of a model K-BFGS takes, and what it leaves to the fallback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from kbfgs_ext.optim.capture import Recorder
 from kbfgs_ext.optim.factors import LayerFactors
-from kbfgs_ext.optim.layers import kind_of
+from kbfgs_ext.optim.layers import Linear, kind_of
 
 
 def cover(
@@ -30,9 +30,10 @@ def cover(
         TypeError: the weight of a known kind is not real floating point.
         ValueError: a weight is not initialised yet (lazy modules).
     """
-    by_weight: dict[int, list[tuple[str, nn.Module]]] = {}
+    by_weight: dict[int, tuple[type[Linear], list[tuple[str, nn.Module]]]] = {}
     for name, module in model.named_modules():
-        if kind_of(module) is None or not isinstance(module.weight, nn.Parameter):
+        kind = kind_of(module)
+        if kind is None or not isinstance(module.weight, nn.Parameter):
             continue
         if not module.weight.is_floating_point():
             raise TypeError(
@@ -40,15 +41,15 @@ def cover(
                 " only real floating-point weights can be trained"
             )
         if module.weight.requires_grad:
-            by_weight.setdefault(id(module.weight), []).append((name, module))
+            by_weight.setdefault(id(module.weight), (kind, []))[1].append((name, module))
 
     layers: list[LayerFactors] = []
-    for uses in by_weight.values():
+    for kind, uses in by_weight.values():
         name, module = uses[0]
         wanted = within is None or id(module.weight) in within
         if not wanted or any(other.bias is not module.bias for _, other in uses):
             continue
-        layer = LayerFactors(name or type(module).__name__, module, kind_of(module))
+        layer = LayerFactors(name or type(module).__name__, module, kind)
         layers.append(layer)
         for _, user in uses:
             recorder.attach(user, layer.slot)

@@ -43,8 +43,8 @@ class LayerFactors:
     def __init__(self, name: str, module: nn.Module, kind: type[Linear]) -> None:
         self.name = name
         self.kind = kind
-        self.weight: nn.Parameter = module.weight
-        bias = module.bias
+        self.weight: nn.Parameter = kind.weight(module)
+        bias = kind.bias(module)
         self.bias: nn.Parameter | None = bias if bias is not None and bias.requires_grad else None
         n_g, d_in = kind.matrix(self.weight).shape
         self.n_g, self.n_a = n_g, d_in + (self.bias is not None)
@@ -125,11 +125,15 @@ class LayerFactors:
 
     def dW(self) -> torch.Tensor:
         """The weight's gradient, d_out x d_in."""
+        assert self.weight.grad is not None  # has_gradients() has seen it
         return self.kind.matrix(self.weight.grad)
 
     def db(self) -> torch.Tensor:
         """The bias's gradient, or an empty tensor."""
-        return self._no_bias if self.bias is None else self.bias.grad
+        if self.bias is None:
+            return self._no_bias
+        assert self.bias.grad is not None
+        return self.bias.grad
 
     def parameters(self) -> list[nn.Parameter]:
         """The covered parameters: the weight, and the bias where it is trained."""

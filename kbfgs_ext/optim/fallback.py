@@ -7,7 +7,7 @@ that the safeguard undoes leaves the parameters as they were; both are decided o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -24,14 +24,13 @@ class Fallback:
 
     def __init__(
         self,
-        parameters: list[torch.Tensor],
+        parameters: Sequence[torch.Tensor],
         factory: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer],
     ) -> None:
         self.optimizer = factory(parameters)
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(
-                "fallback must return a torch.optim.Optimizer,"
-                f" got {type(self.optimizer).__name__}"
+                f"fallback must return a torch.optim.Optimizer, got {type(self.optimizer).__name__}"
             )
         self._saved: list[torch.Tensor] = []
         self._stepped: list[torch.Tensor] = []
@@ -51,7 +50,7 @@ class Fallback:
         before = [t.detach() for t in parameters + state]
         self._keep(before)
         for p in parameters:  # a non-finite gradient must not enter state made by this very step
-            if not p.grad.is_sparse:
+            if p.grad is not None and not p.grad.is_sparse:
                 p.grad.copy_(torch.where(ok, p.grad, 0.0))
         self.optimizer.step()
         self._put_back(before, ~ok)

@@ -87,8 +87,8 @@ class KBFGS(CoveredOptimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"model must be a torch.nn.Module, got {type(model).__name__}: the optimizer watches"
-                " layers, so it needs the model rather than model.parameters()"
+                f"model must be a torch.nn.Module, got {type(model).__name__}: the optimizer"
+                " watches layers, so it needs the model rather than model.parameters()"
             )
         if hessian_action not in HESSIAN_ACTIONS:
             raise ValueError(
@@ -117,7 +117,7 @@ class KBFGS(CoveredOptimizer):
         self._method = (KBFGSMethod if self.memory is None else KBFGSLMethod)(plan, backend)
         super().__init__(model, defaults, plan, fallback, rule)
 
-    def step(self, closure: Closure | None = None) -> torch.Tensor:
+    def step(self, closure: Closure | None = None) -> torch.Tensor:  # type: ignore[override]
         """One iteration: the closure runs twice, on the same minibatch.
 
         Args:
@@ -164,9 +164,7 @@ class KBFGS(CoveredOptimizer):
             if self._fallback is not None:
                 self._fallback.step(ok)
 
-        second = SecondPass(
-            self._parameters(), random, self._buffers, self.freeze_second_pass
-        )
+        second = SecondPass(self._parameters(), random, self._buffers, self.freeze_second_pass)
         try:
             with second:
                 loss_next = self._run(closure, Pass.SECOND)
@@ -213,11 +211,12 @@ class KBFGS(CoveredOptimizer):
 
     def _finite(self, value: torch.Tensor, active: list[LayerFactors]) -> torch.Tensor:
         """Whether the loss and every gradient are finite, as a bool scalar on the device."""
-        gradients = [p.grad for layer in active for p in layer.parameters()]
+        parameters: list[torch.Tensor] = [p for layer in active for p in layer.parameters()]
         if self._fallback is not None:
-            others = (p.grad for p in self._fallback.parameters())
-            gradients += [g.coalesce().values() if g.is_sparse else g for g in others if g is not None]
-        norms = torch._foreach_norm([g.detach() for g in gradients])
+            parameters += self._fallback.parameters()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        norms = torch._foreach_norm(gradients)
         largest = torch.stack([n.to(value) for n in norms]).sum()
         return torch.isfinite(value) & torch.isfinite(largest)
 
@@ -269,7 +268,7 @@ class KBFGS(CoveredOptimizer):
     def _warm_batch(self, batch: Any) -> torch.Tensor:
         """Average one batch into the factors; whether its activations are finite."""
         for layer in self._layers():
-            layer.slot.begin(None, None)
+            layer.slot.begin(layer["h_bar"], layer["g_bar"])
         if isinstance(batch, Mapping):
             self.model(**batch)
         elif isinstance(batch, (tuple, list)):
@@ -286,6 +285,7 @@ class KBFGS(CoveredOptimizer):
                 layer.slot.inputs.clear()
                 fine &= torch.isfinite(a_bar).all()
         return fine
+
 
 class KBFGSL(KBFGS):
     """K-BFGS(L): K-BFGS with the gradient factor kept as its last ``memory`` pairs.

@@ -1,11 +1,13 @@
 """Layer kinds: what a layer looks like to the algorithm.
 
 A kind turns a module's input into rows X (the column of ones is implied), its output into rows h,
-and its weight and weight gradient into matrices d_out x d_in. A new kind of layer is one small class
-here, added to `KINDS`.
+and its weight and weight gradient into matrices d_out x d_in. A new kind of layer is one small
+class here, added to `KINDS`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,12 +19,22 @@ class Linear:
     module_type = nn.Linear
 
     @staticmethod
-    def input_rows(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    def weight(module: Any) -> nn.Parameter:
+        """The weight parameter."""
+        return module.weight
+
+    @staticmethod
+    def bias(module: Any) -> nn.Parameter | None:
+        """The bias parameter, if the layer has one."""
+        return module.bias
+
+    @staticmethod
+    def input_rows(module: Any, x: torch.Tensor) -> torch.Tensor:
         """The input as m x d_in rows."""
         return x.reshape(-1, module.in_features)
 
     @staticmethod
-    def output_rows(module: nn.Linear, h: torch.Tensor) -> torch.Tensor:
+    def output_rows(module: Any, h: torch.Tensor) -> torch.Tensor:
         """The output, or a gradient of its shape, as m x d_out rows."""
         return h.reshape(-1, module.out_features)
 

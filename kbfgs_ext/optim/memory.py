@@ -1,4 +1,4 @@
-"""Memory of the optimizer, counted from shapes: the same numbers before and after training starts."""
+"""Memory of the optimizer, counted from shapes: the same before and after training starts."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The second pass must see the first one's world: same random numbers, same buffers, other weights.
 
 `SecondPass` is a context manager around the second run of the closure. Inside it the random
-generators stand where they stood before the first pass, and parameters want no gradient. On leaving,
-buffers (BatchNorm statistics) are as the first pass left them, and every parameter has its
+generators stand where they stood before the first pass, and parameters want no gradient. On
+leaving, buffers (BatchNorm statistics) are as the first pass left them, and every parameter has its
 requires_grad and its first-pass gradient again.
 """
 

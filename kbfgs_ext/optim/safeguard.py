@@ -1,14 +1,14 @@
 """The safeguard: a step that has made its own minibatch worse is undone, and the next is shorter.
 
-The second pass yields the loss at the new point on the same minibatch, with the same random numbers,
-for nothing. `Safeguard.judge` compares it with the first pass's loss, on the device:
+The second pass yields the loss at the new point on the same minibatch, with the same random
+numbers, for nothing. `Safeguard.judge` compares it with the first pass's loss, on the device:
 
     undo     = not loss_next <= loss          (so a NaN is undone too)
     scale   <- shrink*scale                   where undone, at least `smallest`
                min(1, grow*scale)             where kept
 
-and the step of the next iteration is lr*scale*P. The pair of an undone step is kept: it is curvature
-like any other. How the two numbers were chosen: docs/safeguard.md.
+and the step of the next iteration is lr*scale*P. The pair of an undone step is kept: it is
+curvature like any other. How the two numbers were chosen: docs/safeguard.md.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ class Safeguard:
         self.steps.add_(1)
         self.skipped.add_(~ok)
 
-    def judge(
-        self, loss: torch.Tensor, loss_next: torch.Tensor, ok: torch.Tensor
-    ) -> torch.Tensor:
+    def judge(self, loss: torch.Tensor, loss_next: torch.Tensor, ok: torch.Tensor) -> torch.Tensor:
         """Whether to undo the step (bool scalar on the device); adapts the scale."""
         undo = ~(loss_next <= loss)
         scale = torch.where(

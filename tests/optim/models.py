@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 def mlp(*sizes: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Sequential:
     """Linear layers of the given sizes with ReLU between them."""
     modules: list[nn.Module] = []
-    for d_in, d_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for d_in, d_out in itertools.pairwise(sizes):
         modules += [nn.Linear(d_in, d_out, bias=bias, dtype=dtype), nn.ReLU()]
     return nn.Sequential(*modules[:-1])
 

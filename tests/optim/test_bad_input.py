@@ -221,9 +221,9 @@ def test_non_finite_is_skipped_and_counted(kind, value, method, action):
     opt.step(bad)
     assert int(opt.counters()["skipped"]) == 2
     assert_same(before, snapshot(model, opt))
-    assert adam.replace("tensor(4.)", "tensor(3.)") == str(
-        opt._fallback.optimizer.state
-    ).replace("tensor(4.)", "tensor(3.)")
+    assert adam.replace("tensor(4.)", "tensor(3.)") == str(opt._fallback.optimizer.state).replace(
+        "tensor(4.)", "tensor(3.)"
+    )
     assert math.isfinite(opt.step(good).item())
 
 
@@ -266,7 +266,10 @@ def test_warm_start_errors():
     ("make", "message"),
     [
         (lambda: torch.optim.AdamW(mlp(4, 5, 3).parameters()), "not made by KBFGS"),
-        (lambda: KBFGS(mlp(4, 6, 3)), r"another model: layer '0' .* is \[6, 5\] there and \[5, 5\]"),
+        (
+            lambda: KBFGS(mlp(4, 6, 3)),
+            r"another model: layer '0' .* is \[6, 5\] there and \[5, 5\]",
+        ),
         (lambda: KBFGS(mlp(4, 5, 3, 3)), "another model: layer '4'"),
         (lambda: KBFGSL(mlp(4, 5, 3)), "method = 'K-BFGS.L.', this optimizer has"),
         (lambda: KBFGS(mlp(4, 5, 3), hessian_action="ema"), "hessian_action = 'ema'"),

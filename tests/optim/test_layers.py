@@ -30,8 +30,10 @@ def test_trains_and_factors_change(method, action, dtype, bias):
     torch.manual_seed(0)
     model = mlp(6, 9, 4, dtype=dtype, bias=bias)
     x, target = rows(32, 6, dtype), rows(32, 4, dtype, seed=1)
-    opt = method(model, lr=0.3, hessian_action=action, memory=5) if method is KBFGSL else method(
-        model, lr=0.3, hessian_action=action
+    opt = (
+        method(model, lr=0.3, hessian_action=action, memory=5)
+        if method is KBFGSL
+        else method(model, lr=0.3, hessian_action=action)
     )
     opt.step(closure_of(model, opt, x, target))
     before = snapshot(model, opt)

@@ -136,9 +136,7 @@ def curvature_update_(
     if len(work) != max(len(H_a), len(H_g)):
         raise ValueError(f"work must have one entry per layer, got {len(work)}")
     for i, w in enumerate(work):
-        wanted = workspace_size(
-            H_a[i].shape[0] if H_a else 0, H_g[i].shape[0] if H_g else 0
-        )
+        wanted = workspace_size(H_a[i].shape[0] if H_a else 0, H_g[i].shape[0] if H_g else 0)
         if w.numel() < wanted:
             raise ValueError(f"work[{i}] must have at least {wanted} elements, got {w.numel()}")
     torch.ops.kbfgs_ext.curvature_update_(

@@ -49,9 +49,7 @@ def pair_ema_(
         for i, v in enumerate(vectors):
             checks.shape(name, i, v, s[i].shape[0])
             checks.like(name, i, v, s[i])
-    torch.ops.kbfgs_ext.pair_ema_(
-        s, y, h_bar, h_bar_next, g_bar, g_bar_next, decay, ok, backend
-    )
+    torch.ops.kbfgs_ext.pair_ema_(s, y, h_bar, h_bar_next, g_bar, g_bar_next, decay, ok, backend)
 
 
 def double_damping_(

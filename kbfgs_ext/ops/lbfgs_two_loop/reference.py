@@ -63,7 +63,9 @@ def lbfgs_push_(S, Y, rho, pushed, counts, s, y, c, ok) -> None:
     for i in range(len(S)):
         finite = torch.isfinite(s[i] @ s[i]) & torch.isfinite(y[i] @ y[i])
         accept = gate(s[i], y[i], c[i], finite, ok)
-        row = (torch.arange(S[i].shape[0], device=S[i].device) == pushed[i] % S[i].shape[0]) & accept
+        row = (
+            torch.arange(S[i].shape[0], device=S[i].device) == pushed[i] % S[i].shape[0]
+        ) & accept
         S[i].copy_(torch.where(row[:, None], s[i], S[i]))
         Y[i].copy_(torch.where(row[:, None], y[i], Y[i]))
         rho[i].copy_(torch.where(row, 1 / (s[i] @ y[i]), rho[i]))
