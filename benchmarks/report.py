@@ -1,0 +1,162 @@
+"""Tables in the documents, made from rows: ``python -m benchmarks.report``.
+
+A table stands between ``<!-- rows: NAME -->`` and ``<!-- end -->`` in README.md or docs/*.md and is
+written anew from ``benchmarks/results``; ``--check`` fails where that would change a document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.demo import TARGETS, seconds_to
+from benchmarks.plots import LOOKS
+from benchmarks.step import PHASES
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- rows: (\S+) -->\n).*?(<!-- end -->)", flags=re.S)
+
+Row = dict[str, Any]
+
+
+def lines_of(name: str) -> list[Row]:
+    """The rows of ``benchmarks/results/NAME.jsonl``."""
+    text = (RESULTS / f"{name}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def markdown(heads: list[str], body: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are right-aligned."""
+    rule = ["---"] + ["---:"] * (len(heads) - 1)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in [heads, rule, *body])
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """``value`` with ``digits`` decimals, or a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001
+
+
+def machine(row: Row) -> str:
+    """Where a row comes from."""
+    commit = (row["commit"] or "no commit")[:10] + (" with changes" if row["dirty"] else "")
+    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, commit {commit}"
+
+
+def demo() -> str:
+    """Final losses and seconds to fixed losses of the demo's runs."""
+    runs = json.loads((RESULTS / "demo" / "demo.json").read_text())["runs"]
+    heads = ["optimizer", "epochs", "seconds", "train", "test"]
+    heads += [f"s to {target:g}" for target in TARGETS]
+    body = []
+    for run in runs:
+        last = run["rows"][-1]
+        body.append(
+            [
+                LOOKS[run["config"]["optimizer"]].label,
+                str(last["epoch"]),
+                number(last["seconds"]),
+                number(last["train_loss"], 2),
+                number(last["test_loss"], 2),
+                *(number(seconds_to(run, target)) for target in TARGETS),
+            ]
+        )
+    first = runs[0]
+    return (
+        markdown(heads, body)
+        + f"\n{first['dataset']['label']}, batch {first['config']['batch_size']},"
+        f" seed {first['config']['seed']}; {machine(first['environment'])}.\n"
+    )
+
+
+def step() -> str:
+    """Milliseconds of a whole step and of its parts."""
+    rows = lines_of("step")
+    heads = ["step", "ms", "ratio", *PHASES]
+    body = []
+    for row in rows:
+        phases = row["phases_ms"] or {}
+        body.append(
+            [
+                f"{row['provider']}, {row['hessian_action']}"
+                if "kbfgs" in row["provider"]
+                else row["provider"],
+                number(row["ms"]["q50"], 0),
+                number(row["ratio_to_eager"], 2),
+                *(number(phases.get(p)) for p in PHASES),
+            ]
+        )
+    return markdown(heads, body) + (
+        f"\nMedians of {rows[0]['rounds']} interleaved rounds, MNIST autoencoder, batch"
+        f" {rows[0]['batch_size']}, float32; {machine(rows[0])}.\n"
+    )
+
+
+def stability() -> str:
+    """Outcome and losses of the seeds under each rule."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in lines_of("stability"):
+        s = row["settings"]
+        key = (s["hessian_action"], row["rule"], s["lr"], s["damping"], len(row["train_loss"]))
+        groups.setdefault(key, []).append(row)
+    heads = ["hessian_action", "safeguard", "lr", "damping", "seeds", "epochs", "survived"]
+    heads += ["after epoch 1: median", "worst", "at the end: median", "worst", "steps undone"]
+    body = []
+    for (action, rule, lr, damping, epochs), rows in groups.items():
+        good = [r for r in rows if r["status"] == "complete" and r["train_loss"][-1] < START]
+        first, last = ([r["train_loss"][i] for r in good] for i in (0, -1))
+        body.append(
+            [
+                action,
+                rule,
+                f"{lr:g}",
+                f"{damping:g}",
+                str(len(rows)),
+                str(epochs),
+                f"{len(good)} of {len(rows)}",
+                number(statistics.median(first) if good else None),
+                number(max(first, default=None)),
+                number(statistics.median(last) if good else None),
+                number(max(last, default=None)),
+                number(statistics.median(r["undone"] for r in good) if good else None, 0),
+            ]
+        )
+    row = lines_of("stability")[0]
+    return markdown(heads, body) + f"\n{row['dataset']}; {machine(row)}.\n"
+
+
+START = 543.4  # loss of a network that says nothing, 784 ln 2: a run that ends above has blown up
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, "step": step, "stability": stability}
+
+
+def render(text: str) -> str:
+    """``text`` with every table made anew."""
+    return PLACE.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if stale")
+    args = parser.parse_args(arguments)
+    stale = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        old = path.read_text()
+        new = render(old)
+        if new != old:
+            stale.append(path.name)
+            if not args.check:
+                path.write_text(new)
+    print("stale: " + ", ".join(stale) if stale else "all tables are as the rows say")
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
