@@ -54,8 +54,7 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
     for run in runs:
         last = run["rows"][-1]
         losses = (
-            "-" if last[key] is None else f"{last[key]:.2f}"
-            for key in ("train_loss", "test_loss")
+            "-" if last[key] is None else f"{last[key]:.2f}" for key in ("train_loss", "test_loss")
         )
         times = (seconds_to(run, target) for target in TARGETS)
         made.add_row(

@@ -40,7 +40,7 @@ def markdown(heads: list[str], body: list[list[str]]) -> str:
 
 def number(value: float | None, digits: int = 1) -> str:
     """``value`` with ``digits`` decimals, or a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def machine(row: Row) -> str:
@@ -84,9 +84,7 @@ def step() -> str:
         phases = row["phases_ms"] or {}
         body.append(
             [
-                f"{row['provider']}, {row['hessian_action']}"
-                if "kbfgs" in row["provider"]
-                else row["provider"],
+                row["provider"],
                 number(row["ms"]["q50"], 0),
                 number(row["ratio_to_eager"], 2),
                 *(number(phases.get(p)) for p in PHASES),

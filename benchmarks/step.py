@@ -26,7 +26,7 @@ from benchmarks.environment import environment
 from benchmarks.models import AUTOENCODERS
 from kbfgs_ext import KBFGS, KBFGSL
 
-EAGER = "kbfgs eager, full second pass"
+EAGER = "eager K-BFGS, ema, full second pass"
 PHASES = ("first pass", "second pass", "statistics", "direction", "curvature", "other")
 
 
@@ -35,23 +35,24 @@ class Provider:
     """A named way to make the optimizer of a model."""
 
     name: str
-    make: Callable[[torch.nn.Module, str], torch.optim.Optimizer]
+    make: Callable[[torch.nn.Module], torch.optim.Optimizer]
 
 
 def _kbfgs(method: type[KBFGS], **options: Any) -> Callable[..., torch.optim.Optimizer]:
-    def make(model: torch.nn.Module, hessian_action: str) -> torch.optim.Optimizer:
-        return method(model, weight_decay=1e-5, hessian_action=hessian_action, **options)
+    return lambda model: method(model, weight_decay=1e-5, **options)
 
-    return make
 
+_EAGER = {"backend": "reference", "freeze_second_pass": False}
 
 PROVIDERS = (
-    Provider(EAGER, _kbfgs(KBFGS, backend="reference", freeze_second_pass=False)),
-    Provider("kbfgs eager, frozen second pass", _kbfgs(KBFGS, backend="reference")),
-    Provider("kbfgs", _kbfgs(KBFGS)),
-    Provider("kbfgsl", _kbfgs(KBFGSL)),
-    Provider("adamw", lambda model, _: torch.optim.AdamW(model.parameters(), fused=True)),
-    Provider("sgd", lambda model, _: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)),
+    Provider(EAGER, _kbfgs(KBFGS, hessian_action="ema", **_EAGER)),
+    Provider("eager K-BFGS, minibatch, full", _kbfgs(KBFGS, hessian_action="minibatch", **_EAGER)),
+    Provider("K-BFGS, ema", _kbfgs(KBFGS, hessian_action="ema")),
+    Provider("K-BFGS, minibatch", _kbfgs(KBFGS, hessian_action="minibatch")),
+    Provider("K-BFGS(L), ema", _kbfgs(KBFGSL, hessian_action="ema")),
+    Provider("K-BFGS(L), minibatch", _kbfgs(KBFGSL, hessian_action="minibatch")),
+    Provider("AdamW, fused", lambda model: torch.optim.AdamW(model.parameters(), fused=True)),
+    Provider("SGD", lambda model: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)),
 )
 
 
@@ -112,14 +113,12 @@ class Runner:
         self.phases.append(self.clock.seconds)
 
 
-def make_runner(
-    provider: Provider, dataset: str, batch: torch.Tensor, hessian_action: str
-) -> Runner:
+def make_runner(provider: Provider, dataset: str, batch: torch.Tensor) -> Runner:
     """The provider's model and optimizer, from the same seed as every other's."""
     torch.manual_seed(0)
     task = AUTOENCODERS[dataset]
     model = task.build().to(batch.device)
-    opt = provider.make(model, hessian_action)
+    opt = provider.make(model)
 
     def closure() -> torch.Tensor:
         opt.zero_grad()
@@ -131,19 +130,19 @@ def make_runner(
 
 
 def measure(
-    dataset: str, hessian_action: str, batch_size: int, rounds: int, device: torch.device
+    dataset: str, batch_size: int, rounds: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """A row per provider: quantiles of the step, its phases, the ratio to the eager reference."""
     pixels = AUTOENCODERS[dataset].encoder[0]
     generator = torch.Generator().manual_seed(0)
     batch = torch.rand(batch_size, pixels, generator=generator).to(device)
-    runners = [make_runner(p, dataset, batch, hessian_action) for p in PROVIDERS]
+    runners = [make_runner(p, dataset, batch) for p in PROVIDERS]
     for _ in range(3):  # start-up: allocation, the inverse, and caches
         for runner in runners:
             runner.run(device)
             runner.seconds.clear()
             runner.phases.clear()
-    for _ in track(range(rounds), f"{dataset}, {hessian_action}", console=Console(stderr=True)):
+    for _ in track(range(rounds), dataset, console=Console(stderr=True)):
         for runner in runners:
             runner.run(device)
     eager = _quantile(runners[0].seconds, 0.5)
@@ -151,7 +150,6 @@ def measure(
         {
             "kind": "step",
             "dataset": dataset,
-            "hessian_action": hessian_action,
             "provider": runner.name,
             "batch_size": batch_size,
             "dtype": "float32",
@@ -175,12 +173,11 @@ def _quantile(values: list[float], q: float) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows of one data set and Hessian action for people."""
+    """The rows of one data set for people."""
     first = rows[0]
     made = Table(
         title=f"{first['dataset']} autoencoder, batch {first['batch_size']}, float32,"
-        f' hessian_action="{first["hessian_action"]}", {first["device"]},'
-        f" {first['threads']} threads: ms a step"
+        f" {first['device']}, {first['threads']} threads: ms a step"
     )
     for name in ("provider", "median", "20-80%", "ratio", *PHASES):
         made.add_column(name, justify="left" if name == "provider" else "right")
@@ -208,9 +205,6 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--dataset", choices=AUTOENCODERS, nargs="+", default=["mnist"])
-    parser.add_argument(
-        "--hessian-action", choices=("ema", "minibatch"), nargs="+", default=["ema", "minibatch"]
-    )
     parser.add_argument("--batch-size", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int)
@@ -219,15 +213,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     with _threads(args.threads):
         for dataset in args.dataset:
-            for action in args.hessian_action:
-                rows = measure(
-                    dataset, action, args.batch_size, args.rounds, torch.device(args.device)
-                )
-                Console(width=170).print(table(rows))
-                if args.json:
-                    args.json.parent.mkdir(parents=True, exist_ok=True)
-                    with args.json.open("a") as file:
-                        file.writelines(json.dumps(row) + "\n" for row in rows)
+            rows = measure(dataset, args.batch_size, args.rounds, torch.device(args.device))
+            Console(width=170).print(table(rows))
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                with args.json.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
     return 0
 
 

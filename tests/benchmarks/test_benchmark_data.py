@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
+
 from benchmarks import data
 from benchmarks.data import DataError, curves, faces, mnist
-from scipy.io import savemat
 
 
 @pytest.fixture(autouse=True)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+
 from benchmarks import data, demo, plots
 from benchmarks import train as command
 from benchmarks.data import Dataset
 from benchmarks.optimizers import NAMES, Settings
 from benchmarks.progress import Display
 from benchmarks.training import Config, train
-from rich.console import Console
 
 
 @pytest.fixture
@@ -104,7 +106,8 @@ def test_a_run_from_the_command_line(
 
 
 def test_quiet_prints_nothing(noise: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main("--optimizer adamw --epochs 1 --batch-size 16 --quiet".split()) == 0
+    line = "--optimizer adamw --epochs 1 --batch-size 16 --quiet"
+    assert command.main(line.split()) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == ""
@@ -132,9 +135,7 @@ def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert captured.err.count("\n") == 1
 
 
-def test_exit_status_tells_how_a_run_ended(
-    noise: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exit_status_tells_how_a_run_ended(noise: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     line = "--optimizer sgdm --lr 1e20 --epochs 2 --batch-size 16 --quiet"
     assert command.main(line.split()) == command.DIVERGED
 
@@ -208,6 +209,6 @@ def test_names_at_the_ends_of_lines_do_not_overlap() -> None:
     axis = figure.subplots()
     plots._panel(axis, [payload(name, [543.0, 80.0]) for name in NAMES], "train_loss")
     heights = sorted(text.get_position()[1] for text in axis.texts)
-    gaps = [b - a for a, b in zip(heights, heights[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(heights)]
     assert len(heights) == len(NAMES)
     assert min(gaps) >= plots.LABEL_GAP - 1e-9

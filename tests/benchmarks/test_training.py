@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from benchmarks import optimizers, training
 from benchmarks.data import Dataset
 from benchmarks.environment import environment
 from benchmarks.models import AUTOENCODERS, cross_entropy, half_squared_error
 from benchmarks.optimizers import Settings, SettingsError
 from benchmarks.training import Config, Observer, train
-from torch import nn
+from kbfgs_ext import SafeguardRule
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +177,7 @@ def test_batches_are_full_and_follow_the_order() -> None:
 
 @pytest.mark.parametrize("name", optimizers.QUASI_NEWTON)
 @pytest.mark.parametrize("warm_start", [True, False], ids=["warm", "cold"])
-def test_quasi_newton_runs_count_what_they_do(
-    images: Dataset, name: str, warm_start: bool
-) -> None:
+def test_quasi_newton_runs_count_what_they_do(images: Dataset, name: str, warm_start: bool) -> None:
     run = train(config(optimizer=name, warm_start=warm_start, epochs=1), images)
     assert run.status == "complete"
     assert run.rows[0].counters == {}
@@ -185,6 +185,15 @@ def test_quasi_newton_runs_count_what_they_do(
     assert pairs == 2 * 8  # steps times layers
     assert (run.warm_start_seconds > 0) == warm_start
     assert run.rows[1].seconds > run.warm_start_seconds
+
+
+def test_a_safeguard_rule_reaches_the_optimizer_and_the_file(images: Dataset) -> None:
+    rule = SafeguardRule(shrink=0.25)
+    settings = Settings(safeguard=rule)
+    assert optimizers.settle("kbfgs", settings).safeguard is rule
+    run = train(config(optimizer="kbfgs", settings=settings, epochs=0), images)
+    written = json.loads(json.dumps(run.payload()))
+    assert written["config"]["settings"]["safeguard"]["shrink"] == 0.25
 
 
 def test_seconds_limit_a_run(images: Dataset) -> None:
