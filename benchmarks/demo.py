@@ -27,11 +27,19 @@ BATCH = 1_000  # images, the paper's
 EPOCHS = 10_000  # more than the seconds allow anywhere
 TARGETS = (150.0, 120.0, 100.0, 80.0)  # training losses whose first sight is timed
 
+# All three are tuned by hand on these digits, over the grids named in TUNING. The activation side
+# bears less damping than the paper's sqrt(0.3) = 0.55.
+QUASI_NEWTON = Settings(lr=0.2, damping_a=0.1, damping_g=0.55)
 CONTENDERS: dict[str, Settings] = {
-    "kbfgs": Settings(),
-    "kbfgsl": Settings(),
+    "kbfgs": QUASI_NEWTON,
+    "kbfgsl": QUASI_NEWTON,
     "adamw": DEFAULTS["adamw"],
 }
+TUNING = (
+    "tuned on these digits, seed 0: AdamW lr of 0.0005, 0.001, 0.002, 0.003, 0.005; K-BFGS (lr, "
+    "damping_a) of (0.3, 0.55), (0.3, 0.1), (0.2, 0.1), (0.2, 0.05), (0.15, 0.05) with damping_g "
+    "0.55; K-BFGS(L) as K-BFGS"
+)
 
 
 def seconds_to(run: dict[str, Any], loss: float) -> float | None:
@@ -92,7 +100,7 @@ def run_all(
         )
         runs.append(train(config, dataset, observer=Display(console, every=10)))
         payloads = [run.payload() for run in runs]
-        write_json(out / "demo.json", {"runs": payloads})
+        write_json(out / "demo.json", {"tuning": TUNING, "runs": payloads})
         machine = runs[-1].environment
         loss_against_seconds(
             payloads,
@@ -121,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     console.print(table([run.payload() for run in runs]))
+    console.print(TUNING, highlight=False, style="dim")
     console.print(f"written: {arguments.out / 'demo.json'}, {arguments.out / 'demo.png'}")
     return 0
 

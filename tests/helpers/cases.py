@@ -1,0 +1,449 @@
+"""Hand-picked calls of every op, each with a readable id.
+
+A case builds the arguments of one op in the order of its schema, without ``backend``, from seeded
+float64 numbers rounded to the dtype asked for. Arguments that an op only writes are filled with NaN.
+`run` calls the op on copies and hands back the arguments as it left them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from kbfgs_ext.ops import library as library
+from kbfgs_ext.ops.bfgs_update.api import workspace_size
+from tests.helpers import oracles
+from tests.helpers.oracles import randn, spd
+
+NAN = float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    op: str
+    id: str
+    build: Callable[[torch.dtype], list]  # tensors on the CPU
+
+    def __str__(self) -> str:
+        return f"{self.op}{self.id}"
+
+
+def schema(op: str) -> list[torch.Argument]:
+    """The op's arguments without ``backend``."""
+    return list(getattr(torch.ops.kbfgs_ext, op).default._schema.arguments)[:-1]
+
+
+def written(op: str) -> list[bool]:
+    """Which arguments the op writes."""
+    return [a.alias_info is not None and a.alias_info.is_write for a in schema(op)]
+
+
+def apply(args: list, change: Callable[[torch.Tensor], torch.Tensor]) -> list:
+    """The arguments with every tensor changed."""
+    out = []
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            out.append(change(arg))
+        elif isinstance(arg, list):
+            out.append([change(t) for t in arg])
+        else:
+            out.append(arg)
+    return out
+
+
+def copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, gaps included."""
+    if tensor.is_contiguous():
+        return tensor.clone()
+    out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return out.copy_(tensor)
+
+
+def widened(args: list) -> list:
+    """The same numbers in float64: the input of the truth."""
+    return apply(args, lambda t: t.double() if t.is_floating_point() else t.clone())
+
+
+def run(op: str, args: list, backend: str) -> list:
+    """The op on copies of ``args``; returns them as it left them."""
+    mine = apply(args, copy)
+    getattr(torch.ops.kbfgs_ext, op)(*mine, backend)
+    return mine
+
+
+def flat(op: str, args: list, only_written: bool | None = None) -> list[tuple[str, torch.Tensor]]:
+    """(name, tensor) of all tensors; or of those written; or of those only read."""
+    found = []
+    for argument, is_written, value in zip(schema(op), written(op), args, strict=True):
+        if only_written is not None and is_written != only_written:
+            continue
+        if isinstance(value, torch.Tensor):
+            found.append((argument.name, value))
+        elif isinstance(value, list):
+            found += [(f"{argument.name}[{i}]", t) for i, t in enumerate(value)]
+    return found
+
+
+def _to(dtype: torch.dtype, args: list) -> list:
+    return apply(args, lambda t: t.to(dtype) if t.dtype == torch.float64 else t)
+
+
+def _scalars(value: float, count: int) -> list[torch.Tensor]:
+    return [torch.tensor(value, dtype=torch.float64) for _ in range(count)]
+
+
+def _counts(count: int) -> list[torch.Tensor]:
+    return [torch.tensor([3, 1, 4, 1]) for _ in range(count)]
+
+
+def _nan(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.full(shape, NAN, dtype=torch.float64) for shape in shapes]
+
+
+def _vectors(sizes: tuple[int, ...], seed: int, scale: float = 1.0) -> list[torch.Tensor]:
+    return [scale * randn(n, seed=seed + i) for i, n in enumerate(sizes)]
+
+
+def _spds(sizes: tuple[int, ...], seed: int, condition: float = 10.0) -> list[torch.Tensor]:
+    return [spd(n, condition, seed + i) for i, n in enumerate(sizes)]
+
+
+def _strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers with a gap after every column."""
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), NAN, dtype=tensor.dtype)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
+def _row_strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a slice of a wider matrix."""
+    wide = torch.full((len(tensor), tensor.shape[1] + 5), NAN, dtype=tensor.dtype)
+    wide[:, 2:-3] = tensor
+    return wide[:, 2:-3]
+
+
+def _transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, columns contiguous."""
+    return tensor.T.contiguous().T
+
+
+def _ring(p: int, n: int, pushed: int, condition: float, seed: int) -> tuple:
+    """S, Y, rho, pushed after ``pushed`` pairs with s'y > 0 went through a ring of p rows."""
+    S, Y = torch.zeros(2, p, n, dtype=torch.float64)
+    rho = torch.zeros(p, dtype=torch.float64)
+    B = spd(n, condition, seed) * condition  # eigenvalues 1 to condition
+    for k in range(pushed):
+        s = randn(n, seed=seed + 100 + k)
+        s /= s.norm()
+        y = B @ s
+        S[k % p], Y[k % p], rho[k % p] = s, y, 1 / (s @ y)
+    return S, Y, rho, torch.tensor(pushed)
+
+
+# --- one builder per op -------------------------------------------------------------------------
+
+
+def factor_ema(sizes, m, bias=True, decay=0.9, ok=None, layout=lambda t: t, mean_only=False):
+    def build(dtype):
+        X = [0.5 + randn(m, n, seed=i) for i, n in enumerate(sizes)]
+        factors = [n + bias for n in sizes]
+        A = [] if mean_only else _spds(tuple(factors), seed=50)
+        a_bar = _nan(*[(n,) for n in factors])
+        A, a_bar, X = _to(dtype, [A, a_bar, X])
+        return [A, a_bar, [layout(x) for x in X], decay, ok]
+
+    return build
+
+
+def hessian_action(sizes, m, bias=True, layout=lambda t: t):
+    def build(dtype):
+        X = [0.5 + randn(m, n, seed=i) for i, n in enumerate(sizes)]
+        s = _vectors(tuple(n + bias for n in sizes), seed=50)
+        y, X, s = _to(dtype, [_nan(*[v.shape for v in s]), X, s])
+        return [y, [layout(x) for x in X], s, _scalars(0.55, len(sizes))]
+
+    return build
+
+
+def pair_ema(sizes, decay=0.9, ok=None, layout=lambda t: t):
+    def build(dtype):
+        s, y, *means = _to(dtype, [_vectors(sizes, 10 * k) for k in range(6)])
+        return [s, y, *[[layout(v) for v in vectors] for vectors in means], decay, ok]
+
+    return build
+
+
+def pairs_for(H: list[torch.Tensor], kind: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """s and y that exercise a branch of the dampings on H."""
+    n = tuple(len(h) for h in H)
+    y = _vectors(n, 70)
+    Hy = [h @ v for h, v in zip(H, y, strict=True)]
+    if kind == "accepted":  # s = H y: s'y = y'Hy
+        return [1.5 * v for v in Hy], y
+    if kind == "powell":  # s'y below mu1*y'Hy, and still positive
+        return [0.1 * v for v in Hy], y
+    if kind == "negative":
+        return [-v for v in Hy], y
+    if kind == "lm":  # s far longer than y: s'y below lam*s's
+        return [50 * v for v in Hy], y
+    if kind == "both":
+        s = _vectors(n, 80, 30.0)
+        return [v - 2 * (v @ w) / (w @ w) * w if v @ w > 0 else v for v, w in zip(s, y)], y
+    if kind == "small":
+        return [1e-12 * v for v in Hy], [1e-12 * v for v in y]
+    raise ValueError(kind)
+
+
+def double_damping(sizes, kind, condition=10.0, lam=0.55, ok=None, with_H=True):
+    def build(dtype):
+        H = _spds(sizes, 20, condition)
+        s, y = pairs_for(H, kind)
+        Hy = _nan(*[v.shape for v in y]) if with_H else [h @ v for h, v in zip(H, y, strict=True)]
+        s, y, Hy, H = _to(dtype, [s, y, Hy, H])
+        count = len(sizes)
+        return [s, y, Hy, _counts(count), H if with_H else [], _scalars(lam, count), 0.2, ok]
+
+    return build
+
+
+def bfgs_update(sizes, kind="accepted", condition=10.0, c_scale=1e-3, ok=None, give_Hy=False):
+    def build(dtype):
+        H = _spds(sizes, 20, condition)
+        s, y = pairs_for(H, kind)
+        H, s, y, c = _to(dtype, [H, s, y, _vectors(sizes, 90, c_scale)])
+        Hy = [h @ v for h, v in zip(H, y, strict=True)] if give_Hy else []
+        return [H, _counts(len(sizes)), s, y, Hy, c, ok]
+
+    return build
+
+
+def curvature_update(
+    layers, kind="accepted", m=20, from_X=False, bias=True, sides="ag", lam=0.55, ok=None,
+    ok_pair=None, condition=10.0,
+):  # fmt: skip
+    """``layers`` holds (d_in, d_out) of each layer; ``sides`` which factors are given."""
+
+    def build(dtype):
+        n_a = tuple(d_in + bias for d_in, _ in layers) if "a" in sides else ()
+        n_g = tuple(d_out for _, d_out in layers) if "g" in sides else ()
+        H_a, H_g = _spds(n_a, 10, condition), _spds(n_g, 20, condition)
+        A = [] if from_X else _spds(n_a, 30, condition)
+        X = [0.5 + randn(m, n - bias, seed=40 + i) for i, n in enumerate(n_a)] if from_X else []
+        # Differences such that the averaged pair is the wanted one.
+        s_new, y_new = pairs_for(H_g, kind)
+        s, y, h_bar, g_bar = (_vectors(n_g, 100 + 10 * k, 1e-3) for k in range(4))
+        h_next = [h + 10 * (v - 0.9 * w) for h, v, w in zip(h_bar, s_new, s, strict=True)]
+        g_next = [g + 10 * (v - 0.9 * w) for g, v, w in zip(g_bar, y_new, y, strict=True)]
+        work = _nan(*[
+            (workspace_size(n_a[i] if n_a else 0, n_g[i] if n_g else 0),)
+            for i in range(len(layers))
+        ])  # fmt: skip
+        H_a, H_g, s, y, work, A, X, a_bar, h_bar, h_next, g_bar, g_next = _to(
+            dtype,
+            [H_a, H_g, s, y, work, A, X, _vectors(n_a, 60), h_bar, h_next, g_bar, g_next],
+        )
+        return [
+            H_a, H_g, s, y, _counts(len(n_a)), _counts(len(n_g)), work, A, X, a_bar, h_bar, h_next,
+            g_bar, g_next, _scalars(0.3, len(n_a)), _scalars(lam, len(n_g)), 0.9, 0.2, ok, ok_pair,
+        ]  # fmt: skip
+
+    return build
+
+
+def two_loop(sizes, p, pushed, columns, form, condition=10.0, layout=lambda t: t):
+    """``columns`` None: vectors."""
+
+    def build(dtype):
+        rings = [_ring(p, n, pushed, condition, 7 * i) for i, n in enumerate(sizes)]
+        S, Y, rho, count = (list(column) for column in zip(*rings, strict=True))
+        shapes = [(n,) if columns is None else (n, columns) for n in sizes]
+        Q = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+        out, Q, S, Y, rho = _to(dtype, [_nan(*shapes), Q, S, Y, rho])
+        return [out, [layout(q) for q in Q], S, Y, rho, count, form]
+
+    return build
+
+
+def push(sizes, p, pushed, kind="accepted", ok=None):
+    def build(dtype):
+        rings = [_ring(p, n, pushed, 10.0, 7 * i) for i, n in enumerate(sizes)]
+        S, Y, rho, count = (list(column) for column in zip(*rings, strict=True))
+        s, y = pairs_for(_spds(sizes, 20), kind)
+        S, Y, rho, s, y, c = _to(dtype, [S, Y, rho, s, y, _vectors(sizes, 90, 1e-3)])
+        return [S, Y, rho, count, _counts(len(sizes)), s, y, c, ok]
+
+    return build
+
+
+def _weights(layers, bias, seed):
+    W = [randn(d_out, d_in, seed=seed + i) for i, (d_in, d_out) in enumerate(layers)]
+    b = [randn(d_out if bias else 0, seed=seed + 50 + i) for i, (_, d_out) in enumerate(layers)]
+    return W, b
+
+
+def _joined_shapes(layers, bias):
+    return [(d_out, d_in + bias) for d_in, d_out in layers]
+
+
+def kron_precondition(layers, bias=True, identity=False, condition=10.0):
+    def build(dtype):
+        shapes = _joined_shapes(layers, bias)
+        H_g = [] if identity else _spds(tuple(g for g, _ in shapes), 20, condition)
+        H_a = _spds(tuple(a for _, a in shapes), 30, condition)
+        M = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+        return _to(dtype, [_nan(*shapes), H_g, M, H_a, _nan(*shapes)])
+
+    return build
+
+
+def momentum(layers, bias=True, mu=0.9, decay=1e-2, ok=None, layout=lambda t: t):
+    def build(dtype):
+        M = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
+        M, dW, db, W, b = _to(dtype, [M, *_weights(layers, bias, 100), *_weights(layers, bias, 200)])
+        return [M, [layout(t) for t in dW], db, W, b, mu, decay, ok]
+
+    return build
+
+
+def descend(layers, bias=True, ok=None):
+    def build(dtype):
+        P = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
+        W, b, P = _to(dtype, [*_weights(layers, bias, 100), P])
+        return [W, b, P, _scalars(0.3, len(layers)), ok]
+
+    return build
+
+
+def restore(layers, undo, bias=True):
+    def build(dtype):
+        saved = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
+        W, b, saved = _to(dtype, [*_weights(layers, bias, 100), saved])
+        return [W, b, saved, torch.tensor(undo)]
+
+    return build
+
+
+def kron_step(layers, bias=True, ok=None, layout=lambda t: t):
+    def build(dtype):
+        P, H_g, M, H_a, work = kron_precondition(layers, bias)(dtype)
+        W, b, dW, db = _to(dtype, [*_weights(layers, bias, 100), *_weights(layers, bias, 200)])
+        return [
+            W, b, M, P, work, [layout(t) for t in dW], db, H_g, H_a, _scalars(0.3, len(layers)),
+            0.9, 1e-2, ok,
+        ]  # fmt: skip
+
+    return build
+
+
+YES, NO = torch.tensor(True), torch.tensor(False)
+TINY = (1, 2, 17)
+MIXED = (129, 1, 63, 32)
+LAYERS = [(17, 2), (2, 17), (1, 1), (32, 63)]
+WIDE = [(128, 127), (513, 129)]
+
+ALL = [
+    Case("factor_ema_", ":tiny", factor_ema(TINY, 40)),
+    Case("factor_ema_", ":mixed-no-bias", factor_ema(MIXED, 63, bias=False)),
+    Case("factor_ema_", ":blocks", factor_ema((128, 127, 513), 129)),
+    Case("factor_ema_", ":1024", factor_ema((1024,), 32)),
+    Case("factor_ema_", ":batch-1", factor_ema((17, 63), 1)),
+    Case("factor_ema_", ":start", factor_ema(TINY, 40, decay=0.0)),
+    Case("factor_ema_", ":mean-only", factor_ema(MIXED, 40, mean_only=True)),
+    Case("factor_ema_", ":sliced", factor_ema((63, 300), 70, layout=_row_strided)),
+    Case("factor_ema_", ":transposed", factor_ema((63, 17), 70, layout=_transposed)),
+    Case("factor_ema_", ":strided", factor_ema((63, 17), 70, layout=_strided)),
+    Case("factor_ema_", ":ok", factor_ema(TINY, 40, ok=YES)),
+    Case("hessian_action_", ":tiny", hessian_action(TINY, 40)),
+    Case("hessian_action_", ":mixed-no-bias", hessian_action(MIXED, 131, bias=False)),
+    Case("hessian_action_", ":513", hessian_action((513,), 200)),
+    Case("hessian_action_", ":1024", hessian_action((1024,), 66)),
+    Case("hessian_action_", ":batch-1", hessian_action((17, 63), 1)),
+    Case("hessian_action_", ":sliced", hessian_action((63,), 70, layout=_row_strided)),
+    Case("hessian_action_", ":transposed", hessian_action((63,), 70, layout=_transposed)),
+    Case("pair_ema_", ":tiny", pair_ema(TINY)),
+    Case("pair_ema_", ":mixed-no-decay", pair_ema(MIXED, decay=0.0)),
+    Case("pair_ema_", ":1024", pair_ema((1024, 513), ok=YES)),
+    Case("pair_ema_", ":strided-means", pair_ema((63, 17), layout=_strided)),
+    Case("double_damping_", ":undamped", double_damping(MIXED, "accepted", lam=1e-3)),
+    Case("double_damping_", ":powell", double_damping(MIXED, "powell", lam=1e-3)),
+    Case("double_damping_", ":negative", double_damping((127, 2), "negative")),
+    Case("double_damping_", ":lm", double_damping(MIXED, "lm")),
+    Case("double_damping_", ":both-ill-conditioned", double_damping((129,), "both", 1e6)),
+    Case("double_damping_", ":513", double_damping((513, 17), "both")),
+    Case("double_damping_", ":small", double_damping((32, 63), "small")),
+    Case("double_damping_", ":given-Hy", double_damping(MIXED, "both", with_H=False)),
+    Case("bfgs_update_", ":tiny", bfgs_update(TINY)),
+    Case("bfgs_update_", ":mixed", bfgs_update(MIXED)),
+    Case("bfgs_update_", ":128-127", bfgs_update((128, 127))),
+    Case("bfgs_update_", ":513", bfgs_update((513,))),
+    Case("bfgs_update_", ":1024-given-Hy", bfgs_update((1024,), give_Hy=True)),
+    Case("bfgs_update_", ":condition-1", bfgs_update((63,), condition=1.0)),
+    Case("bfgs_update_", ":condition-1e6", bfgs_update((129, 17), condition=1e6)),
+    Case("bfgs_update_", ":negative", bfgs_update(MIXED, "negative")),
+    Case("bfgs_update_", ":gate-closed-by-c", bfgs_update(MIXED, c_scale=1e6)),
+    Case("bfgs_update_", ":small", bfgs_update((32, 63), "small", c_scale=1e-9)),
+    Case("curvature_update_", ":ema", curvature_update(LAYERS)),
+    Case("curvature_update_", ":minibatch", curvature_update(LAYERS, from_X=True)),
+    Case("curvature_update_", ":wide-damped", curvature_update(WIDE, "both")),
+    Case("curvature_update_", ":wide-minibatch", curvature_update(WIDE, "lm", 130, from_X=True)),
+    Case("curvature_update_", ":powell-no-bias", curvature_update(LAYERS, "powell", bias=False)),
+    Case("curvature_update_", ":ill-conditioned", curvature_update(LAYERS, condition=1e4)),
+    Case("curvature_update_", ":1024", curvature_update([(1023, 17)])),
+    Case("curvature_update_", ":a-side-alone", curvature_update(LAYERS, sides="a")),
+    Case("curvature_update_", ":g-side-alone", curvature_update(LAYERS, "lm", sides="g")),
+    Case("curvature_update_", ":void-pair", curvature_update(LAYERS, ok=YES, ok_pair=NO)),
+    Case("lbfgs_two_loop_", ":empty", two_loop(TINY, 5, 0, 3, "recursion")),
+    Case("lbfgs_two_loop_", ":empty-compact", two_loop(TINY, 5, 0, 3, "compact")),
+    Case("lbfgs_two_loop_", ":partial", two_loop(MIXED, 10, 3, 70, "recursion")),
+    Case("lbfgs_two_loop_", ":partial-compact", two_loop(MIXED, 10, 3, 70, "compact")),
+    Case("lbfgs_two_loop_", ":wrapped", two_loop((129, 63), 10, 14, 17, "recursion")),
+    Case("lbfgs_two_loop_", ":wrapped-compact", two_loop((129, 63), 10, 14, 17, "compact")),
+    Case("lbfgs_two_loop_", ":vector", two_loop(MIXED, 10, 14, None, "recursion")),
+    Case("lbfgs_two_loop_", ":vector-compact", two_loop((129, 63), 10, 14, None, "compact")),
+    Case("lbfgs_two_loop_", ":auto-513", two_loop((513,), 20, 25, 129, "auto")),
+    Case("lbfgs_two_loop_", ":memory-1", two_loop((17,), 1, 4, 2, "auto")),
+    Case("lbfgs_two_loop_", ":condition-1e3", two_loop((127,), 10, 14, 65, "recursion", 1e3)),
+    Case("lbfgs_two_loop_", ":transposed", two_loop((63,), 5, 5, 32, "auto", layout=_transposed)),
+    Case("lbfgs_two_loop_", ":sliced", two_loop((63,), 5, 5, 32, "auto", layout=_row_strided)),
+    Case("lbfgs_push_", ":empty", push(TINY, 5, 0)),
+    Case("lbfgs_push_", ":wrapped", push(MIXED, 5, 13)),
+    Case("lbfgs_push_", ":rejected", push(MIXED, 5, 3, "negative")),
+    Case("kron_precondition_", ":layers", kron_precondition(LAYERS)),
+    Case("kron_precondition_", ":wide-no-bias", kron_precondition(WIDE, bias=False)),
+    Case("kron_precondition_", ":identity", kron_precondition(LAYERS, identity=True)),
+    Case("kron_precondition_", ":condition-1e6", kron_precondition([(63, 32)], condition=1e6)),
+    Case("momentum_", ":layers", momentum(LAYERS)),
+    Case("momentum_", ":wide-no-bias", momentum(WIDE, bias=False)),
+    Case("momentum_", ":transposed", momentum(LAYERS, layout=_transposed)),
+    Case("momentum_", ":plain", momentum(LAYERS, mu=0.0, decay=0.0, ok=YES)),
+    Case("descend_", ":layers", descend(LAYERS)),
+    Case("descend_", ":wide-no-bias", descend(WIDE, bias=False, ok=YES)),
+    Case("descend_", ":void", descend(LAYERS, ok=NO)),
+    Case("restore_", ":undo", restore(LAYERS, True)),
+    Case("restore_", ":undo-no-bias", restore(WIDE, True, bias=False)),
+    Case("restore_", ":keep", restore(LAYERS, False)),
+    Case("kron_step_", ":layers", kron_step(LAYERS)),
+    Case("kron_step_", ":wide-no-bias", kron_step(WIDE, bias=False)),
+    Case("kron_step_", ":transposed-gradient", kron_step(LAYERS, layout=_transposed)),
+    Case("kron_step_", ":void", kron_step(LAYERS, ok=NO)),
+]
+
+
+def of(*ops: str) -> list[Case]:
+    """The cases of these ops."""
+    return [case for case in ALL if case.op in ops]
+
+
+def first(op: str) -> Case:
+    """The op's first case: small, several layers."""
+    return of(op)[0]
+
+
+def ids(case: Case) -> str:
+    return str(case)
+
+
+__all__ = ["ALL", "Case", "apply", "copy", "first", "flat", "ids", "of", "oracles", "run", "schema",
+           "widened", "written"]  # fmt: skip

@@ -1,0 +1,84 @@
+"""The one place of tolerance.
+
+The float64 reference is truth. A kernel's error may be at most twice the error of the reference at
+the kernel's own dtype, plus a floor of a few roundings: a reference that is exact by luck (a size of
+1, a power of two) must not forbid the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+TIMES_REFERENCE = 2.0
+FLOOR_ROUNDINGS = 8.0  # of the largest number involved, in units of the dtype's epsilon
+
+
+def error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest absolute difference between finite entries."""
+    finite = torch.isfinite(got) & torch.isfinite(truth)
+    difference = (got.double() - truth.double())[finite]
+    return difference.abs().max().item() if difference.numel() else 0.0
+
+
+def allowed(reference: torch.Tensor, truth: torch.Tensor, scale: float | None = None) -> float:
+    """The largest error a kernel may have where ``reference`` has its own.
+
+    ``scale`` is the largest magnitude that entered the result, where that is larger than the result
+    itself (what is subtracted from).
+    """
+    largest = error(truth, torch.zeros_like(truth))
+    largest = max(largest, scale or 0.0)
+    floor = FLOOR_ROUNDINGS * torch.finfo(reference.dtype).eps * largest
+    return TIMES_REFERENCE * error(reference, truth) + floor
+
+
+def assert_as_accurate(
+    got: torch.Tensor,
+    reference: torch.Tensor,
+    truth: torch.Tensor,
+    name: str = "result",
+    scale: float | None = None,
+) -> None:
+    """``got`` is as accurate as ``reference`` (same dtype), judged by ``truth`` (float64).
+
+    Integers and booleans must agree exactly, and so must the places that are not finite.
+    """
+    assert got.shape == reference.shape, f"{name}: shape {got.shape}, not {reference.shape}"
+    assert got.dtype == reference.dtype, f"{name}: dtype {got.dtype}, not {reference.dtype}"
+    if not got.is_floating_point():
+        assert torch.equal(got, reference), f"{name}: {got.tolist()}, not {reference.tolist()}"
+        return
+    assert torch.equal(torch.isfinite(got), torch.isfinite(reference)), (
+        f"{name}: {(~torch.isfinite(got)).sum()} entries are not finite,"
+        f" {(~torch.isfinite(reference)).sum()} of the reference"
+    )
+    found, bound = error(got, truth), allowed(reference, truth, scale)
+    assert found <= bound, f"{name}: error {found:.3e}, allowed {bound:.3e}"
+
+
+def rounding(dtype: torch.dtype, terms: int, scale: float) -> float:
+    """What an honest sum of ``terms`` numbers of size ``scale`` may lose at ``dtype``."""
+    return FLOOR_ROUNDINGS * terms * torch.finfo(dtype).eps * scale
+
+
+def assert_equal_to(
+    got: torch.Tensor, oracle: torch.Tensor, terms: int, scale: float, name: str = "result"
+) -> None:
+    """``got`` is the oracle's result (another route to it), but for the rounding of its sums."""
+    assert torch.isfinite(got).all(), f"{name} is not finite"
+    found, bound = error(got, oracle), rounding(got.dtype, terms, scale)
+    assert found <= bound, f"{name}: error {found:.3e}, allowed {bound:.3e}"
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as integers, so that NaN equals NaN and 0 differs from -0."""
+    if not tensor.is_floating_point():
+        return tensor
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(whole)
+
+
+def assert_same_bits(got: torch.Tensor, wanted: torch.Tensor, name: str = "result") -> None:
+    """``got`` is ``wanted``, bit for bit."""
+    assert got.dtype == wanted.dtype, f"{name}: dtype {got.dtype}, not {wanted.dtype}"
+    assert torch.equal(bits(got), bits(wanted)), f"{name} is not the same bit for bit"

@@ -1,0 +1,130 @@
+"""bfgs_update: symmetric, positive definite, secant equation, product form; the whole curvature update."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kbfgs_ext import ops
+from kbfgs_ext.ops.bfgs_update.api import workspace_size
+from tests.helpers import backends, cases, compare
+from tests.helpers.oracles import bfgs_inverse, randn, spd
+
+ACCEPTED, REJECTED = 0, 1
+
+
+def updated(backend, H, s, y, c):
+    H, counts = H.clone(), torch.zeros(4, dtype=torch.int64)
+    ops.bfgs_update_([H], [counts], [s], [y], [], [c], backend=backend)
+    return H, counts
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    seed=st.integers(0, 10_000),
+    condition=st.sampled_from([1.0, 10.0, 1e3]),
+)
+def test_update_keeps_what_bfgs_keeps(backend, n, seed, condition):
+    H, y = spd(n, condition, seed), randn(n, seed=seed + 1)
+    s = spd(n, condition, seed + 2) @ y  # some curvature, s'y > 0
+    got, counts = updated(backend, H, s, y, torch.zeros(n, dtype=torch.float64))
+    assert counts.tolist() == [1, 0, 0, 0]
+    size = bfgs_inverse(H, s, y).abs().max().item()
+    rho, Hy = 1 / (s @ y), H @ y
+    largest = max(size, (rho * s.norm() * (Hy.norm() + (rho * (y @ Hy) + 1) * s.norm())).item())
+    compare.assert_equal_to(got, bfgs_inverse(H, s, y), n, largest, "product form")
+    compare.assert_equal_to(got @ y, s, n, largest * y.norm().item(), "secant equation")
+    if backend == "cpu":
+        compare.assert_same_bits(got, got.T.contiguous(), "symmetry")
+    loss = compare.rounding(torch.float64, n, largest)
+    assert torch.linalg.eigvalsh(got)[0] > -loss
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+def test_factor_stays_positive_definite_over_many_updates(backend):
+    n = 33
+    H, B = torch.eye(n), spd(n, 100.0) * 100
+    for k in range(200):
+        s = randn(n, seed=k).float()
+        H, counts = updated(backend, H, s, (B @ s.double()).float(), torch.zeros(n))
+        assert counts[ACCEPTED] == 1
+    assert torch.linalg.eigvalsh(H.double())[0] > 0
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda s, y, c: s.neg_(),
+        lambda s, y, c: s.zero_(),
+        lambda s, y, c: y.zero_(),
+        lambda s, y, c: c.fill_(1e9),
+        lambda s, y, c: c.fill_(float("nan")),
+        lambda s, y, c: s.__setitem__(3, float("inf")),
+        lambda s, y, c: y.__setitem__(3, float("nan")),
+        lambda s, y, c: (s.mul_(1e-160), y.mul_(1e-160)),
+    ],
+    ids=["negative", "s-zero", "y-zero", "c-large", "c-nan", "s-inf", "y-nan", "1/s'y-overflows"],
+)
+def test_rejected_pair_leaves_every_bit(backend, spoil):
+    H, y = spd(17), randn(17, seed=1)
+    s, c = H @ y, torch.zeros(17, dtype=torch.float64)
+    spoil(s, y, c)
+    got, counts = updated(backend, H, s, y, c)
+    compare.assert_same_bits(got, H)
+    assert counts.tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+@pytest.mark.parametrize("from_X", [False, True])
+def test_curvature_update_is_its_parts(backend, from_X):
+    """The fused op against the ops it is made of, each on the reference backend."""
+    build = cases.curvature_update([(33, 17), (5, 40)], "both", from_X=from_X)
+    args = build(torch.float64)
+    named = dict(zip((a.name for a in cases.schema("curvature_update_")), args, strict=True))
+    got = cases.run("curvature_update_", args, backend)
+    for i in range(2):
+        one = {k: v[i] for k, v in named.items() if isinstance(v, list) and v}
+        s_a = one["H_a"] @ one["a_bar"]
+        y_a = torch.empty_like(s_a)
+        if from_X:
+            ops.hessian_action_([y_a], [one["X"]], [s_a], [one["lam_a"]], backend="reference")
+        else:
+            y_a = one["A"] @ s_a + one["lam_a"] * s_a
+        H_a, _ = updated("reference", one["H_a"], s_a, y_a, one["a_bar"])
+        s, y = one["s"].clone(), one["y"].clone()
+        means = [[one[k]] for k in ("h_bar", "h_bar_next", "g_bar", "g_bar_next")]
+        ops.pair_ema_([s], [y], *means, 0.9, backend="reference")
+        s_d, y_d, Hy, counts = s.clone(), y.clone(), torch.empty_like(y), one["counts_g"].clone()
+        ops.double_damping_(
+            [s_d], [y_d], [Hy], [counts], [one["H_g"]], [one["lam_g"]], backend="reference"
+        )
+        H_g, _ = updated("reference", one["H_g"], s_d, y_d, one["g_bar"])
+        for name, wanted, place in (("H_a", H_a, 0), ("H_g", H_g, 1), ("s", s, 2), ("y", y, 3)):
+            before = one[name].abs().max().item()
+            scale = max(before, wanted.abs().max().item())
+            compare.assert_equal_to(got[place][i], wanted, wanted.shape[0], scale, name)
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+def test_layer_whose_own_means_are_not_finite_is_skipped_alone(backend):
+    args = cases.curvature_update([(5, 4), (6, 7)])(torch.float64)
+    args[11][0][2] = float("nan")  # h_bar_next of the first layer
+    got = cases.run("curvature_update_", args, backend)
+    for place in (1, 2, 3, 5):  # H_g, s, y, counts_g
+        compare.assert_same_bits(got[place][0], args[place][0])
+        assert not torch.equal(got[place][1], args[place][1])
+    assert not torch.equal(got[0][0], args[0][0])  # its H_a has nothing to do with them
+
+
+def test_bad_arguments_are_named():
+    v, counts = torch.ones(3), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"H\[0\] must have shape \(3, 3\)"):
+        ops.bfgs_update_([torch.eye(2)], [counts], [v], [v], [], [v])
+    with pytest.raises(ValueError, match=r"c\[0\] must be torch.float32"):
+        ops.bfgs_update_([torch.eye(3)], [counts], [v], [v], [], [v.double()])
+    with pytest.raises(ValueError, match="backend must be"):
+        ops.bfgs_update_([], [], [], [], [], [], backend="gpu")
+    assert workspace_size(5, 3) >= 3 * (5 + 3)

@@ -1,0 +1,81 @@
+"""kron_precondition against the Kronecker product written out, and the step around it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kbfgs_ext import ops
+from tests.helpers import backends, cases, compare
+from tests.helpers.oracles import kron_direction, randn, spd
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+@settings(max_examples=25, deadline=None)
+@given(n_g=st.integers(1, 9), n_a=st.integers(1, 9), seed=st.integers(0, 10_000))
+def test_direction_is_the_kronecker_product(backend, n_g, n_a, seed):
+    H_g, H_a, M = spd(n_g, 10, seed), spd(n_a, 10, seed + 1), randn(n_g, n_a, seed=seed)
+    P, work = torch.full((2, n_g, n_a), float("nan"), dtype=torch.float64)
+    ops.kron_precondition_([P], [H_g], [M], [H_a], [work], backend=backend)
+    compare.assert_equal_to(P, kron_direction(H_g, M, H_a), n_g + n_a, M.abs().max().item() * 9)
+    ops.kron_precondition_([P], [], [M], [H_a], [work], backend=backend)
+    compare.assert_equal_to(P, M @ H_a, n_a, M.abs().max().item() * 9)
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+@pytest.mark.parametrize("bias", [True, False])
+def test_step_is_its_parts(backend, bias):
+    args = cases.kron_step([(17, 5), (3, 33)], bias)(torch.float64)
+    W, b, M, P, work, dW, db, H_g, H_a, step, mu, decay, ok = cases.apply(args, torch.clone)
+    got = cases.run("kron_step_", args, backend)
+    ops.momentum_(M, dW, db, W, b, mu, decay, ok, "reference")
+    ops.kron_precondition_(P, H_g, M, H_a, work, "reference")
+    ops.descend_(W, b, P, step, ok, "reference")
+    for place, wanted in enumerate((W, b, M, P)):
+        for g, w in zip(got[place], wanted, strict=True):
+            if w.numel():
+                compare.assert_equal_to(g, w, 40, w.abs().max().item() + 1)
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+@pytest.mark.parametrize("bias", [True, False])
+def test_restore_undoes_descend_bit_for_bit(backend, bias):
+    args = cases.descend([(17, 5), (33, 64)], bias)(torch.float32)
+    W, b, P, step, ok = cases.apply(args, torch.clone)
+    before = [t.clone() for t in W + b]
+    ops.descend_(W, b, P, step, ok, backend)
+    assert not torch.equal(W[0], before[0])
+    ops.restore_(W, b, P, torch.tensor(True), backend)
+    for got, wanted in zip(W + b, before, strict=True):
+        compare.assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+def test_momentum_averages_the_regularised_gradient(backend):
+    W, b, dW, db = randn(3, 4, seed=0), randn(3, seed=1), randn(3, 4, seed=2), randn(3, seed=3)
+    M = torch.zeros(3, 5, dtype=torch.float64)
+    ops.momentum_([M], [dW], [db], [W], [b], 0.75, 0.5, backend=backend)
+    wanted = 0.25 * torch.cat([dW + 0.5 * W, (db + 0.5 * b)[:, None]], dim=1)
+    compare.assert_equal_to(M, wanted, 3, 4.0)
+
+
+@backends.needs_native
+def test_layers_may_share_the_storage_of_work():
+    args = cases.kron_precondition([(17, 5), (3, 9)])(torch.float64)
+    alone = cases.run("kron_precondition_", args, "cpu")
+    P, H_g, M, H_a, work = cases.apply(args, torch.clone)
+    pool = torch.empty(max(w.numel() for w in work), dtype=torch.float64)
+    shared = [pool[: w.numel()].view(w.shape) for w in work]
+    ops.kron_precondition_(P, H_g, M, H_a, shared, "cpu")
+    for got, wanted in zip(P, alone[0], strict=True):
+        compare.assert_same_bits(got, wanted)
+
+
+def test_bad_arguments_are_named():
+    P, eye = torch.ones(2, 3), torch.eye(3)
+    with pytest.raises(ValueError, match=r"H_g\[0\] must have shape \(2, 2\)"):
+        ops.kron_precondition_([P], [eye], [P], [eye], [P])
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\)"):
+        ops.momentum_([P], [P], [P], [P], [P], 1.5, 0.0)
+    with pytest.raises(ValueError, match=r"W\[0\] must have shape \(2, 2\)"):
+        ops.descend_([P], [torch.ones(2)], [P], [torch.tensor(1.0, dtype=torch.float64)])

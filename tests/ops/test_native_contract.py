@@ -1,0 +1,214 @@
+"""What the cpu backend promises beside accuracy: void steps, refusals, NaN, threads, opcheck."""
+
+import pytest
+import torch
+
+from kbfgs_ext import ops
+from kbfgs_ext.ops import registry
+from tests.helpers import backends, cases, compare
+
+pytestmark = backends.needs_native
+
+# Written even where `ok` is false: each is said in the op's api.py.
+WRITTEN_WHEN_VOID = {
+    "factor_ema_": ("a_bar",),
+    "double_damping_": ("Hy",),
+    "descend_": ("P",),
+    "kron_step_": ("P", "work"),
+    "curvature_update_": ("work",),
+}
+FLAGGED = sorted(op for op in registry.ops() if any(a.name == "ok" for a in cases.schema(op)))
+BY_GEMM = ("factor_ema_", "lbfgs_two_loop_", "kron_precondition_", "kron_step_")
+
+
+def names(op):
+    return [argument.name for argument in cases.schema(op)]
+
+
+def with_argument(op, args, name, value):
+    return [value if n == name else a for n, a in zip(names(op), args, strict=True)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("op", FLAGGED)
+def test_void_step_leaves_every_bit(op, backend):
+    args = cases.first(op).build(torch.float32)
+    for flag in ("ok", "ok_pair"):
+        if flag in names(op):
+            args = with_argument(op, args, flag, torch.tensor(False))
+    got = cases.run(op, args, backend)
+    for (name, g), (_, before) in zip(
+        cases.flat(op, got), cases.flat(op, args), strict=True
+    ):
+        if name.split("[")[0] not in WRITTEN_WHEN_VOID.get(op, ()):
+            compare.assert_same_bits(g, before, name)
+
+
+def test_undo_false_leaves_every_bit():
+    case = next(case for case in cases.of("restore_") if case.id == ":keep")
+    args = case.build(torch.float64)
+    got = cases.run("restore_", args, "cpu")
+    for (name, g), (_, before) in zip(
+        cases.flat("restore_", got), cases.flat("restore_", args), strict=True
+    ):
+        compare.assert_same_bits(g, before, name)
+
+
+def floating_lists(op):
+    """Names of the op's lists of floating-point tensors that it reads in its first case."""
+    args = cases.first(op).build(torch.float64)
+    return [
+        name
+        for name, value in zip(names(op), args, strict=True)
+        if isinstance(value, list) and value and value[-1].is_floating_point()
+        and value[-1].numel() and not value[-1].isnan().all()
+    ]  # fmt: skip
+
+
+def for_values(op):
+    """A case whose arguments all matter: a ring without pairs would not read S and Y."""
+    wanted = {"lbfgs_two_loop_": ":wrapped", "bfgs_update_": ":mixed"}.get(op)
+    return next(case for case in cases.of(op) if wanted in (None, case.id))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in sorted(registry.ops()) for name in floating_lists(op)]
+)
+def test_not_finite_argument_means_what_the_reference_says(op, name, value):
+    args = for_values(op).build(torch.float64)
+    spoiled = dict(zip(names(op), args, strict=True))[name][0]
+    spoiled.view(-1)[-1] = value  # the last entry of a symmetric matrix is on its diagonal
+    got, reference = (cases.run(op, args, backend) for backend in ("cpu", "reference"))
+    for (argument, g), (_, r) in zip(
+        cases.flat(op, got, True), cases.flat(op, reference, True), strict=True
+    ):
+        if argument.startswith("work"):
+            continue
+        if g.is_floating_point():
+            assert torch.equal(g.isfinite(), r.isfinite()), argument
+        else:
+            assert torch.equal(g, r), argument
+
+
+def gapped(tensor):
+    """The same numbers in storage with gaps."""
+    wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype)
+    view = wide[..., ::2]
+    view.copy_(tensor)
+    return view
+
+
+STATE = [
+    ("factor_ema_", "A"), ("factor_ema_", "a_bar"), ("hessian_action_", "y"), ("pair_ema_", "s"),
+    ("double_damping_", "H"), ("double_damping_", "y"), ("double_damping_", "counts"),
+    ("bfgs_update_", "H"), ("curvature_update_", "H_a"), ("curvature_update_", "H_g"),
+    ("curvature_update_", "A"), ("lbfgs_two_loop_", "S"), ("lbfgs_two_loop_", "out"),
+    ("lbfgs_push_", "Y"), ("kron_precondition_", "H_g"), ("kron_precondition_", "P"),
+    ("momentum_", "M"), ("descend_", "W"), ("restore_", "W"), ("kron_step_", "W"),
+    ("kron_step_", "H_a"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "name"), STATE)
+def test_strided_state_falls_through_to_the_reference(op, name):
+    plain = cases.first(op).build(torch.float64)
+    reference = cases.run(op, plain, "reference")
+    value = dict(zip(names(op), plain, strict=True))[name]
+    # Only the last layer is strided: the refusal must come before the first one is written.
+    args = with_argument(op, plain, name, [*value[:-1], gapped(value[-1])])
+    before = cases.apply(args, cases.copy)
+    with pytest.raises(registry.Unsupported, match="is not contiguous"):
+        getattr(torch.ops.kbfgs_ext, op)(*args, "cpu")
+    for (argument, g), (_, b) in zip(cases.flat(op, args), cases.flat(op, before), strict=True):
+        compare.assert_same_bits(g, b, argument)
+
+    getattr(torch.ops.kbfgs_ext, op)(*args, "auto")
+    for (argument, g), (_, r) in zip(
+        cases.flat(op, args, True), cases.flat(op, reference, True), strict=True
+    ):
+        compare.assert_same_bits(g, r, argument)
+
+
+@pytest.mark.parametrize("op", sorted(registry.ops()))
+def test_other_dtypes_are_refused(op):
+    half = cases.apply(
+        cases.first(op).build(torch.float32),
+        lambda t: t.bfloat16() if t.dtype == torch.float32 else t,
+    )
+    with pytest.raises(registry.Unsupported, match="BFloat16"):
+        cases.run(op, half, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("factor_ema_", "X"), ("hessian_action_", "s"), ("kron_step_", "dW"), ("descend_", "b"),
+     ("bfgs_update_", "c"), ("curvature_update_", "g_bar"), ("lbfgs_two_loop_", "rho"),
+     ("descend_", "step_size"), ("double_damping_", "lam")],
+)  # fmt: skip
+def test_mixed_dtypes_are_refused(op, name):
+    args = cases.first(op).build(torch.float32)
+    value = dict(zip(names(op), args, strict=True))[name]
+    other = [t.double() if t.dtype == torch.float32 else t.float() for t in value]
+    args = with_argument(op, args, name, other)
+    before = cases.apply(args, cases.copy)
+    with pytest.raises(registry.Unsupported, match=r"Float|Double"):
+        getattr(torch.ops.kbfgs_ext, op)(*args, "cpu")
+    for (argument, g), (_, b) in zip(cases.flat(op, args), cases.flat(op, before), strict=True):
+        compare.assert_same_bits(g, b, argument)
+
+
+@pytest.mark.parametrize("op", sorted(registry.ops()))
+def test_empty_lists_return(op):
+    args = [[] if isinstance(a, list) else a for a in cases.first(op).build(torch.float32)]
+    getattr(torch.ops.kbfgs_ext, op)(*args, "cpu")
+
+
+WIDEST = {
+    "factor_ema_": ":sliced", "hessian_action_": ":513", "double_damping_": ":513",
+    "bfgs_update_": ":513", "curvature_update_": ":wide-damped", "lbfgs_two_loop_": ":auto-513",
+    "pair_ema_": ":1024", "kron_step_": ":wide-no-bias", "kron_precondition_": ":wide-no-bias",
+    "momentum_": ":wide-no-bias", "descend_": ":wide-no-bias", "restore_": ":undo-no-bias",
+    "lbfgs_push_": ":wrapped",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", sorted(registry.ops()))
+def test_thread_counts_agree(op):
+    case = next(case for case in cases.of(op) if case.id == WIDEST[op])
+    args = case.build(torch.float32)
+    results = []
+    for count in (1, 2, 3):
+        with backends.threads(count):
+            results.append(cases.run(op, args, "cpu"))
+    truth = cases.run(op, cases.widened(args), "reference")
+    for other in results[1:]:
+        for (name, one), (_, more), (_, true) in zip(
+            *(cases.flat(op, side, True) for side in (results[0], other, truth)), strict=True
+        ):
+            if op not in BY_GEMM:  # partial sums depend on the shape alone
+                compare.assert_same_bits(more, one, name)
+            elif not name.startswith("work"):
+                compare.assert_as_accurate(more, one, true, name)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("op", sorted(registry.ops()))
+def test_opcheck(op, backend):
+    args = cases.apply(cases.first(op).build(torch.float32), cases.copy)
+    torch.library.opcheck(getattr(torch.ops.kbfgs_ext, op).default, (*args, backend))
+
+
+def test_the_extension_has_a_function_for_every_op():
+    from kbfgs_ext import _C
+
+    for op in registry.ops():
+        assert callable(getattr(_C, f"{op}cpu"))
+    assert isinstance(_C.has_cuda(), bool)
+
+
+def test_gil_is_released_and_autograd_does_not_watch():
+    A = [torch.eye(3)]
+    X = [torch.ones(4, 2, requires_grad=True)]
+    ops.factor_ema_(A, [torch.empty(3)], [x.detach() for x in X], 0.5, backend="cpu")
+    assert not A[0].requires_grad
