@@ -35,6 +35,7 @@ LOOKS = {
 
 PANELS = {"train_loss": "training loss", "test_loss": "test loss"}
 LABEL_GAP = 0.055  # of the axis height: one line of text
+LABEL_WIDTH = 0.25  # of the axis width: the longest name
 TICKS = tuple(m * 10**k for k in range(-2, 5) for m in (1, 1.5, 2, 3, 4, 5, 6, 7, 8))
 
 
@@ -84,10 +85,10 @@ def _panel(axis: Axes, runs: Sequence[dict[str, Any]], key: str) -> None:
 def _label_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Name the lines to the right of their ends, moved upwards where the names would collide."""
     to_fraction = axis.transData + axis.transAxes.inverted()
-    lowest = -1.0
+    placed: list[tuple[float, float]] = []
     for seconds, loss, label, colour in sorted(ends, key=lambda end: end[1]):
         x, y = to_fraction.transform((seconds, loss))
-        lowest = max(y, lowest + LABEL_GAP)
-        axis.text(
-            x + 0.015, lowest, label, color=colour, transform=axis.transAxes, va="center", size=10
-        )
+        below = (height for at, height in placed if abs(at - x) < LABEL_WIDTH)
+        y = max(y, max(below, default=-1.0) + LABEL_GAP)
+        placed.append((x, y))
+        axis.text(x + 0.015, y, label, color=colour, transform=axis.transAxes, va="center", size=10)
