@@ -192,7 +192,7 @@ void bfgs_update_cpu(
       layers.push_back(
           {s[i].size(0), args.state("H", H[i]), args.input("s", s[i]), args.input("y", y[i]),
            Hy.empty() ? args.scratch(s[i].size(0)) : args.input("Hy", Hy[i]),
-           args.input("c", c[i]), args.counts("counts", counts[i])});
+           args.scratch(s[i].size(0)), args.input("c", c[i]), args.counts("counts", counts[i])});
     if (read("ok", ok)) bfgs_update(layers, !Hy.empty());
   });
 }
@@ -213,7 +213,7 @@ void curvature_update_cpu(
       T *v = args.state("work", work[i]), *s_a = v, *y_a = v + n;
       const double lam = args.scalar("lam_a", lam_a[i]);
       CurvatureA<T> a{
-          {n, args.state("H_a", H_a[i]), s_a, y_a, v + 2 * n, args.input("a_bar", a_bar[i]),
+          {n, args.state("H_a", H_a[i]), s_a, y_a, v + 2 * n, y_a, args.input("a_bar", a_bar[i]),
            args.counts("counts_a", counts_a[i])},
           nullptr, {}, s_a, y_a, lam};
       if (A.empty())
@@ -229,7 +229,7 @@ void curvature_update_cpu(
       int64_t* counts = args.counts("counts_g", counts_g[i]);
       const PairEma<T> pair = pair_of(args, i, s, y, h_bar, h_bar_next, g_bar, g_bar_next);
       g_side.push_back(
-          {{n, const_cast<T*>(H), s_g, y_g, Hy, pair.g_bar, counts},
+          {{n, const_cast<T*>(H), s_g, y_g, Hy, y_g, pair.g_bar, counts},
            pair,
            {n, s_g, y_g, Hy, H, counts, args.scalar("lam_g", lam_g[i])}});
     }

@@ -16,7 +16,8 @@ struct BfgsUpdate {
   T* H;            // n x n, symmetric, updated
   const T* s;      // n
   const T* y;      // n
-  T* Hy;           // n: H y, given or written
+  T* Hy;           // n: H y, written or, where the caller has it, only read
+  T* w;            // n, scratch; may be y where y is scratch
   const T* c;      // n, reference vector of the gate
   int64_t* counts;
 };

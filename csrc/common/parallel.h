@@ -9,12 +9,14 @@
 
 namespace kbfgs {
 
+inline int64_t thread_count() { return at::get_num_threads(); }
+
 // Calls body(unit) once for every unit. Threads take the next unit when they are free, so layers of
 // any size balance; a unit must therefore own what it writes, which also makes every result
 // independent of the number of threads.
 template <class Body>
 void parallel_units(int64_t units, const Body& body) {
-  const int64_t threads = std::min<int64_t>(units, at::get_num_threads());
+  const int64_t threads = std::min(units, thread_count());
   std::atomic<int64_t> next{0};
   const auto worker = [&](int64_t, int64_t) {
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(unit);

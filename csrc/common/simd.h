@@ -8,7 +8,6 @@
 
 namespace kbfgs {
 
-
 template <typename T, int W>
 struct Simd {
   static constexpr int L = W / static_cast<int>(sizeof(T));
@@ -29,6 +28,18 @@ struct Simd {
     return lane[0];
   }
 };
+
+// Rounds v here: the compiler may not contract the product that it holds into a fused multiply-add.
+template <typename V>
+KBFGS_INLINE void rounded(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+}
 
 // The next `W / sizeof(double)` elements of p, as doubles.
 template <int W>

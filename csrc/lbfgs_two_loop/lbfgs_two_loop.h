@@ -35,9 +35,9 @@ enum class Form { automatic, recursion, compact };
 template <typename T>
 void two_loop(const std::vector<TwoLoop<T>>& layers, Form form);
 
-// out = H Q by the compact form; by the recursion.
+// Both forms, each for the layers that it is given.
 template <typename T>
-void compact(const TwoLoop<T>& layer);
+void compact(const std::vector<TwoLoop<T>>& layers);
 template <typename T>
 void recursion(const std::vector<TwoLoop<T>>& layers);
 

@@ -16,13 +16,13 @@ constexpr int64_t kCompactColumns = 32;
 
 template <typename T>
 void two_loop(const std::vector<TwoLoop<T>>& layers, Form form) {
-  std::vector<TwoLoop<T>> swept;
+  std::vector<TwoLoop<T>> multiplied, swept;
   for (const auto& l : layers) {
-    if (form == Form::compact || (form == Form::automatic && l.columns >= kCompactColumns))
-      compact(l);
-    else
-      swept.push_back(l);
+    const bool by_products =
+        form == Form::compact || (form == Form::automatic && l.columns >= kCompactColumns);
+    (by_products ? multiplied : swept).push_back(l);
   }
+  compact(multiplied);
   recursion(swept);
 }
 
