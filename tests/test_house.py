@@ -11,7 +11,7 @@ import torch
 from kbfgs_ext.ops import library, registry
 
 ROOT = Path(__file__).parents[1]
-LONGEST_FILE = 410  # lines: about 400, and some room to finish a thought
+LONGEST_FILE = 450  # lines: about 400, and some room to finish a thought
 
 
 @pytest.mark.parametrize("family", registry.FAMILIES)
