@@ -52,11 +52,7 @@ def why_no_cuda() -> str | None:
 
 def extension():
     """The one extension module, with or without CUDA."""
-    sources = sorted(
-        str(path)
-        for path in Path("csrc").rglob("*.cpp")
-        if path != CUDA_BINDINGS
-    )
+    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path != CUDA_BINDINGS)
     # No fast-math: curvature quotients decide signs, and NaN must stay NaN.
     cxx = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
     link = []

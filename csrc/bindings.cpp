@@ -1,19 +1,17 @@
 // kbfgs_ext._C: the CPU kernels, called with the arguments of the op of the same name (schemas in
-// kbfgs_ext/ops/library.py). The one file that knows torch and Python: it unpacks lists of tensors to
-// pointers and checks what the kernels rely on. Whatever they do not take raises Unsupported, always
-// before anything is written; shapes are checked by the ops' api.py.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+// kbfgs_ext/ops/library.py). The one file that knows Python: it unpacks lists of tensors to pointers.
+// Whatever the kernels do not take raises Unsupported, always before anything is written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "bfgs_update/bfgs_update.h"
+#include "common/arguments.h"
+#include "common/isa.h"
 #include "double_damping/double_damping.h"
 #include "factor_ema/factor_ema.h"
 #include "kron_precondition/kron_precondition.h"
@@ -29,90 +27,18 @@ namespace kbfgs {
 
 namespace {
 
-using at::Tensor;
-using Tensors = std::vector<Tensor>;
-using Flag = std::optional<Tensor>;
-
-struct Unsupported : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// The tensors of one call as pointers to T; copies of read-only vectors live as long as this.
-template <typename T>
-class Arguments {
- public:
-  // Written, or a matrix: used in place.
-  T* state(const char* name, const Tensor& t) const {
-    check(name, t, at::CppTypeToScalarType<T>::value);
-    if (!t.is_contiguous()) throw Unsupported(std::string(name) + " is not contiguous");
-    return t.data_ptr<T>();
-  }
-  // Read only: made contiguous where it is not.
-  T* input(const char* name, const Tensor& t) {
-    check(name, t, at::CppTypeToScalarType<T>::value);
-    if (t.is_contiguous()) return t.data_ptr<T>();
-    copies_.push_back(t.contiguous());
-    return copies_.back().template data_ptr<T>();
-  }
-  // Read only: any row stride, unit column stride.
-  Rows<T> rows(const char* name, Tensor t, int64_t n) {
-    check(name, t, at::CppTypeToScalarType<T>::value);
-    if ((t.stride(1) != 1 && t.size(1) > 1) || t.stride(0) < t.size(1)) {
-      t = t.contiguous();
-      copies_.push_back(t);
-    }
-    return {t.data_ptr<T>(), t.size(0), t.size(1), t.stride(0), n};
-  }
-  int64_t* counts(const char* name, const Tensor& t) const {
-    check(name, t, at::kLong);
-    if (!t.is_contiguous()) throw Unsupported(std::string(name) + " is not contiguous");
-    return t.data_ptr<int64_t>();
-  }
-  double scalar(const char* name, const Tensor& t) const {
-    check(name, t, at::kDouble);
-    if (t.numel() != 1) throw Unsupported(std::string(name) + " is not a scalar");
-    return *t.data_ptr<double>();
-  }
-  // Uninitialised, as long as this lives.
-  T* scratch(int64_t elements) {
-    copies_.push_back(at::empty({elements}, at::CppTypeToScalarType<T>::value));
-    return copies_.back().template data_ptr<T>();
-  }
-
- private:
-  static void check(const char* name, const Tensor& t, at::ScalarType wanted) {
-    if (!t.device().is_cpu())
-      throw Unsupported(std::string(name) + " is on " + t.device().str() + ", not on the CPU");
-    if (t.scalar_type() != wanted)
-      throw Unsupported(
-          std::string(name) + " is " + c10::toString(t.scalar_type()) + " where the cpu kernels take " +
-          c10::toString(wanted));
-  }
-
-  Tensors copies_;
-};
-
-bool read(const char* name, const Flag& flag) {
-  if (!flag) return true;
-  if (flag->scalar_type() != at::kBool || !flag->device().is_cpu() || flag->numel() != 1)
-    throw Unsupported(std::string(name) + " is not a bool scalar on the CPU");
-  return *flag->data_ptr<bool>();
-}
-
 // Calls run(T{}) with the dtype of the op's first list; an empty list has nothing to run.
 template <class Run>
 void by_dtype(const Tensors& lead, const Run& run) {
   if (lead.empty()) return;
   switch (lead[0].scalar_type()) {
-    case at::kFloat:
-      return run(float{});
-    case at::kDouble:
-      return run(double{});
-    default:
-      throw Unsupported(
-          std::string("the cpu kernels take float32 and float64, not ") +
-          c10::toString(lead[0].scalar_type()));
+    case at::kFloat: return run(float{});
+    case at::kDouble: return run(double{});
+    default: break;
   }
+  throw Unsupported(
+      std::string("the cpu kernels take float32 and float64, not ") +
+      c10::toString(lead[0].scalar_type()));
 }
 
 void factor_ema_cpu(
@@ -121,10 +47,12 @@ void factor_ema_cpu(
     using T = decltype(zero);
     Arguments<T> args;
     std::vector<FactorEma<T>> layers;
-    for (size_t i = 0; i < X.size(); ++i)
+    for (size_t i = 0; i < a_bar.size(); ++i) {
+      const int64_t n = a_bar[i].numel();
       layers.push_back(
-          {A.empty() ? nullptr : args.state("A", A[i]), args.state("a_bar", a_bar[i]),
-           args.rows("X", X[i], a_bar[i].size(0))});
+          {A.empty() ? nullptr : args.state("A", A, i, n * n), args.state("a_bar", a_bar, i, n),
+           args.rows("X", X, i, n)});
+    }
     factor_ema(layers, decay, read("ok", ok));
   });
 }
@@ -135,10 +63,12 @@ void hessian_action_cpu(
     using T = decltype(zero);
     Arguments<T> args;
     std::vector<HessianAction<T>> layers;
-    for (size_t i = 0; i < y.size(); ++i)
+    for (size_t i = 0; i < y.size(); ++i) {
+      const int64_t n = y[i].numel();
       layers.push_back(
-          {args.state("y", y[i]), args.rows("X", X[i], s[i].size(0)), args.input("s", s[i]),
-           args.scalar("lam", lam[i])});
+          {args.state("y", y, i, n), args.rows("X", X, i, n), args.input("s", s, i, n),
+           args.template scalar<double>("lam", lam, i)});
+    }
     hessian_action(layers);
   });
 }
@@ -147,9 +77,10 @@ template <typename T>
 PairEma<T> pair_of(
     Arguments<T>& args, size_t i, const Tensors& s, const Tensors& y, const Tensors& h_bar,
     const Tensors& h_bar_next, const Tensors& g_bar, const Tensors& g_bar_next) {
-  return {s[i].size(0), args.state("s", s[i]), args.state("y", y[i]),
-          args.input("h_bar", h_bar[i]), args.input("h_bar_next", h_bar_next[i]),
-          args.input("g_bar", g_bar[i]), args.input("g_bar_next", g_bar_next[i])};
+  const int64_t n = s[i].numel();
+  return {n, args.state("s", s, i, n), args.state("y", y, i, n), args.input("h_bar", h_bar, i, n),
+          args.input("h_bar_next", h_bar_next, i, n), args.input("g_bar", g_bar, i, n),
+          args.input("g_bar_next", g_bar_next, i, n)};
 }
 
 void pair_ema_cpu(
@@ -171,12 +102,14 @@ void double_damping_cpu(
     using T = decltype(zero);
     Arguments<T> args;
     std::vector<DoubleDamping<T>> layers;
-    for (size_t i = 0; i < s.size(); ++i)
+    for (size_t i = 0; i < s.size(); ++i) {
+      const int64_t n = s[i].numel();
       layers.push_back(
-          {s[i].size(0), args.state("s", s[i]), args.state("y", y[i]),
-           H.empty() ? args.input("Hy", Hy[i]) : args.state("Hy", Hy[i]),
-           H.empty() ? nullptr : args.state("H", H[i]), args.counts("counts", counts[i]),
-           args.scalar("lam", lam[i])});
+          {n, args.state("s", s, i, n), args.state("y", y, i, n),
+           H.empty() ? args.input("Hy", Hy, i, n) : args.state("Hy", Hy, i, n),
+           H.empty() ? nullptr : args.state("H", H, i, n * n), args.counts("counts", counts, i),
+           args.template scalar<double>("lam", lam, i)});
+    }
     double_damping(layers, mu1, read("ok", ok));
   });
 }
@@ -188,11 +121,13 @@ void bfgs_update_cpu(
     using T = decltype(zero);
     Arguments<T> args;
     std::vector<BfgsUpdate<T>> layers;
-    for (size_t i = 0; i < H.size(); ++i)
+    for (size_t i = 0; i < H.size(); ++i) {
+      const int64_t n = s.at(i).numel();
       layers.push_back(
-          {s[i].size(0), args.state("H", H[i]), args.input("s", s[i]), args.input("y", y[i]),
-           Hy.empty() ? args.scratch(s[i].size(0)) : args.input("Hy", Hy[i]),
-           args.scratch(s[i].size(0)), args.input("c", c[i]), args.counts("counts", counts[i])});
+          {n, args.state("H", H, i, n * n), args.input("s", s, i, n), args.input("y", y, i, n),
+           Hy.empty() ? args.scratch(n) : args.input("Hy", Hy, i, n), args.scratch(n),
+           args.input("c", c, i, n), args.counts("counts", counts, i)});
+    }
     if (read("ok", ok)) bfgs_update(layers, !Hy.empty());
   });
 }
@@ -208,30 +143,33 @@ void curvature_update_cpu(
     Arguments<T> args;
     std::vector<CurvatureA<T>> a_side;
     std::vector<CurvatureG<T>> g_side;
-    for (size_t i = 0; i < H_a.size(); ++i) {
-      const int64_t n = a_bar[i].size(0);
-      T *v = args.state("work", work[i]), *s_a = v, *y_a = v + n;
-      const double lam = args.scalar("lam_a", lam_a[i]);
-      CurvatureA<T> a{
-          {n, args.state("H_a", H_a[i]), s_a, y_a, v + 2 * n, y_a, args.input("a_bar", a_bar[i]),
-           args.counts("counts_a", counts_a[i])},
-          nullptr, {}, s_a, y_a, lam};
-      if (A.empty())
-        a.action = {y_a, args.rows("X", X[i], n), s_a, lam};
-      else
-        a.A = args.state("A", A[i]);
-      a_side.push_back(a);
-    }
-    for (size_t i = 0; i < H_g.size(); ++i) {
-      const int64_t n = s[i].size(0), n_a = H_a.empty() ? 0 : a_bar[i].size(0);
-      T *s_g = args.state("work", work[i]) + 3 * n_a, *y_g = s_g + n, *Hy = y_g + n;
-      const T* H = args.state("H_g", H_g[i]);
-      int64_t* counts = args.counts("counts_g", counts_g[i]);
-      const PairEma<T> pair = pair_of(args, i, s, y, h_bar, h_bar_next, g_bar, g_bar_next);
-      g_side.push_back(
-          {{n, const_cast<T*>(H), s_g, y_g, Hy, y_g, pair.g_bar, counts},
-           pair,
-           {n, s_g, y_g, Hy, H, counts, args.scalar("lam_g", lam_g[i])}});
+    for (size_t i = 0; i < work.size(); ++i) {
+      const int64_t n_a = H_a.empty() ? 0 : a_bar.at(i).numel();
+      const int64_t n_g = H_g.empty() ? 0 : s.at(i).numel();
+      if (work[i].numel() < 3 * (n_a + n_g)) throw std::invalid_argument("work is too small");
+      T *s_a = args.state("work", work, i, work[i].numel()), *y_a = s_a + n_a, *Hy_a = y_a + n_a;
+      T *s_g = Hy_a + n_a, *y_g = s_g + n_g, *Hy_g = y_g + n_g;
+      if (!H_a.empty()) {
+        const double lam = args.template scalar<double>("lam_a", lam_a, i);
+        CurvatureA<T> a{
+            {n_a, args.state("H_a", H_a, i, n_a * n_a), s_a, y_a, Hy_a, y_a,
+             args.input("a_bar", a_bar, i, n_a), args.counts("counts_a", counts_a, i)},
+            nullptr, {}, s_a, y_a, lam};
+        if (A.empty())
+          a.action = {y_a, args.rows("X", X, i, n_a), s_a, lam};
+        else
+          a.A = args.state("A", A, i, n_a * n_a);
+        a_side.push_back(a);
+      }
+      if (!H_g.empty()) {
+        T* H = args.state("H_g", H_g, i, n_g * n_g);
+        int64_t* counts = args.counts("counts_g", counts_g, i);
+        const PairEma<T> pair = pair_of(args, i, s, y, h_bar, h_bar_next, g_bar, g_bar_next);
+        const double lam = args.template scalar<double>("lam_g", lam_g, i);
+        g_side.push_back(
+            {{n_g, H, s_g, y_g, Hy_g, y_g, pair.g_bar, counts},
+             pair, {n_g, s_g, y_g, Hy_g, H, counts, lam}});
+      }
     }
     curvature_update(
         a_side, g_side, pair_decay, mu1, read("ok", ok), read("ok_pair", ok_pair));
@@ -249,10 +187,13 @@ void lbfgs_two_loop_cpu(
     Arguments<T> args;
     std::vector<TwoLoop<T>> layers;
     for (size_t i = 0; i < out.size(); ++i) {
-      const Ring<T> ring{S[i].size(1), S[i].size(0), *args.counts("pushed", pushed[i]),
-                         args.state("S", S[i]), args.state("Y", Y[i]), args.input("rho", rho[i])};
-      const Rows<T> q = args.rows("Q", Q[i].dim() == 2 ? Q[i] : Q[i].unsqueeze(1), ring.n);
-      layers.push_back({ring, q.cols, args.state("out", out[i]), q.X, q.stride});
+      const Tensor q = Q.at(i).dim() == 2 ? Q[i] : Q[i].unsqueeze(1);
+      const int64_t n = q.size(0), p = S.at(i).size(0);
+      const Rows<T> rows = args.rows("Q", {q}, 0, q.size(1));
+      layers.push_back(
+          {{n, p, args.template scalar<int64_t>("pushed", pushed, i), args.state("S", S, i, p * n),
+            args.state("Y", Y, i, p * n), args.input("rho", rho, i, p)},
+           rows.cols, args.state("out", out, i, n * rows.cols), rows.X, rows.stride});
     }
     two_loop(layers, wanted);
   });
@@ -265,42 +206,49 @@ void lbfgs_push_cpu(
     using T = decltype(zero);
     Arguments<T> args;
     std::vector<Push<T>> layers;
-    for (size_t i = 0; i < S.size(); ++i)
+    for (size_t i = 0; i < S.size(); ++i) {
+      const int64_t n = s.at(i).numel(), p = rho.at(i).numel();
+      if (p == 0) throw std::invalid_argument("a ring without rows cannot take a pair");
+      args.template scalar<int64_t>("pushed", pushed, i);
       layers.push_back(
-          {S[i].size(1), S[i].size(0), args.state("S", S[i]), args.state("Y", Y[i]),
-           args.state("rho", rho[i]), args.counts("pushed", pushed[i]),
-           args.counts("counts", counts[i]), args.input("s", s[i]), args.input("y", y[i]),
-           args.input("c", c[i])});
+          {n, p, args.state("S", S, i, p * n), args.state("Y", Y, i, p * n),
+           args.state("rho", rho, i, p), pushed[i].data_ptr<int64_t>(),
+           args.counts("counts", counts, i), args.input("s", s, i, n), args.input("y", y, i, n),
+           args.input("c", c, i, n)});
+    }
     if (read("ok", ok)) push(layers);
   });
 }
 
-// W and b, or dW and db; an empty b stands for none.
+// W and b, or dW and db, n_g x n_a together; an empty b stands for none.
 template <typename T>
 Parameters<T> parameters(
-    Arguments<T>& args, bool written, const char* name, const Tensor& W, const Tensor& b) {
-  const auto pointer = [&](const Tensor& t) {
-    return written ? args.state(name, t) : args.input(name, t);
+    Arguments<T>& args, bool written, const char* name, const Tensors& W, const Tensors& b,
+    size_t i, const Tensor& joined) {
+  const int64_t n_g = joined.size(0), d_in = joined.size(1) - (b.at(i).numel() > 0);
+  const auto pointer = [&](const Tensors& list, int64_t elements) {
+    return written ? args.state(name, list, i, elements) : args.input(name, list, i, elements);
   };
-  return {W.size(0), W.size(1), pointer(W), b.numel() > 0 ? pointer(b) : nullptr};
+  return {n_g, d_in, pointer(W, n_g * d_in), b[i].numel() > 0 ? pointer(b, n_g) : nullptr};
 }
 
 template <typename T>
 Precondition<T> precondition_of(
     Arguments<T>& args, size_t i, const Tensors& P, const Tensors& H_g, const Tensors& M,
     const Tensors& H_a, const Tensors& work) {
-  return {M[i].size(0), M[i].size(1), args.state("P", P[i]),
-          H_g.empty() ? nullptr : args.state("H_g", H_g[i]), args.state("M", M[i]),
-          args.state("H_a", H_a[i]), args.state("work", work[i])};
+  const int64_t n_g = M[i].size(0), n_a = M[i].size(1), N = n_g * n_a;
+  return {n_g, n_a, args.state("P", P, i, N),
+          H_g.empty() ? nullptr : args.state("H_g", H_g, i, n_g * n_g), args.state("M", M, i, N),
+          args.state("H_a", H_a, i, n_a * n_a), args.state("work", work, i, N)};
 }
 
 void kron_precondition_cpu(
     const Tensors& P, const Tensors& H_g, const Tensors& M, const Tensors& H_a,
     const Tensors& work) {
-  by_dtype(P, [&](auto zero) {
+  by_dtype(M, [&](auto zero) {
     Arguments<decltype(zero)> args;
     std::vector<Precondition<decltype(zero)>> layers;
-    for (size_t i = 0; i < P.size(); ++i)
+    for (size_t i = 0; i < M.size(); ++i)
       layers.push_back(precondition_of(args, i, P, H_g, M, H_a, work));
     precondition(layers);
   });
@@ -314,8 +262,9 @@ void momentum_cpu(
     std::vector<Momentum<decltype(zero)>> layers;
     for (size_t i = 0; i < M.size(); ++i)
       layers.push_back(
-          {args.state("M", M[i]), parameters(args, false, "dW or db", dW[i], db[i]),
-           parameters(args, false, "W or b", W[i], b[i])});
+          {args.state("M", M, i, M[i].numel()),
+           parameters(args, false, "dW or db", dW, db, i, M[i]),
+           parameters(args, false, "W or b", W, b, i, M[i])});
     if (read("ok", ok)) momentum(layers, mu, weight_decay);
   });
 }
@@ -328,8 +277,8 @@ void descend_cpu(
     std::vector<Descend<decltype(zero)>> layers;
     for (size_t i = 0; i < P.size(); ++i)
       layers.push_back(
-          {parameters(args, true, "W or b", W[i], b[i]), args.state("P", P[i]),
-           args.scalar("step_size", step_size[i])});
+          {parameters(args, true, "W or b", W, b, i, P[i]), args.state("P", P, i, P[i].numel()),
+           args.template scalar<double>("step_size", step_size, i)});
     descend(layers, read("ok", ok));
   });
 }
@@ -341,7 +290,8 @@ void restore_cpu(const Tensors& W, const Tensors& b, const Tensors& saved, const
     if (!read("undo", undo)) return;
     for (size_t i = 0; i < saved.size(); ++i)
       layers.push_back(
-          {parameters(args, true, "W or b", W[i], b[i]), args.input("saved", saved[i]), 0});
+          {parameters(args, true, "W or b", W, b, i, saved[i]),
+           args.input("saved", saved, i, saved[i].numel()), 0});
     restore(layers);
   });
 }
@@ -355,15 +305,28 @@ void kron_step_cpu(
     Arguments<T> args;
     std::vector<KronStep<T>> layers;
     for (size_t i = 0; i < M.size(); ++i) {
-      const Parameters<T> weights = parameters(args, true, "W or b", W[i], b[i]);
+      const Parameters<T> weights = parameters(args, true, "W or b", W, b, i, M[i]);
       const auto direction = precondition_of(args, i, P, H_g, M, H_a, work);
       layers.push_back(
-          {{args.state("M", M[i]), parameters(args, false, "dW or db", dW[i], db[i]), weights},
+          {{args.state("M", M, i, M[i].numel()),
+            parameters(args, false, "dW or db", dW, db, i, M[i]), weights},
            direction,
-           {weights, direction.P, args.scalar("step_size", step_size[i])}});
+           {weights, direction.P, args.template scalar<double>("step_size", step_size, i)}});
     }
     kron_step(layers, mu, weight_decay, read("ok", ok));
   });
+}
+
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};  // in the order of Isa
+
+std::vector<std::string> instruction_sets() {
+  return {kIsaNames, kIsaNames + static_cast<int>(widest_isa()) + 1};
+}
+
+void use_instruction_set(const std::string& name) {
+  for (size_t i = 0; i < instruction_sets().size(); ++i)
+    if (name == kIsaNames[i]) return active_isa().store(static_cast<Isa>(i));
+  throw std::invalid_argument("this processor has no instruction set " + name);
 }
 
 }  // namespace
@@ -380,22 +343,23 @@ PYBIND11_MODULE(_C, module) {
       PyErr_SetString(type.ptr(), reason.what());
     }
   });
-  const auto def = [&](const char* name, auto function) {
-    module.def(name, function, py::call_guard<py::gil_scoped_release>());
-  };
-  def("factor_ema_cpu", &factor_ema_cpu);
-  def("hessian_action_cpu", &hessian_action_cpu);
-  def("pair_ema_cpu", &pair_ema_cpu);
-  def("double_damping_cpu", &double_damping_cpu);
-  def("bfgs_update_cpu", &bfgs_update_cpu);
-  def("curvature_update_cpu", &curvature_update_cpu);
-  def("lbfgs_two_loop_cpu", &lbfgs_two_loop_cpu);
-  def("lbfgs_push_cpu", &lbfgs_push_cpu);
-  def("kron_precondition_cpu", &kron_precondition_cpu);
-  def("momentum_cpu", &momentum_cpu);
-  def("descend_cpu", &descend_cpu);
-  def("restore_cpu", &restore_cpu);
-  def("kron_step_cpu", &kron_step_cpu);
+#define KBFGS_DEF(op) module.def(#op, &op, py::call_guard<py::gil_scoped_release>())
+  KBFGS_DEF(factor_ema_cpu);
+  KBFGS_DEF(hessian_action_cpu);
+  KBFGS_DEF(pair_ema_cpu);
+  KBFGS_DEF(double_damping_cpu);
+  KBFGS_DEF(bfgs_update_cpu);
+  KBFGS_DEF(curvature_update_cpu);
+  KBFGS_DEF(lbfgs_two_loop_cpu);
+  KBFGS_DEF(lbfgs_push_cpu);
+  KBFGS_DEF(kron_precondition_cpu);
+  KBFGS_DEF(momentum_cpu);
+  KBFGS_DEF(descend_cpu);
+  KBFGS_DEF(restore_cpu);
+  KBFGS_DEF(kron_step_cpu);
+#undef KBFGS_DEF
+  module.def("instruction_sets", &instruction_sets);        // that run here; the last is in use
+  module.def("use_instruction_set", &use_instruction_set);  // for tests of the others
 #ifdef KBFGS_WITH_CUDA
   register_cuda(module);
   module.def("has_cuda", [] { return true; });

@@ -48,8 +48,6 @@ struct Rank2Body {
   }
 };
 
-constexpr int64_t kBlockElements = 32 * 1024;  // of H, one unit: some 5 us of work
-
 // (9) for every layer whose pair was accepted.
 template <typename T>
 void rank2(const std::vector<BfgsUpdate<T>>& layers, const std::vector<Gate<T>>& gates) {
@@ -58,16 +56,18 @@ void rank2(const std::vector<BfgsUpdate<T>>& layers, const std::vector<Gate<T>>&
     int64_t begin, end;
   };
   std::vector<Block> blocks;
+  int64_t elements = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
     const BfgsUpdate<T>& b = layers[i];
     if (!gates[i].accept) continue;
+    elements += b.n * b.n;
     std::copy(b.Hy, b.Hy + b.n, b.w);
     axpby(b.w, static_cast<T>(-gates[i].rho), b.s, static_cast<T>(gates[i].coefficient / 2), b.n);
-    const int64_t rows = kBlockElements / b.n + 1;
+    const int64_t rows = kGrainElements / std::max<int64_t>(1, b.n) + 1;
     for (int64_t row = 0; row < b.n; row += rows)
       blocks.push_back({i, row, std::min(row + rows, b.n)});
   }
-  parallel_units(static_cast<int64_t>(blocks.size()), [&](int64_t unit) {
+  parallel_units(static_cast<int64_t>(blocks.size()), elements, [&](int64_t unit) {
     const BfgsUpdate<T>& b = layers[blocks[unit].layer];
     vectorised<Rank2Body>(
         b.H, b.n, blocks[unit].begin, blocks[unit].end, b.s, static_cast<const T*>(b.w));
@@ -107,8 +107,7 @@ template <typename T>
 void bfgs_update(const std::vector<BfgsUpdate<T>>& layers, bool Hy_given) {
   std::vector<Gate<T>> gates(layers.size());
   if (Hy_given) {
-    parallel_units(
-        static_cast<int64_t>(layers.size()), [&](int64_t i) { gates[i] = decide(layers[i]); });
+    for (size_t i = 0; i < layers.size(); ++i) gates[i] = decide(layers[i]);
   } else {
     std::vector<Symv<T>> products;
     for (const auto& b : layers) products.push_back({b.n, b.H, b.y, b.Hy});

@@ -6,6 +6,8 @@
 // inherit the wrapper's instruction set.
 #pragma once
 
+#include <atomic>
+
 #define KBFGS_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
@@ -21,7 +23,8 @@ namespace kbfgs {
 
 enum class Isa { baseline, avx2, avx512 };
 
-inline Isa detect_isa() {
+// The widest that this processor has.
+inline Isa widest_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
@@ -32,9 +35,10 @@ inline Isa detect_isa() {
   return Isa::baseline;
 }
 
-inline Isa isa() {
-  static const Isa found = detect_isa();
-  return found;
+// The one in use: the widest, unless a test asks for another.
+inline std::atomic<Isa>& active_isa() {
+  static std::atomic<Isa> active{widest_isa()};
+  return active;
 }
 
 template <class Body, class... Args>
@@ -57,7 +61,7 @@ KBFGS_TARGET_AVX512 void run_avx512(Args... args) {
 template <class Body, class... Args>
 void vectorised(Args... args) {
 #if defined(__x86_64__)
-  switch (isa()) {
+  switch (active_isa().load(std::memory_order_relaxed)) {
     case Isa::avx512:
       return run_avx512<Body>(args...);
     case Isa::avx2:

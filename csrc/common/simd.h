@@ -31,8 +31,10 @@ struct Simd {
 
 // Rounds v here: the compiler may not contract the product that it holds into a fused multiply-add.
 template <typename V>
-KBFGS_INLINE void rounded(V& v) {
-#if defined(__x86_64__)
+KBFGS_INLINE void rounded([[maybe_unused]] V& v) {
+#if defined(__clang__)
+  // Clang contracts within an expression only, and v is a variable.
+#elif defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));

@@ -17,7 +17,6 @@ namespace kbfgs {
 
 namespace {
 
-constexpr int64_t kPanelElements = 32 * 1024;  // about 128 KB of float: some 5 us of work
 constexpr int64_t kMostPanels = 16;
 
 // Columns [j, n) of four rows against x and y: y[j] += sum_r x_r*h[r][j], sum[r] += h[r][j]*x[j].
@@ -97,7 +96,7 @@ struct SumBody {
 }  // namespace
 
 void append_panels(std::vector<Panel>& panels, int64_t task, int64_t n) {
-  const int64_t wanted = (n * n / 2 + kPanelElements - 1) / kPanelElements;
+  const int64_t wanted = (n * n / 2 + kGrainElements - 1) / kGrainElements;
   const int64_t count = std::clamp<int64_t>(wanted, 1, kMostPanels);
   int64_t begin = 0;
   for (int64_t k = 1; k <= count && begin < n; ++k) {
@@ -115,10 +114,11 @@ void symv(const std::vector<Symv<T>>& tasks, const std::function<void(int64_t)>&
   std::vector<Panel> panels;
   std::vector<int64_t> first;  // panels of task t are [first[t], first[t + 1])
   std::vector<int64_t> offset;  // of each panel's partial vector
-  int64_t elements = 0;
+  int64_t elements = 0, work = 0;
   for (int64_t t = 0; t < static_cast<int64_t>(tasks.size()); ++t) {
     first.push_back(static_cast<int64_t>(panels.size()));
     append_panels(panels, t, tasks[t].n);
+    work += tasks[t].n * tasks[t].n / 2;
     for (size_t k = first.back(); k < panels.size(); ++k) {
       offset.push_back(elements);
       elements += tasks[t].n;
@@ -129,7 +129,7 @@ void symv(const std::vector<Symv<T>>& tasks, const std::function<void(int64_t)>&
   std::vector<std::atomic<int64_t>> left(tasks.size());
   for (size_t t = 0; t < tasks.size(); ++t) left[t] = first[t + 1] - first[t];
 
-  parallel_units(static_cast<int64_t>(panels.size()), [&](int64_t unit) {
+  parallel_units(static_cast<int64_t>(panels.size()), work, [&](int64_t unit) {
     const Panel& panel = panels[unit];
     const Symv<T>& task = tasks[panel.task];
     vectorised<PanelBody>(

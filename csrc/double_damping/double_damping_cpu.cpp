@@ -72,7 +72,9 @@ bool damp(const DoubleDamping<T>& d, double mu1) {
 
 template <typename T>
 void pair_ema(const std::vector<PairEma<T>>& layers, double decay) {
-  parallel_units(static_cast<int64_t>(layers.size()), [&](int64_t i) {
+  int64_t elements = 0;
+  for (const auto& p : layers) elements += 8 * p.n;
+  parallel_units(static_cast<int64_t>(layers.size()), elements, [&](int64_t i) {
     pair_ema(layers[i], decay);
   });
 }
@@ -84,8 +86,8 @@ void double_damping(const std::vector<DoubleDamping<T>>& layers, double mu1, boo
   for (const auto& d : layers)
     if (d.H != nullptr) products.push_back({d.n, d.H, d.y, d.Hy});
   if (products.empty()) {  // the caller knows H y; all layers or none
-    if (!ok) return;
-    parallel_units(static_cast<int64_t>(layers.size()), [&](int64_t i) { damp(layers[i], mu1); });
+    for (const auto& d : layers)
+      if (ok) damp(d, mu1);
     return;
   }
   symv<T>(products, [&](int64_t i) { changed[i] = ok && damp(layers[i], mu1); });

@@ -120,9 +120,11 @@ void factor_ema(const std::vector<FactorEma<T>>& layers, double decay, bool ok) 
     int64_t begin, end, cost;
   };
   std::vector<Block> blocks;
+  int64_t elements = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
     if (!ok || !finite[l] || layers[l].A == nullptr) continue;
     const int64_t cols = rows[l].cols;
+    elements += rows[l].n * rows[l].n + rows[l].m * cols;
     for (int64_t begin = 0; begin < cols; begin += kBlockColumns) {
       const int64_t end = std::min(begin + kBlockColumns, cols);
       blocks.push_back({l, begin, end, (cols - begin) * rows[l].m});
@@ -131,7 +133,7 @@ void factor_ema(const std::vector<FactorEma<T>>& layers, double decay, bool ok) 
   std::stable_sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) {
     return a.cost > b.cost;
   });
-  parallel_units(static_cast<int64_t>(blocks.size()), [&](int64_t unit) {
+  parallel_units(static_cast<int64_t>(blocks.size()), elements, [&](int64_t unit) {
     const Block& block = blocks[unit];
     update_block(layers[block.layer], decay, block.begin, block.end);
   });

@@ -24,10 +24,11 @@ void row_groups(
   };
   std::vector<Group> groups;
   std::vector<int64_t> first, offset;
-  int64_t elements = 0;
+  int64_t elements = 0, work = 0;
   for (int64_t l = 0; l < static_cast<int64_t>(layers.size()); ++l) {
     first.push_back(static_cast<int64_t>(groups.size()));
     offset.push_back(elements);
+    work += layers[l].m * layers[l].cols;
     for (int64_t row = 0; row < layers[l].m; row += kGroup) {
       groups.push_back({l, row});
       elements += width(l);
@@ -38,7 +39,7 @@ void row_groups(
   std::vector<std::atomic<int64_t>> left(layers.size());
   for (size_t l = 0; l < layers.size(); ++l) left[l] = first[l + 1] - first[l];
 
-  parallel_units(static_cast<int64_t>(groups.size()), [&](int64_t unit) {
+  parallel_units(static_cast<int64_t>(groups.size()), work, [&](int64_t unit) {
     const auto [l, row] = groups[unit];
     T* own = partial.get() + offset[l] + (unit - first[l]) * width(l);
     body(l, row, std::min(kGroup, layers[l].m - row), own);

@@ -14,8 +14,6 @@ namespace kbfgs {
 
 namespace {
 
-constexpr int64_t kBlockElements = 32 * 1024;  // some 10 us of work per unit
-
 struct MomentumBody {
   // M <- mu*M + (1-mu)*(dW + gamma*W)
   template <int W, typename T>
@@ -58,13 +56,15 @@ void by_rows(const Layers& layers, const Weights& weights, const Body& body) {
     int64_t begin, end;
   };
   std::vector<Block> blocks;
+  int64_t elements = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
     const auto& w = weights(layers[l]);
-    const int64_t rows = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, w.n_a()));
+    const int64_t rows = kGrainElements / std::max<int64_t>(1, w.n_a()) + 1;
+    elements += w.n_g * w.n_a();
     for (int64_t i = 0; i < w.n_g; i += rows)
       blocks.push_back({l, i, std::min(i + rows, w.n_g)});
   }
-  parallel_units(static_cast<int64_t>(blocks.size()), [&](int64_t unit) {
+  parallel_units(static_cast<int64_t>(blocks.size()), elements, [&](int64_t unit) {
     const Block& block = blocks[unit];
     for (int64_t i = block.begin; i < block.end; ++i) body(layers[block.layer], i);
   });
@@ -80,7 +80,7 @@ void by_row_blocks(int64_t n_g, const Body& body) {
   const int64_t threads = thread_count();
   if (threads == 1 || n_g < kFewestRows * threads) return body(0, n_g);
   const int64_t rows = std::clamp<int64_t>(n_g / (4 * threads) + 1, kFewestRows, 256);
-  parallel_units((n_g + rows - 1) / rows, [&](int64_t block) {
+  parallel_units((n_g + rows - 1) / rows, threads * kGrainElements, [&](int64_t block) {
     body(block * rows, std::min((block + 1) * rows, n_g));
   });
 }

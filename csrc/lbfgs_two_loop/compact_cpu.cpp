@@ -4,7 +4,7 @@
 //
 // f pairs filled: 8*f*n*columns FLOPs in two products of inner dimension n and 2f, 4*f^2*n for the
 // Gram matrix, 4*f^2*columns in between. Columns are independent, so a tile of them goes through all
-// of it on one thread. Scratch of one call, per layer: 3*f*n + 2*f^2 elements, and 2 KB * f a thread.
+// of it on one thread. Scratch of one call, per layer: 3*f*n + 2*f^2 elements; and 2 KB * f a thread.
 #include <algorithm>
 #include <memory>
 
@@ -117,12 +117,17 @@ void compact(const std::vector<TwoLoop<T>>& layers) {
   };
   std::vector<Unit> units;
   std::vector<Pairs<T>> pairs(layers.size());
-  for (size_t l = 0; l < layers.size(); ++l)
+  int64_t gram = 0, elements = 0;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const int64_t f = layers[l].ring.filled(), n = layers[l].ring.n;
+    gram += f * f * n;
+    elements += 2 * f * n * layers[l].columns;
     for (int64_t c = 0; c < layers[l].columns; c += kTile<T>) units.push_back({l, c});
-  parallel_units(static_cast<int64_t>(layers.size()), [&](int64_t l) {
+  }
+  parallel_units(static_cast<int64_t>(layers.size()), gram, [&](int64_t l) {
     pairs[l] = gather(layers[l].ring);
   });
-  parallel_units(static_cast<int64_t>(units.size()), [&](int64_t unit) {
+  parallel_units(static_cast<int64_t>(units.size()), elements, [&](int64_t unit) {
     const auto [l, begin] = units[unit];
     apply(layers[l], pairs[l], begin, std::min(begin + kTile<T>, layers[l].columns));
   });

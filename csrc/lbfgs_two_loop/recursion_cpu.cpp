@@ -150,9 +150,12 @@ void recursion(const std::vector<TwoLoop<T>>& layers) {
     int64_t begin;
   };
   std::vector<Unit> units;
-  for (size_t l = 0; l < layers.size(); ++l)
+  int64_t elements = 0;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    elements += 2 * layers[l].ring.filled() * layers[l].ring.n * layers[l].columns;
     for (int64_t c = 0; c < layers[l].columns; c += Tile<T>::kColumns) units.push_back({l, c});
-  parallel_units(static_cast<int64_t>(units.size()), [&](int64_t unit) {
+  }
+  parallel_units(static_cast<int64_t>(units.size()), elements, [&](int64_t unit) {
     const TwoLoop<T>& layer = layers[units[unit].layer];
     if (layer.columns == 1)
       run_vector(layer);

@@ -1,8 +1,8 @@
 """Hand-picked calls of every op, each with a readable id.
 
-A case builds the arguments of one op in the order of its schema, without ``backend``, from seeded
-float64 numbers rounded to the dtype asked for. Arguments that an op only writes are filled with NaN.
-`run` calls the op on copies and hands back the arguments as it left them.
+A case builds the arguments of one op in the order of its schema, without ``backend``, from
+seeded float64 numbers rounded to the dtype asked for. Arguments that an op only writes are filled
+with NaN. How to run one: calls.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from kbfgs_ext.ops import library as library
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
-from tests.helpers import oracles
+from tests.helpers import calls
 from tests.helpers.oracles import randn, spd
 
 NAN = float("nan")
@@ -30,64 +30,8 @@ class Case:
         return f"{self.op}{self.id}"
 
 
-def schema(op: str) -> list[torch.Argument]:
-    """The op's arguments without ``backend``."""
-    return list(getattr(torch.ops.kbfgs_ext, op).default._schema.arguments)[:-1]
-
-
-def written(op: str) -> list[bool]:
-    """Which arguments the op writes."""
-    return [a.alias_info is not None and a.alias_info.is_write for a in schema(op)]
-
-
-def apply(args: list, change: Callable[[torch.Tensor], torch.Tensor]) -> list:
-    """The arguments with every tensor changed."""
-    out = []
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            out.append(change(arg))
-        elif isinstance(arg, list):
-            out.append([change(t) for t in arg])
-        else:
-            out.append(arg)
-    return out
-
-
-def copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides, gaps included."""
-    if tensor.is_contiguous():
-        return tensor.clone()
-    out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return out.copy_(tensor)
-
-
-def widened(args: list) -> list:
-    """The same numbers in float64: the input of the truth."""
-    return apply(args, lambda t: t.double() if t.is_floating_point() else t.clone())
-
-
-def run(op: str, args: list, backend: str) -> list:
-    """The op on copies of ``args``; returns them as it left them."""
-    mine = apply(args, copy)
-    getattr(torch.ops.kbfgs_ext, op)(*mine, backend)
-    return mine
-
-
-def flat(op: str, args: list, only_written: bool | None = None) -> list[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all tensors; or of those written; or of those only read."""
-    found = []
-    for argument, is_written, value in zip(schema(op), written(op), args, strict=True):
-        if only_written is not None and is_written != only_written:
-            continue
-        if isinstance(value, torch.Tensor):
-            found.append((argument.name, value))
-        elif isinstance(value, list):
-            found += [(f"{argument.name}[{i}]", t) for i, t in enumerate(value)]
-    return found
-
-
 def _to(dtype: torch.dtype, args: list) -> list:
-    return apply(args, lambda t: t.to(dtype) if t.dtype == torch.float64 else t)
+    return calls.apply(args, lambda t: t.to(dtype) if t.dtype == torch.float64 else t)
 
 
 def _scalars(value: float, count: int) -> list[torch.Tensor]:
@@ -190,7 +134,9 @@ def pairs_for(H: list[torch.Tensor], kind: str) -> tuple[list[torch.Tensor], lis
         return [50 * v for v in Hy], y
     if kind == "both":
         s = _vectors(n, 80, 30.0)
-        return [v - 2 * (v @ w) / (w @ w) * w if v @ w > 0 else v for v, w in zip(s, y)], y
+        return [
+            v - 2 * (v @ w) / (w @ w) * w if v @ w > 0 else v for v, w in zip(s, y, strict=True)
+        ], y
     if kind == "small":
         return [1e-12 * v for v in Hy], [1e-12 * v for v in y]
     raise ValueError(kind)
@@ -301,7 +247,9 @@ def kron_precondition(layers, bias=True, identity=False, condition=10.0):
 def momentum(layers, bias=True, mu=0.9, decay=1e-2, ok=None, layout=lambda t: t):
     def build(dtype):
         M = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
-        M, dW, db, W, b = _to(dtype, [M, *_weights(layers, bias, 100), *_weights(layers, bias, 200)])
+        M, dW, db, W, b = _to(
+            dtype, [M, *_weights(layers, bias, 100), *_weights(layers, bias, 200)]
+        )
         return [M, [layout(t) for t in dW], db, W, b, mu, decay, ok]
 
     return build
@@ -443,7 +391,3 @@ def first(op: str) -> Case:
 
 def ids(case: Case) -> str:
     return str(case)
-
-
-__all__ = ["ALL", "Case", "apply", "copy", "first", "flat", "ids", "of", "oracles", "run", "schema",
-           "widened", "written"]  # fmt: skip

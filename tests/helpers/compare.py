@@ -1,8 +1,8 @@
 """The one place of tolerance.
 
-The float64 reference is truth. A kernel's error may be at most twice the error of the reference at
-the kernel's own dtype, plus a floor of a few roundings: a reference that is exact by luck (a size of
-1, a power of two) must not forbid the last bit.
+The float64 reference is truth. A kernel's error may be at most twice the error of the reference
+at the kernel's own dtype, plus a floor of a few roundings: a reference that is exact by luck (a
+size of 1, a power of two) must not forbid the last bit.
 """
 
 from __future__ import annotations

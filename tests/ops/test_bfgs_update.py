@@ -1,4 +1,4 @@
-"""bfgs_update: symmetric, positive definite, secant equation, product form; the whole curvature update."""
+"""bfgs_update: symmetric, positive definite, secant equation, product form; all of it."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kbfgs_ext import ops
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
-from tests.helpers import backends, cases, compare
+from tests.helpers import backends, calls, cases, compare
 from tests.helpers.oracles import bfgs_inverse, randn, spd
 
 ACCEPTED, REJECTED = 0, 1
@@ -83,8 +83,8 @@ def test_curvature_update_is_its_parts(backend, from_X):
     """The fused op against the ops it is made of, each on the reference backend."""
     build = cases.curvature_update([(33, 17), (5, 40)], "both", from_X=from_X)
     args = build(torch.float64)
-    named = dict(zip((a.name for a in cases.schema("curvature_update_")), args, strict=True))
-    got = cases.run("curvature_update_", args, backend)
+    named = dict(zip((a.name for a in calls.schema("curvature_update_")), args, strict=True))
+    got = calls.run("curvature_update_", args, backend)
     for i in range(2):
         one = {k: v[i] for k, v in named.items() if isinstance(v, list) and v}
         s_a = one["H_a"] @ one["a_bar"]
@@ -112,7 +112,7 @@ def test_curvature_update_is_its_parts(backend, from_X):
 def test_layer_whose_own_means_are_not_finite_is_skipped_alone(backend):
     args = cases.curvature_update([(5, 4), (6, 7)])(torch.float64)
     args[11][0][2] = float("nan")  # h_bar_next of the first layer
-    got = cases.run("curvature_update_", args, backend)
+    got = calls.run("curvature_update_", args, backend)
     for place in (1, 2, 3, 5):  # H_g, s, y, counts_g
         compare.assert_same_bits(got[place][0], args[place][0])
         assert not torch.equal(got[place][1], args[place][1])

@@ -73,7 +73,10 @@ def test_layer_with_a_bad_row_keeps_its_factor(backend, value):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.factor_ema_([], [torch.ones(4)], [torch.ones(2, 6)], 0.9), r"X\[0\] must be m x 4"),
+        (
+            lambda: ops.factor_ema_([], [torch.ones(4)], [torch.ones(2, 6)], 0.9),
+            r"X\[0\] must be m x 4",
+        ),
         (lambda: ops.factor_ema_([], [torch.ones(4)], [torch.ones(0, 3)], 0.9), r"with m > 0"),
         (lambda: ops.factor_ema_([], [torch.ones(4)], [torch.ones(2, 3)], 1.0), r"decay must be"),
         (lambda: ops.factor_ema_([], [torch.ones(4)], [], 0.9), "one entry per layer"),

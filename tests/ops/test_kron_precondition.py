@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbfgs_ext import ops
-from tests.helpers import backends, cases, compare
+from tests.helpers import backends, calls, cases, compare
 from tests.helpers.oracles import kron_direction, randn, spd
 
 
@@ -26,8 +26,8 @@ def test_direction_is_the_kronecker_product(backend, n_g, n_a, seed):
 @pytest.mark.parametrize("bias", [True, False])
 def test_step_is_its_parts(backend, bias):
     args = cases.kron_step([(17, 5), (3, 33)], bias)(torch.float64)
-    W, b, M, P, work, dW, db, H_g, H_a, step, mu, decay, ok = cases.apply(args, torch.clone)
-    got = cases.run("kron_step_", args, backend)
+    W, b, M, P, work, dW, db, H_g, H_a, step, mu, decay, ok = calls.apply(args, torch.clone)
+    got = calls.run("kron_step_", args, backend)
     ops.momentum_(M, dW, db, W, b, mu, decay, ok, "reference")
     ops.kron_precondition_(P, H_g, M, H_a, work, "reference")
     ops.descend_(W, b, P, step, ok, "reference")
@@ -41,7 +41,7 @@ def test_step_is_its_parts(backend, bias):
 @pytest.mark.parametrize("bias", [True, False])
 def test_restore_undoes_descend_bit_for_bit(backend, bias):
     args = cases.descend([(17, 5), (33, 64)], bias)(torch.float32)
-    W, b, P, step, ok = cases.apply(args, torch.clone)
+    W, b, P, step, ok = calls.apply(args, torch.clone)
     before = [t.clone() for t in W + b]
     ops.descend_(W, b, P, step, ok, backend)
     assert not torch.equal(W[0], before[0])
@@ -62,8 +62,8 @@ def test_momentum_averages_the_regularised_gradient(backend):
 @backends.needs_native
 def test_layers_may_share_the_storage_of_work():
     args = cases.kron_precondition([(17, 5), (3, 9)])(torch.float64)
-    alone = cases.run("kron_precondition_", args, "cpu")
-    P, H_g, M, H_a, work = cases.apply(args, torch.clone)
+    alone = calls.run("kron_precondition_", args, "cpu")
+    P, H_g, M, H_a, work = calls.apply(args, torch.clone)
     pool = torch.empty(max(w.numel() for w in work), dtype=torch.float64)
     shared = [pool[: w.numel()].view(w.shape) for w in work]
     ops.kron_precondition_(P, H_g, M, H_a, shared, "cpu")

@@ -67,8 +67,10 @@ def test_recursion_is_compact_is_explicit(backend, n, p, count, columns, seed):
     recursion = memory.apply(Q, "recursion", backend)
     compare.assert_equal_to(recursion, H @ Q, n + 8 * p, scale, "recursion")
     # R = triu(S Y') is solved with twice; its condition is what the compact form loses.
-    R = torch.triu(torch.stack([s for s, _ in memory.pairs]) @ torch.stack(
-        [y for _, y in memory.pairs]).T) if count else torch.eye(1, dtype=torch.float64)  # fmt: skip
+    R = torch.eye(1, dtype=torch.float64)
+    if count:
+        S, Y = (torch.stack(vectors) for vectors in zip(*memory.pairs, strict=True))
+        R = torch.triu(S @ Y.T)
     condition = torch.linalg.cond(R).item()
     compact = memory.apply(Q, "compact", backend)
     compare.assert_equal_to(compact, H @ Q, n + 8 * p, scale * condition, "compact")

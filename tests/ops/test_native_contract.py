@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from kbfgs_ext import ops
 from kbfgs_ext.ops import registry
-from tests.helpers import backends, cases, compare
+from tests.helpers import backends, calls, cases, compare
 
 pytestmark = backends.needs_native
 
@@ -17,12 +16,12 @@ WRITTEN_WHEN_VOID = {
     "kron_step_": ("P", "work"),
     "curvature_update_": ("work",),
 }
-FLAGGED = sorted(op for op in registry.ops() if any(a.name == "ok" for a in cases.schema(op)))
+FLAGGED = sorted(op for op in registry.ops() if any(a.name == "ok" for a in calls.schema(op)))
 BY_GEMM = ("factor_ema_", "lbfgs_two_loop_", "kron_precondition_", "kron_step_")
 
 
 def names(op):
-    return [argument.name for argument in cases.schema(op)]
+    return [argument.name for argument in calls.schema(op)]
 
 
 def with_argument(op, args, name, value):
@@ -36,10 +35,8 @@ def test_void_step_leaves_every_bit(op, backend):
     for flag in ("ok", "ok_pair"):
         if flag in names(op):
             args = with_argument(op, args, flag, torch.tensor(False))
-    got = cases.run(op, args, backend)
-    for (name, g), (_, before) in zip(
-        cases.flat(op, got), cases.flat(op, args), strict=True
-    ):
+    got = calls.run(op, args, backend)
+    for (name, g), (_, before) in zip(calls.flat(op, got), calls.flat(op, args), strict=True):
         if name.split("[")[0] not in WRITTEN_WHEN_VOID.get(op, ()):
             compare.assert_same_bits(g, before, name)
 
@@ -47,9 +44,9 @@ def test_void_step_leaves_every_bit(op, backend):
 def test_undo_false_leaves_every_bit():
     case = next(case for case in cases.of("restore_") if case.id == ":keep")
     args = case.build(torch.float64)
-    got = cases.run("restore_", args, "cpu")
+    got = calls.run("restore_", args, "cpu")
     for (name, g), (_, before) in zip(
-        cases.flat("restore_", got), cases.flat("restore_", args), strict=True
+        calls.flat("restore_", got), calls.flat("restore_", args), strict=True
     ):
         compare.assert_same_bits(g, before, name)
 
@@ -79,9 +76,9 @@ def test_not_finite_argument_means_what_the_reference_says(op, name, value):
     args = for_values(op).build(torch.float64)
     spoiled = dict(zip(names(op), args, strict=True))[name][0]
     spoiled.view(-1)[-1] = value  # the last entry of a symmetric matrix is on its diagonal
-    got, reference = (cases.run(op, args, backend) for backend in ("cpu", "reference"))
+    got, reference = (calls.run(op, args, backend) for backend in ("cpu", "reference"))
     for (argument, g), (_, r) in zip(
-        cases.flat(op, got, True), cases.flat(op, reference, True), strict=True
+        calls.flat(op, got, True), calls.flat(op, reference, True), strict=True
     ):
         if argument.startswith("work"):
             continue
@@ -99,6 +96,11 @@ def gapped(tensor):
     return view
 
 
+# The list that says how many layers there are.
+LEADING = {
+    "factor_ema_": "a_bar", "curvature_update_": "work", "kron_precondition_": "M",
+    "descend_": "P", "restore_": "saved", "kron_step_": "M",
+}  # fmt: skip
 STATE = [
     ("factor_ema_", "A"), ("factor_ema_", "a_bar"), ("hessian_action_", "y"), ("pair_ema_", "s"),
     ("double_damping_", "H"), ("double_damping_", "y"), ("double_damping_", "counts"),
@@ -113,31 +115,31 @@ STATE = [
 @pytest.mark.parametrize(("op", "name"), STATE)
 def test_strided_state_falls_through_to_the_reference(op, name):
     plain = cases.first(op).build(torch.float64)
-    reference = cases.run(op, plain, "reference")
+    reference = calls.run(op, plain, "reference")
     value = dict(zip(names(op), plain, strict=True))[name]
     # Only the last layer is strided: the refusal must come before the first one is written.
     args = with_argument(op, plain, name, [*value[:-1], gapped(value[-1])])
-    before = cases.apply(args, cases.copy)
+    before = calls.apply(args, calls.copy)
     with pytest.raises(registry.Unsupported, match="is not contiguous"):
         getattr(torch.ops.kbfgs_ext, op)(*args, "cpu")
-    for (argument, g), (_, b) in zip(cases.flat(op, args), cases.flat(op, before), strict=True):
+    for (argument, g), (_, b) in zip(calls.flat(op, args), calls.flat(op, before), strict=True):
         compare.assert_same_bits(g, b, argument)
 
     getattr(torch.ops.kbfgs_ext, op)(*args, "auto")
     for (argument, g), (_, r) in zip(
-        cases.flat(op, args, True), cases.flat(op, reference, True), strict=True
+        calls.flat(op, args, True), calls.flat(op, reference, True), strict=True
     ):
         compare.assert_same_bits(g, r, argument)
 
 
 @pytest.mark.parametrize("op", sorted(registry.ops()))
 def test_other_dtypes_are_refused(op):
-    half = cases.apply(
+    half = calls.apply(
         cases.first(op).build(torch.float32),
         lambda t: t.bfloat16() if t.dtype == torch.float32 else t,
     )
     with pytest.raises(registry.Unsupported, match="BFloat16"):
-        cases.run(op, half, "cpu")
+        calls.run(op, half, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -151,10 +153,10 @@ def test_mixed_dtypes_are_refused(op, name):
     value = dict(zip(names(op), args, strict=True))[name]
     other = [t.double() if t.dtype == torch.float32 else t.float() for t in value]
     args = with_argument(op, args, name, other)
-    before = cases.apply(args, cases.copy)
+    before = calls.apply(args, calls.copy)
     with pytest.raises(registry.Unsupported, match=r"Float|Double"):
         getattr(torch.ops.kbfgs_ext, op)(*args, "cpu")
-    for (argument, g), (_, b) in zip(cases.flat(op, args), cases.flat(op, before), strict=True):
+    for (argument, g), (_, b) in zip(calls.flat(op, args), calls.flat(op, before), strict=True):
         compare.assert_same_bits(g, b, argument)
 
 
@@ -180,11 +182,11 @@ def test_thread_counts_agree(op):
     results = []
     for count in (1, 2, 3):
         with backends.threads(count):
-            results.append(cases.run(op, args, "cpu"))
-    truth = cases.run(op, cases.widened(args), "reference")
+            results.append(calls.run(op, args, "cpu"))
+    truth = calls.run(op, calls.widened(args), "reference")
     for other in results[1:]:
         for (name, one), (_, more), (_, true) in zip(
-            *(cases.flat(op, side, True) for side in (results[0], other, truth)), strict=True
+            *(calls.flat(op, side, True) for side in (results[0], other, truth)), strict=True
         ):
             if op not in BY_GEMM:  # partial sums depend on the shape alone
                 compare.assert_same_bits(more, one, name)
@@ -195,7 +197,7 @@ def test_thread_counts_agree(op):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("op", sorted(registry.ops()))
 def test_opcheck(op, backend):
-    args = cases.apply(cases.first(op).build(torch.float32), cases.copy)
+    args = calls.apply(cases.first(op).build(torch.float32), calls.copy)
     torch.library.opcheck(getattr(torch.ops.kbfgs_ext, op).default, (*args, backend))
 
 
@@ -207,8 +209,38 @@ def test_the_extension_has_a_function_for_every_op():
     assert isinstance(_C.has_cuda(), bool)
 
 
-def test_gil_is_released_and_autograd_does_not_watch():
-    A = [torch.eye(3)]
-    X = [torch.ones(4, 2, requires_grad=True)]
-    ops.factor_ema_(A, [torch.empty(3)], [x.detach() for x in X], 0.5, backend="cpu")
-    assert not A[0].requires_grad
+def test_unknown_instruction_set_is_named():
+    from kbfgs_ext import _C
+
+    with pytest.raises(ValueError, match="no instruction set mmx"):
+        _C.use_instruction_set("mmx")
+
+
+def lists(op):
+    """Names of the op's lists whose last tensor has entries to lose."""
+    args = cases.first(op).build(torch.float32)
+    return [
+        name
+        for name, value in zip(names(op), args, strict=True)
+        if isinstance(value, list) and value and value[-1].dim() > 0
+        and (op, name) != ("curvature_update_", "work")  # has room to spare
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in sorted(registry.ops()) for name in lists(op)]
+)
+def test_a_call_cannot_reach_past_a_tensor(op, name):
+    """api.py checks shapes; the bare op must not read or write out of bounds either."""
+    args = cases.first(op).build(torch.float32)
+    value = dict(zip(names(op), args, strict=True))[name]
+    short = with_argument(op, args, name, [*value[:-1], value[-1].flatten()[:-1].clone()])
+    before = calls.apply(short, calls.copy)
+    with pytest.raises((ValueError, IndexError)):
+        getattr(torch.ops.kbfgs_ext, op)(*short, "cpu")
+    fewer = with_argument(op, args, name, value[:-1])
+    if name != LEADING.get(op, names(op)[0]):
+        with pytest.raises((ValueError, IndexError)):
+            getattr(torch.ops.kbfgs_ext, op)(*fewer, "cpu")
+    for (argument, g), (_, b) in zip(calls.flat(op, short), calls.flat(op, before), strict=True):
+        compare.assert_same_bits(g, b, argument)

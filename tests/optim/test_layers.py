@@ -35,7 +35,7 @@ def test_trains_and_factors_change(method, action, dtype, bias):
         if method is KBFGSL
         else method(model, lr=0.3, hessian_action=action)
     )
-    opt.step(closure_of(model, opt, x, target))
+    opt.step(closure_of(model, opt, rows(32, 6, dtype, seed=2), target))  # A is X'X of another X
     before = snapshot(model, opt)
     first, last = train(model, opt, x, target)
     assert last < 0.8 * first
