@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 OUT   ?= build/out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gpu bench lint clean
+.PHONY: help install demo test test-fast test-gpu lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ test: install  ## prove it: mathematics, trajectories, optimizer, kernels (no GP
 
 test-fast: install  ## the same without the slow tests
 	$(PY) -m pytest -m "not slow"
+
+test-gpu: install  ## everything that needs a GPU: build, ops, captured steps, compute-sanitizer
+	$(PY) scripts/test_gpu.py --out $(OUT)/gpu
 
 lint: install  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -1,7 +1,19 @@
 """kron_precondition: see README.md in this folder."""
 
+from kbfgs_ext.ops import triton_backend
+from kbfgs_ext.ops.kron_precondition import cuda as cuda
 from kbfgs_ext.ops.kron_precondition import native as native
 from kbfgs_ext.ops.kron_precondition import reference as reference
-from kbfgs_ext.ops.kron_precondition.api import descend_, kron_precondition_, kron_step_, momentum_, restore_
+from kbfgs_ext.ops.kron_precondition.api import (
+    descend_,
+    kron_precondition_,
+    kron_step_,
+    momentum_,
+    restore_,
+)
 
 __all__ = ["descend_", "kron_precondition_", "kron_step_", "momentum_", "restore_"]
+
+triton_backend.register(
+    "kron_precondition", "descend_", "kron_precondition_", "kron_step_", "momentum_", "restore_"
+)

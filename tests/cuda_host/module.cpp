@@ -1,0 +1,21 @@
+// A Python module with the CUDA functions of kbfgs_ext._C, running on the host (cuda_host.h).
+#include <pybind11/pybind11.h>
+
+#define KBFGS_CUDA_HOST_TYPES
+#include "cuda_host.h"
+
+void register_cuda(pybind11::module_& module);
+
+PYBIND11_MODULE(KBFGS_HOST_MODULE, module) {
+  register_cuda(module);
+  module.def("set_machine", [](int multiprocessors, int shared_bytes, bool backwards) {
+    cuda_host::settings() = {multiprocessors, shared_bytes, backwards, {}};
+  });
+  // (blocks, threads, shared bytes, cooperative) of every launch since set_machine.
+  module.def("launches", [] {
+    pybind11::list out;
+    for (const cuda_host::Launch& l : cuda_host::settings().launches)
+      out.append(pybind11::make_tuple(l.blocks, l.threads, l.shared_bytes, l.cooperative));
+    return out;
+  });
+}

@@ -1,0 +1,35 @@
+"""Running an op's cuda implementation on CPU tensors, past the check of the device."""
+
+from __future__ import annotations
+
+from kbfgs_ext.ops import registry
+from tests.helpers import calls, cases, compare
+
+
+def run(op: str, args: list) -> list:
+    """The cuda implementation on copies of ``args``; returns them as it left them."""
+    mine = calls.apply(args, calls.copy)
+    registry.implementation(op, "cuda").run(*mine)
+    return mine
+
+
+def check(case: cases.Case, dtype, run=run) -> None:
+    """As accurate as the reference at ``dtype``, and nothing that is only read has changed."""
+    args = case.build(dtype)
+    truth = calls.run(case.op, calls.widened(args), "reference")
+    wanted = calls.run(case.op, args, "reference")
+    got = run(case.op, args)
+    for (name, g), (_, r), (_, t), (_, before) in zip(
+        *(calls.flat(case.op, side, True) for side in (got, wanted, truth, args)), strict=True
+    ):
+        if name.startswith("work"):
+            continue
+        if case.op == "lbfgs_two_loop_":
+            scale = max(t.abs().max().item(), args[1][0].abs().max().item())
+        else:
+            scale = compare.error(before, before.new_zeros(())) if g.is_floating_point() else 0
+        compare.assert_as_accurate(g, r, t, name, scale)
+    for (name, g), (_, before) in zip(
+        calls.flat(case.op, got, False), calls.flat(case.op, args, False), strict=True
+    ):
+        compare.assert_same_bits(g, before, f"{name}, which is only read,")

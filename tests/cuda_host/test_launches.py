@@ -1,0 +1,59 @@
+"""Launches counted: what the READMEs' tables say of a step, from the launcher itself."""
+
+import pytest
+import torch
+
+from tests.cuda_host.oncpu import run
+from tests.helpers import cases
+
+# d_in, d_out of the autoencoders, sizes divided by 10 so that the host gets through them: launches
+# depend on the number of layers and on which are small, not on the sizes beyond that.
+LAYERS = [(78, 100), (100, 50), (50, 25), (25, 30), (30, 25), (25, 50), (50, 100), (100, 78)]
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "launches", "cooperative"),
+    [
+        ("curvature_update_", cases.curvature_update(LAYERS, "both"), 1, True),
+        ("curvature_update_", cases.curvature_update(LAYERS, "both", 9, from_X=True), 1, True),
+        ("curvature_update_", cases.curvature_update(LAYERS, "lm", sides="g"), 1, True),
+        ("factor_ema_", cases.factor_ema([n for n, _ in LAYERS], 9), 1, True),
+        ("hessian_action_", cases.hessian_action([n for n, _ in LAYERS], 9), 1, True),
+        ("bfgs_update_", cases.bfgs_update((78, 100), give_Hy=True), 1, False),
+        ("bfgs_update_", cases.bfgs_update((78, 100)), 2, False),
+        ("pair_ema_", cases.pair_ema((78, 100)), 1, False),
+        ("double_damping_", cases.double_damping((78, 100), "both", with_H=False), 1, False),
+        ("double_damping_", cases.double_damping((78, 100), "both"), 3, False),
+        ("lbfgs_two_loop_", cases.two_loop((78, 100), 3, 4, 9, "recursion"), 1, False),
+        ("lbfgs_two_loop_", cases.two_loop((78, 100), 3, 4, None, "recursion"), 1, False),
+        ("lbfgs_push_", cases.push((78, 100), 3, 4), 1, False),
+        ("momentum_", cases.momentum(LAYERS), 1, False),
+        ("descend_", cases.descend(LAYERS), 1, False),
+        ("restore_", cases.restore(LAYERS, True), 1, False),
+        ("kron_precondition_", cases.kron_precondition(LAYERS), 1, False),
+        (
+            "kron_step_",
+            cases.kron_step(LAYERS),
+            2,
+            False,
+        ),  # all small: momentum, direction and step
+        ("kron_step_", cases.kron_step([(200, 130)]), 2, False),  # and two products by cuBLAS
+    ],
+)
+def test_launches_of_all_layers(host, name, build, launches, cooperative):
+    run(name, build(torch.float32))
+    assert len(host.launches()) == launches
+    assert all(launch[3] == cooperative for launch in host.launches())
+
+
+def test_more_layers_than_a_table_holds_are_split(host):
+    run("curvature_update_", cases.curvature_update([(3, 2)] * 130)(torch.float32))
+    assert len(host.launches()) == 3
+
+
+def test_factors_stay_on_chip_where_they_fit(host):
+    """Shared memory covers a block's part of the factors: one read and one write of each."""
+    run("curvature_update_", cases.curvature_update(LAYERS)(torch.float32))
+    ((blocks, _, shared, _),) = host.launches()
+    elements = sum((d_in + 1) ** 2 + d_out**2 for d_in, d_out in LAYERS)
+    assert blocks * shared > 4 * elements

@@ -1,0 +1,103 @@
+"""nvcc compiles every .cu for sm_80, sm_90 and sm_100: no spills, and what a kernel may ask for."""
+
+import concurrent.futures
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_host import build
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = (80, 90, 100)
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+# Registers per thread that the kernel's own launch shape leaves: 65,536 of a multiprocessor over
+# the threads of its resident blocks. (threads per block, blocks per multiprocessor), from the .cu.
+RESIDENT = {
+    "curvature_kernel": (512, 1),
+    "update_kernel": (256, 2),
+    "product_kernel": (256, 3),
+    "pair_kernel": (512, 1),
+    "damping_kernel": (512, 1),
+    "factor_kernel": (256, 2),
+    "action_kernel": (256, 3),
+    "two_loop_kernel": (256, 1),
+    "push_kernel": (512, 1),
+    "momentum_kernel": (256, 4),
+    "descend_kernel": (256, 4),
+    "restore_kernel": (256, 4),
+    "small_kernel": (256, 1),
+}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc 13: a machine with the CUDA toolkit"),
+]
+
+
+def report(source: Path, architecture: int, folder: Path) -> str:
+    """What ptxas says of the kernels in ``source``; kept by the hash of all that goes in."""
+    name = build._digest(source, *build.HEADERS, str(architecture), NVCC)
+    kept = folder / f"{source.stem}-{architecture}-{name}.txt"
+    if not kept.exists():
+        done = subprocess.run(
+            [
+                NVCC, "-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin",
+                f"-arch=sm_{architecture}", str(source), "-o",
+                str(kept.with_suffix(".cubin")),
+            ],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        kept.write_text(done.stdout + done.stderr)
+    return kept.read_text()
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """(kernel, dtype, architecture) to what it uses."""
+    folder = build.CACHE.parent / "nvcc"
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(path, arch) for path in build.KERNELS for arch in ARCHITECTURES]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda job: report(*job, folder), jobs))
+    found = {}
+    for (_, architecture), text in zip(jobs, reports, strict=True):
+        parts = re.split(r"Compiling entry function '", text)[1:]
+        for part in parts:
+            kernel, dtype = re.search(r"\d+([a-z_]+_kernel)I([fd])E", part).groups()
+            found[kernel, dtype, architecture] = {
+                "stack": int(re.search(r"(\d+) bytes stack frame", part)[1]),
+                "stores": int(re.search(r"(\d+) bytes spill stores", part)[1]),
+                "loads": int(re.search(r"(\d+) bytes spill loads", part)[1]),
+                "registers": int(re.search(r"Used (\d+) registers", part)[1]),
+                "shared": int((re.search(r"(\d+) bytes smem", part) or [0, 0])[1]),
+            }
+    return found
+
+
+def test_every_kernel_is_there_for_both_types_and_all_targets(kernels):
+    assert {key[0] for key in kernels} == set(RESIDENT)
+    assert len(kernels) == len(RESIDENT) * 2 * len(ARCHITECTURES)
+
+
+def test_no_spills(kernels):
+    spilling = {
+        key: used
+        for key, used in kernels.items()
+        if used["stores"] or used["loads"] or used["stack"]
+    }
+    assert not spilling
+
+
+def test_registers_leave_room_for_the_resident_blocks(kernels):
+    for key, used in kernels.items():
+        threads, blocks = RESIDENT[key[0]]
+        assert used["registers"] * threads * blocks <= 65536, (key, used)
+
+
+def test_no_static_shared_memory(kernels):
+    """All shared memory is asked for at the launch, where the launcher holds it to the device."""
+    assert all(used["shared"] == 0 for used in kernels.values())

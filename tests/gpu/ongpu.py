@@ -1,0 +1,24 @@
+"""Moving the shared cases to the GPU and back."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.helpers import calls
+
+
+def to_gpu(args: list) -> list:
+    """The arguments on the GPU, with the strides that they have."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+        return out.copy_(tensor)
+
+    return calls.apply(args, move)
+
+
+def run(op: str, args: list, backend: str) -> list:
+    """The op on copies of ``args`` on the GPU; returns them as it left them, on the CPU."""
+    mine = to_gpu(args)
+    getattr(torch.ops.kbfgs_ext, op)(*mine, backend)
+    return calls.apply(mine, torch.Tensor.cpu)

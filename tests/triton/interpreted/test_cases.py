@@ -1,0 +1,145 @@
+"""The Triton kernels, interpreted, on every case: accuracy, and what they must leave alone."""
+
+import math
+
+import pytest
+import torch
+
+from kbfgs_ext.ops import registry
+from tests.helpers import calls, cases, compare
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def compared(op, args, got):
+    """Every written tensor as accurate as the reference, every other the same bit for bit."""
+    truth = calls.run(op, calls.widened(args), "reference")
+    reference = calls.run(op, args, "reference")
+    for (name, g), (_, r), (_, t), (_, before) in zip(
+        *(calls.flat(op, side, True) for side in (got, reference, truth, args)), strict=True
+    ):
+        if name.startswith("work"):
+            continue
+        if not g.is_floating_point():
+            scale = 0.0
+        elif op == "lbfgs_two_loop_":
+            scale = max(t.abs().max().item(), args[1][0].abs().max().item())
+        else:
+            scale = compare.error(before, torch.zeros_like(before))
+        if g.dtype == torch.float64:
+            # The truth is then the reference itself, and another order of summation already an
+            # error: n terms of the result's size lose about sqrt(n) roundings.
+            scale = math.sqrt(max(g.shape)) * max(scale, compare.error(t, torch.zeros_like(t)))
+        compare.assert_as_accurate(g, r, t, name, scale)
+    for (name, g), (_, before) in zip(
+        calls.flat(op, got, False), calls.flat(op, args, False), strict=True
+    ):
+        compare.assert_same_bits(g, before, f"{name}, which is only read,")
+
+
+LARGE = ("513", "1024", "wide", "blocks")  # seconds each; in fp64 it would be the same code again
+CALLS = [
+    pytest.param(case, dtype, id=f"{case}-{dtype}")
+    for case in cases.ALL
+    for dtype in DTYPES
+    if dtype == torch.float32 or not any(word in case.id for word in LARGE)
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), CALLS)
+def test_as_accurate_as_the_reference(case, dtype):
+    args = case.build(dtype)
+    compared(case.op, args, calls.run(case.op, args, "triton"))
+
+
+def test_there_is_a_kernel_of_every_op():
+    for op in registry.ops():
+        assert registry.available(op, "triton"), op
+
+
+PARAMETERS = ["W", "b", "dW", "db"]
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs", "dtype"),
+    [
+        ("factor_ema_", ["X"], torch.float16),  # not bf16: the interpreter multiplies its bits
+        ("hessian_action_", ["X"], torch.bfloat16),
+        ("kron_step_", PARAMETERS, torch.bfloat16),
+        ("kron_step_", PARAMETERS, torch.float16),
+        ("momentum_", PARAMETERS, torch.bfloat16),
+        ("restore_", ["W", "b"], torch.bfloat16),
+    ],
+)
+def test_16_bit_parameters_and_inputs(op, inputs, dtype):
+    """State is fp32 all the same, and errors are fp32's but for the rounding of W and b."""
+    names = [argument.name for argument in calls.schema(op)]
+    args = [
+        calls.apply([arg], lambda t: t.to(dtype))[0] if name in inputs else arg
+        for name, arg in zip(names, cases.first(op).build(torch.float32), strict=True)
+    ]
+    compared(op, args, calls.run(op, args, "triton"))
+
+
+VOID = {
+    "factor_ema_": ["A"],
+    "pair_ema_": ["s", "y"],
+    "double_damping_": ["s", "y", "counts"],
+    "bfgs_update_": ["H", "counts"],
+    "curvature_update_": ["H_a", "counts_a"],
+    "lbfgs_push_": ["S", "Y", "rho", "pushed", "counts"],
+    "momentum_": ["M"],
+    "descend_": ["W", "b"],
+    "kron_step_": ["W", "b", "M"],
+}
+
+
+@pytest.mark.parametrize("op", VOID)
+def test_void_call_leaves_every_bit(op):
+    names = [argument.name for argument in calls.schema(op)]
+    args = cases.first(op).build(torch.float32)
+    args[names.index("ok")] = torch.tensor(False)
+    got = calls.run(op, args, "triton")
+    for name in VOID[op]:
+        place = names.index(name)
+        for g, before in zip(got[place], args[place], strict=True):
+            compare.assert_same_bits(g, before, name)
+
+
+def poisoned(op):
+    """(argument, value) for every floating argument that the op reads."""
+    return [
+        (place, value)
+        for place, argument in enumerate(calls.schema(op))
+        if argument.name not in ("work", "a_bar" if op == "factor_ema_" else "", "out", "lam")
+        for value in (float("nan"), float("inf"))
+    ]
+
+
+@pytest.mark.parametrize("op", ["factor_ema_", "bfgs_update_", "curvature_update_", "lbfgs_push_"])
+def test_a_number_that_is_not_finite_does_what_it_does_in_the_reference(op):
+    """The last layer is spoiled, argument by argument: decisions, and all other layers, agree."""
+    for place, value in poisoned(op):
+        args = cases.first(op).build(torch.float64)
+        if not isinstance(args[place], list) or not args[place]:
+            continue
+        spoiled = args[place][-1]
+        if not spoiled.is_floating_point() or spoiled.dim() == 0:
+            continue
+        spoiled.view(-1)[spoiled.numel() // 2] = value
+        wanted, got = calls.run(op, args, "reference"), calls.run(op, args, "triton")
+        for (name, g), (_, w) in zip(
+            calls.flat(op, got, True), calls.flat(op, wanted, True), strict=True
+        ):
+            if not name.startswith("work"):
+                scale = 100.0 if g.is_floating_point() else 0.0
+                compare.assert_as_accurate(g, w, w, f"{name} after {place} {value}", scale)
+
+
+def test_average_that_overflows_keeps_the_old_pair():
+    """Finite means whose difference is not: s and y stay, and the update goes on with them."""
+    args = cases.of("curvature_update_")[0].build(torch.float32)
+    names = [argument.name for argument in calls.schema("curvature_update_")]
+    for name, value in (("h_bar", -3e38), ("h_bar_next", 3e38)):
+        args[names.index(name)][0][0] = value
+    compared("curvature_update_", args, calls.run("curvature_update_", args, "triton"))

@@ -1,0 +1,37 @@
+"""The layer table: found again by content, bounded, and right for layers without programs."""
+
+import torch
+
+from kbfgs_ext.ops import triton_common
+from tests.helpers import cases
+
+CPU = torch.device("cpu")
+
+
+def test_second_call_uploads_nothing(monkeypatch):
+    args = cases.of("curvature_update_")[0].build(torch.float32)
+    tables = triton_common.Tables()
+    uploads = []
+    upload = tables._upload
+    monkeypatch.setattr(tables, "_upload", lambda *a: uploads.append(a) or upload(*a))
+    monkeypatch.setattr("kbfgs_ext.ops.bfgs_update.triton.TABLES", tables)
+    for _ in range(3):
+        torch.ops.kbfgs_ext.curvature_update_(*args, "triton")
+    assert len(uploads) == 1
+
+
+def test_number_of_tables_is_bounded():
+    tables = triton_common.Tables()
+    for i in range(triton_common.CACHED_TABLES + 10):
+        tables.get(CPU, [[i, 1]], [1])
+    assert len(tables._tables) == triton_common.CACHED_TABLES
+    newest = tables.get(CPU, [[triton_common.CACHED_TABLES + 9, 1]], [1])
+    assert newest.rows.tolist() == [triton_common.CACHED_TABLES + 9, 1]
+
+
+def test_starts_are_padded_to_a_power_of_two():
+    table = triton_common.Tables().get(CPU, [[5], [6], [7]], [2, 0, 4], [1, 1, 1])
+    assert table.entries == 4
+    assert table.programs == (6, 3)
+    assert table.starts[0].tolist() == [0, 2, 2, triton_common.NEVER]
+    assert table.starts[1].tolist() == [0, 1, 2, triton_common.NEVER]

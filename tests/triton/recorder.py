@@ -1,0 +1,125 @@
+"""The launches of an op, recorded in place of being run; and calls of the size of a real model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+from kbfgs_ext.ops import registry
+from kbfgs_ext.ops.bfgs_update.api import workspace_size
+
+AUTOENCODERS = {  # layer sizes of the paper's models
+    "mnist": (784, 1000, 500, 250, 30, 250, 500, 1000, 784),
+    "faces": (625, 2000, 1000, 500, 30, 500, 1000, 2000, 625),
+}
+BATCH, MEMORY = 1000, 100
+
+
+@dataclasses.dataclass
+class Launch:
+    kernel: object
+    programs: int
+    args: tuple
+    options: dict
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within it launches go into the list that it gives."""
+    launches: list[Launch] = []
+
+    def record(kernel, programs, *args, device, **options) -> None:
+        if programs:
+            launches.append(Launch(kernel, programs, args, options))
+
+    with contextlib.ExitStack() as stack:
+        for family in registry.FAMILIES:
+            module = importlib.import_module(f"kbfgs_ext.ops.{family}.triton")
+            stack.enter_context(mock.patch.object(module, "launch", record))
+        yield launches
+
+
+def call(op: str, args: list) -> None:
+    """The op's Triton implementation itself: dispatch would ask for a GPU."""
+    module = importlib.import_module(f"kbfgs_ext.ops.{registry.ops()[op]}.triton")
+    getattr(module, op)(*args)
+
+
+def launches_of(op: str, args: list) -> list[Launch]:
+    """What a call launches."""
+    with recorded() as launches:
+        call(op, args)
+    return launches
+
+
+def model_calls(
+    name: str, dtype: torch.dtype, input_dtype: torch.dtype | None = None
+) -> dict[str, tuple[str, list]]:
+    """Calls of every op on an autoencoder: {what: (op, arguments)}; numbers are not set."""
+    sizes = AUTOENCODERS[name]
+    d_in, n_g = sizes[:-1], sizes[1:]
+    n_a = [d + 1 for d in d_in]
+    count = len(n_g)
+    given = input_dtype or dtype
+
+    def empty(*shapes, like=dtype):
+        return [torch.empty(shape, dtype=like) for shape in shapes]
+
+    def vectors(lengths):
+        return empty(*[(n,) for n in lengths])
+
+    H_a, A = (empty(*[(n, n) for n in n_a]) for _ in range(2))
+    H_g = empty(*[(n, n) for n in n_g])
+    X = empty(*[(BATCH, d) for d in d_in], like=given)
+    W, dW = (empty(*zip(n_g, d_in, strict=True), like=given) for _ in range(2))
+    b, db = (empty(*[(n,) for n in n_g], like=given) for _ in range(2))
+    M, P, work = (empty(*zip(n_g, n_a, strict=True)) for _ in range(3))
+    S, Y = (empty(*[(MEMORY, n) for n in n_g]) for _ in range(2))
+    rho, pushed = vectors([MEMORY] * count), empty(*[()] * count, like=torch.int64)
+    counts = empty(*[(4,)] * count, like=torch.int64)
+    scalars = empty(*[()] * count, like=torch.float64)
+    scratch = vectors([workspace_size(a, g) for a, g in zip(n_a, n_g, strict=True)])
+    ok = torch.empty((), dtype=torch.bool)
+    a_bar = vectors(n_a)
+    g = [vectors(n_g) for _ in range(7)]
+    means = g[2:6]
+
+    def curvature(A, X):
+        return ("curvature_update_", [H_a, H_g, g[0], g[1], counts, counts, scratch, A, X, a_bar,
+                *means, scalars, scalars, 0.9, 0.2, ok, ok])  # fmt: skip
+
+    def two_loop(form, out, Q):
+        return "lbfgs_two_loop_", [out, Q, S, Y, rho, pushed, form]
+
+    return {
+        "factor_ema_": ("factor_ema_", [A, a_bar, X, 0.9, ok]),
+        "factor_ema_, means alone": ("factor_ema_", [[], a_bar, X, 0.9, ok]),
+        "hessian_action_": ("hessian_action_", [a_bar, X, vectors(n_a), scalars]),
+        "pair_ema_": ("pair_ema_", [g[0], g[1], *means, 0.9, ok]),
+        "double_damping_": (
+            "double_damping_", [g[0], g[1], g[2], counts, H_g, scalars, 0.2, ok],
+        ),
+        "double_damping_, Hy given": (
+            "double_damping_", [g[0], g[1], g[2], counts, [], scalars, 0.2, ok],
+        ),
+        "bfgs_update_": ("bfgs_update_", [H_g, counts, g[0], g[1], [], g[2], ok]),
+        "curvature_update_, ema": curvature(A, []),
+        "curvature_update_, minibatch": curvature([], X),
+        "lbfgs_two_loop_, recursion": two_loop("recursion", P, M),
+        "lbfgs_two_loop_, compact": two_loop("compact", P, M),
+        "lbfgs_two_loop_, compact, a vector": two_loop("compact", g[0], g[1]),
+        "lbfgs_push_": ("lbfgs_push_", [S, Y, rho, pushed, counts, g[0], g[1], g[2], ok]),
+        "kron_precondition_": ("kron_precondition_", [P, H_g, M, H_a, work]),
+        "kron_precondition_, no H_g": ("kron_precondition_", [P, [], M, H_a, work]),
+        "momentum_": ("momentum_", [M, dW, db, W, b, 0.9, 1e-5, ok]),
+        "descend_": ("descend_", [W, b, P, scalars, ok]),
+        "restore_": ("restore_", [W, b, P, ok]),
+        "kron_step_": (
+            "kron_step_", [W, b, M, P, work, dW, db, H_g, H_a, scalars, 0.9, 1e-5, ok],
+        ),
+    }  # fmt: skip

@@ -1,0 +1,66 @@
+"""How many kernels a call of every op launches for all layers of a model."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+from tests.triton import recorder
+
+LAUNCHES = {
+    "factor_ema_": 2,
+    "factor_ema_, means alone": 1,
+    "hessian_action_": 2,
+    "pair_ema_": 1,
+    "double_damping_": 3,
+    "double_damping_, Hy given": 1,
+    "bfgs_update_": 2,
+    "curvature_update_, ema": 4,
+    "curvature_update_, minibatch": 5,
+    "lbfgs_two_loop_, recursion": 1,
+    "lbfgs_two_loop_, compact": 3,
+    "lbfgs_two_loop_, compact, a vector": 3,
+    "lbfgs_push_": 1,
+    "kron_precondition_": 2,
+    "kron_precondition_, no H_g": 1,
+    "momentum_": 1,
+    "descend_": 1,
+    "restore_": 1,
+    "kron_step_": 2,
+}
+
+
+@pytest.mark.parametrize("model", recorder.AUTOENCODERS)
+def test_launches_for_all_layers(model):
+    calls = recorder.model_calls(model, torch.float32)
+    found = {what: len(recorder.launches_of(op, args)) for what, (op, args) in calls.items()}
+    assert found == LAUNCHES
+
+
+def test_programs_cover_every_row_and_tile():
+    """MNIST: the figures that the configurations' comments reckon with."""
+    calls = recorder.model_calls("mnist", torch.float32)
+    programs = {
+        launch.kernel.__name__: launch.programs
+        for what in ("curvature_update_, ema", "factor_ema_", "kron_step_")
+        for launch in recorder.launches_of(*calls[what])
+    }
+    assert programs["_first"] == 547
+    assert programs["_update"] == 912
+    assert programs["_squares"] == 456
+    assert programs["_left"] == programs["_right"] == 744
+
+
+def test_layers_that_share_scratch_go_one_by_one():
+    _, args = recorder.model_calls("mnist", torch.float32)["kron_precondition_"]
+    P, H_g, M, H_a, _ = args
+    shared = torch.empty(max(m.numel() for m in M))
+    work = [shared[: m.numel()].view_as(m) for m in M]
+    launches = recorder.launches_of("kron_precondition_", [P, H_g, M, H_a, work])
+    assert len(launches) == 2 * len(M)
+
+
+def test_calls_without_layers_launch_nothing():
+    for op, args in recorder.model_calls("mnist", torch.float32).values():
+        none = [[] if isinstance(arg, list) else arg for arg in args]
+        assert not recorder.launches_of(op, none), op
