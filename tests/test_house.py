@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kbfgs_ext.ops import library, registry
+from tests.helpers import traffic
 
 ROOT = Path(__file__).parents[1]
 LONGEST_FILE = 400  # lines
@@ -91,6 +92,10 @@ def test_explain_names_every_op_and_its_backend(monkeypatch):
     monkeypatch.setenv("KBFGS_BACKEND", "fast")
     with pytest.raises(ValueError, match="KBFGS_BACKEND must be .*got 'fast'"):
         registry.explain("cpu")
+
+
+def test_traffic_table_is_the_reckoned_one():
+    assert traffic.table() in (ROOT / "kbfgs_ext/ops/README.md").read_text()
 
 
 def snippets() -> list[tuple[str, str]]:

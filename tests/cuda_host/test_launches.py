@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.cuda_host.oncpu import run
-from tests.helpers import cases
+from tests.helpers import cases, traffic
 
 # d_in, d_out of the autoencoders, sizes divided by 10 so that the host gets through them: launches
 # depend on the number of layers and on which are small, not on the sizes beyond that.
@@ -31,12 +31,8 @@ LAYERS = [(78, 100), (100, 50), (50, 25), (25, 30), (30, 25), (25, 50), (50, 100
         ("descend_", cases.descend(LAYERS), 1, False),
         ("restore_", cases.restore(LAYERS, True), 1, False),
         ("kron_precondition_", cases.kron_precondition(LAYERS), 1, False),
-        (
-            "kron_step_",
-            cases.kron_step(LAYERS),
-            2,
-            False,
-        ),  # all small: momentum, direction and step
+        # All small: momentum; direction and step.
+        ("kron_step_", cases.kron_step(LAYERS), 2, False),
         ("kron_step_", cases.kron_step([(200, 130)]), 2, False),  # and two products by cuBLAS
     ],
 )
@@ -55,5 +51,8 @@ def test_factors_stay_on_chip_where_they_fit(host):
     """Shared memory covers a block's part of the factors: one read and one write of each."""
     run("curvature_update_", cases.curvature_update(LAYERS)(torch.float32))
     ((blocks, _, shared, _),) = host.launches()
-    elements = sum((d_in + 1) ** 2 + d_out**2 for d_in, d_out in LAYERS)
-    assert blocks * shared > 4 * elements
+    model = traffic.layers([78, 100, 50, 25, 30, 25, 50, 100, 78])
+    device = traffic.Device(3, 200 * 1024)  # the host fixture's
+    assert blocks == traffic.blocks_of(model, device)
+    assert shared == traffic.chip_bytes(model, device)
+    assert traffic.rows_read_again(model, device) == (0, 0)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from unittest import mock
 
 import torch
 
 from kbfgs_ext.ops import registry
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
+from tests.helpers.traffic import AUTOENCODERS, BATCH
 
-AUTOENCODERS = {  # layer sizes of the paper's models
-    "mnist": (784, 1000, 500, 250, 30, 250, 500, 1000, 784),
-    "faces": (625, 2000, 1000, 500, 30, 500, 1000, 2000, 625),
-}
-BATCH, MEMORY = 1000, 100
+MEMORY = 100
 
 
 @dataclasses.dataclass
@@ -61,7 +58,16 @@ def model_calls(
     name: str, dtype: torch.dtype, input_dtype: torch.dtype | None = None
 ) -> dict[str, tuple[str, list]]:
     """Calls of every op on an autoencoder: {what: (op, arguments)}; numbers are not set."""
-    sizes = AUTOENCODERS[name]
+    return calls_of(AUTOENCODERS[name], dtype, input_dtype)
+
+
+def calls_of(
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    input_dtype: torch.dtype | None = None,
+    batch: int = BATCH,
+) -> dict[str, tuple[str, list]]:
+    """The same for a network of these sizes."""
     d_in, n_g = sizes[:-1], sizes[1:]
     n_a = [d + 1 for d in d_in]
     count = len(n_g)
@@ -75,7 +81,7 @@ def model_calls(
 
     H_a, A = (empty(*[(n, n) for n in n_a]) for _ in range(2))
     H_g = empty(*[(n, n) for n in n_g])
-    X = empty(*[(BATCH, d) for d in d_in], like=given)
+    X = empty(*[(batch, d) for d in d_in], like=given)
     W, dW = (empty(*zip(n_g, d_in, strict=True), like=given) for _ in range(2))
     b, db = (empty(*[(n,) for n in n_g], like=given) for _ in range(2))
     M, P, work = (empty(*zip(n_g, n_a, strict=True)) for _ in range(3))

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
+from tests.helpers import traffic
 from tests.triton import recorder
 
 LAUNCHES = {
@@ -30,11 +31,13 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("model", recorder.AUTOENCODERS)
+@pytest.mark.parametrize("model", traffic.AUTOENCODERS)
 def test_launches_for_all_layers(model):
     calls = recorder.model_calls(model, torch.float32)
     found = {what: len(recorder.launches_of(op, args)) for what, (op, args) in calls.items()}
     assert found == LAUNCHES
+    for what in traffic.TRITON:
+        assert found[what] == traffic.launches("triton", what, traffic.layers([1, 1]))
 
 
 def test_programs_cover_every_row_and_tile():
