@@ -19,6 +19,11 @@ from torch import nn
 
 from kbfgs_ext.optim.layers import Linear
 
+WHY_NOT_COMPILED = (
+    "K-BFGS notes each covered layer's input and output between graphs: torch.compile works, with"
+    " a graph break per covered layer while training; use fullgraph=False (the default)"
+)
+
 
 class Pass(enum.Enum):
     """What the hooks do at present."""
@@ -133,6 +138,7 @@ class Recorder:
             handle.remove()
         self._handles.clear()
 
+    @torch.compiler.disable(reason=WHY_NOT_COMPILED)
     def record(self, slot: Slot, module: nn.Module, x: torch.Tensor, output: torch.Tensor):
         """Note one use of a layer; returns what the layer shall return instead, or None."""
         if x.numel() == 0:

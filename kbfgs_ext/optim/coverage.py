@@ -49,7 +49,9 @@ def cover(
         wanted = within is None or id(module.weight) in within
         if not wanted or any(other.bias is not module.bias for _, other in uses):
             continue
-        layer = LayerFactors(name or type(module).__name__, module, kind)
+        # A compiled model wraps its own: a checkpoint fits both.
+        plain = name.replace("_orig_mod.", "")
+        layer = LayerFactors(plain or type(module).__name__, module, kind)
         layers.append(layer)
         for _, user in uses:
             recorder.attach(user, layer.slot)

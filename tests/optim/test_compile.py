@@ -1,0 +1,104 @@
+"""torch.compile: same numbers, nothing compiled again from step to step, clear errors."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+from kbfgs_ext import KBFGS, KBFGSL
+from tests.optim.models import assert_same, mlp, rows, snapshot
+
+STEPS = 5
+METHODS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+
+
+@pytest.fixture
+def counter():
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+def small():
+    torch.manual_seed(0)
+    return mlp(5, 7, 3, dtype=torch.float32)
+
+
+def train(model, opt, steps=STEPS, loss_function=F.mse_loss):
+    x, target = rows(16, 5, torch.float32), rows(16, 3, torch.float32, seed=1)
+
+    def closure():
+        opt.zero_grad()
+        loss = loss_function(model(x), target)
+        loss.backward()
+        return loss
+
+    return [opt.step(closure).item() for _ in range(steps)]
+
+
+def evaluate(model):
+    with torch.no_grad():
+        model(rows(16, 5, torch.float32))
+
+
+def eager(method):
+    model = small()
+    opt = method(model)
+    return train(model, opt), model, opt
+
+
+@METHODS
+@pytest.mark.parametrize("order", ["before", "after", "in place"])
+def test_compiled_model_takes_the_eager_steps(method, order, counter):
+    """Compiled before or after the optimizer is made; a second round compiles nothing."""
+    losses, plain, plain_opt = eager(method)
+    model = small()
+    if order == "before":
+        compiled = torch.compile(model, backend=counter)
+        opt = method(compiled)
+    elif order == "after":
+        opt = method(model)
+        compiled = torch.compile(model, backend=counter)
+    else:
+        opt = method(model)
+        model.compile(backend=counter)
+        compiled = model
+    assert train(compiled, opt) == losses
+    assert_same(snapshot(model, opt), snapshot(plain, plain_opt))
+    frames = counter.frame_count
+    assert frames > 0
+    train(compiled, opt)
+    assert counter.frame_count == frames
+    evaluate(compiled)
+    frames = counter.frame_count
+    train(compiled, opt)
+    evaluate(compiled)
+    assert counter.frame_count == frames
+
+
+def test_compiled_loss(counter):
+    losses, _, _ = eager(KBFGS)
+    model = small()
+    opt = KBFGS(model)
+    assert train(model, opt, loss_function=torch.compile(F.mse_loss, backend=counter)) == losses
+    assert counter.frame_count == 1
+
+
+def test_full_graph_says_what_to_do(counter):
+    model = small()
+    opt = KBFGS(model)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="use fullgraph=False"):
+        train(compiled, opt, steps=1)
+    train(model, opt, steps=1)  # nothing is left behind
+
+
+@METHODS
+def test_checkpoint_fits_compiled_and_plain(method):
+    """The names of a compiled model's layers are those of the model in it."""
+    _, plain, opt = eager(method)
+    other = small()
+    other.load_state_dict(plain.state_dict())
+    resumed = method(torch.compile(other, backend="eager"))
+    resumed.load_state_dict(opt.state_dict())
+    assert train(other, resumed) == train(plain, opt)
