@@ -5,6 +5,7 @@ variable                   meaning
 =========================  ===================================================================
 ``KBFGS_BACKEND``          what ``backend="auto"`` takes: cuda, triton, cpu or reference
 ``KBFGS_DISABLE_NATIVE``   1: behave as if the compiled extension were not built
+``KBFGS_AUTOTUNE``         1: Triton launch configurations are measured, once per shape
 ``TRITON_INTERPRET``       1: Triton kernels run interpreted, on CPU tensors too (Triton's own)
 =========================  ===================================================================
 """
@@ -36,6 +37,11 @@ def forced_backend() -> str | None:
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def autotune() -> bool:
+    """Whether launch configurations are chosen by measurement."""
+    return os.environ.get("KBFGS_AUTOTUNE", "0") == "1"
 
 
 @functools.cache

@@ -42,6 +42,23 @@ def test_every_schema_has_a_reference_and_a_face():
             assert registry.implementation(name, backend).family == registry.ops()[name]
 
 
+def test_explain_of_one_call_tries_it():
+    """On copies: what depends on the call is said, and nothing is written."""
+    H, y = torch.eye(3), torch.ones(3)
+    args = ([H], [torch.zeros(4, dtype=torch.int64)], [y], [y.clone()], [], [y.clone()], None)
+    said = registry.explain(op="bfgs_update_", args=args)
+    assert said.startswith("bfgs_update/bfgs_update_: cpu; not cuda: ")
+    half = ([H.half()], args[1], [y.half()], [y.half()], [], [y.half()], None)
+    said = registry.explain(op="bfgs_update_", args=half)
+    assert "not cpu: the cpu kernels take float32 and float64, not Half" in said
+    assert torch.equal(H, torch.eye(3))
+    assert registry.explain("cpu", "momentum_").count("kron_precondition/") == 1
+    with pytest.raises(ValueError, match="op must be one of .*got 'momentum'"):
+        registry.explain(op="momentum")
+    with pytest.raises(ValueError, match="op must be given"):
+        registry.explain(args=args)
+
+
 def tracked(*patterns: str) -> list[Path]:
     listed = subprocess.run(
         ["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True

@@ -139,26 +139,59 @@ def _tensors(args: tuple) -> list[torch.Tensor]:
     return flat
 
 
-def explain(device: str | torch.device | None = None) -> str:
+def explain(
+    device: str | torch.device | None = None, op: str | None = None, args: tuple | None = None
+) -> str:
     """Which backend each op would take on ``device``, and why not the others.
 
-    ``device`` defaults to CUDA where there is one, else the CPU.
+    Args:
+        device: CUDA where there is one, else the CPU, unless given.
+        op: one op alone, such as "kron_step_".
+        args: with ``op``: a call's arguments, without the backend. Every backend is then tried on
+            copies of them, which also shows what depends on dtype, layout and size.
+
+    Raises:
+        ValueError: there is no such op, or ``args`` come without one.
     """
+    if op is not None and op not in _TABLE:
+        raise ValueError(f"op must be one of {', '.join(ops())}, got {op!r}")
+    if args is not None:
+        if op is None:
+            raise ValueError("args are those of one op: op must be given with them")
+        return _explain_call(op, args)
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     forced = environment.forced_backend()
     lines = [environment.summary(), f"backends for {kind} tensors:"]
-    for op, family in ops().items():
+    for name_of_op, family in ops().items():
+        if op not in (None, name_of_op):
+            continue
         chosen, reasons = None, []
         for name in BACKENDS:
-            reason = _why_not(op, name, kind)
+            reason = _why_not(name_of_op, name, kind)
             if forced and name != forced:
                 reason = f"KBFGS_BACKEND={forced}"
             if reason is None and chosen is None:
                 chosen = name
             elif reason is not None:
                 reasons.append(f"not {name}: {reason}")
-        lines.append(f"  {family}/{op}: {chosen or 'none'}" + "".join(f"; {r}" for r in reasons))
+        lines.append(
+            f"  {family}/{name_of_op}: {chosen or 'none'}" + "".join(f"; {r}" for r in reasons)
+        )
     return "\n".join(lines)
+
+
+def _explain_call(op: str, args: tuple) -> str:
+    chosen, reasons, forced = None, [], environment.forced_backend()
+    for name in BACKENDS:
+        copies = tuple([t.clone() for t in a] if isinstance(a, (list, tuple)) else a for a in args)
+        try:
+            if forced and name != forced:
+                raise Unsupported(f"KBFGS_BACKEND={forced}")
+            _run_one(implementation(op, name), copies)
+            chosen = chosen or name
+        except Unsupported as reason:
+            reasons.append(f"not {name}: {reason}")
+    return f"{ops()[op]}/{op}: {chosen or 'none'}" + "".join(f"; {r}" for r in reasons)
 
 
 def _why_not(op: str, backend: str, kind: str) -> str | None:

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kbfgs_ext.ops.autotune import choose
 from kbfgs_ext.ops.triton_common import (
     LAM,
     LD_H,
@@ -98,7 +99,9 @@ class Rows:
     warps: int = 8
 
 
-TILES, COLUMNS, ROWS_OF_X = Tiles(), Columns(), Rows()
+# The first is taken unless KBFGS_AUTOTUNE=1 (autotune.py) finds another faster.
+TILES = (Tiles(), Tiles(tile=128, warps=8), Tiles(tile=32))
+COLUMNS, ROWS_OF_X = Columns(), Rows()
 
 
 @triton.jit
@@ -234,7 +237,12 @@ def factor_ema_(A, a_bar, X, decay, ok) -> None:
     """
     if not X:
         return
-    X = by_rows(X)
+    args = (A, a_bar, by_rows(X), decay, ok)
+    tiles = choose("factor_ema_", TILES, _factor_ema, args, precision(real_type(*a_bar)))
+    _factor_ema(tiles, *args)
+
+
+def _factor_ema(tiles: Tiles, A, a_bar, X, decay, ok) -> None:
     T, XT, device = real_type(*a_bar), input_type(X), X[0].device
     sizes = [mean.shape[0] for mean in a_bar]
     rows = []
@@ -242,7 +250,7 @@ def factor_ema_(A, a_bar, X, decay, ok) -> None:
         factor = matrix(A[i]) if A else (0, 0)
         rows.append([n, *factor, 0, 0, 0, pointer(a_bar[i]), 0, 0, 0, *words_of_X(X[i]), 0, 0])
     by_columns = [blocks(n, COLUMNS.cols) for n in sizes]
-    by_tiles = [b * (b + 1) // 2 for b in (blocks(n, TILES.tile) for n in sizes)]
+    by_tiles = [b * (b + 1) // 2 for b in (blocks(n, tiles.tile) for n in sizes)]
     table = TABLES.get(device, rows, by_columns, by_tiles)
     bad = torch.empty(table.programs[0], dtype=torch.int32, device=device)
     common: dict[str, Any] = dict(
@@ -256,8 +264,8 @@ def factor_ema_(A, a_bar, X, decay, ok) -> None:
         launch(
             _squares, table.programs[1], table.starts[1], table.starts[0], table.rows, bad, ok,
             decay, OPERAND=operand_type(XT, T), PRECISION=precision(T),
-            PARTS=triton.next_power_of_2(max(by_columns)), TILE=TILES.tile, ROWS=TILES.rows,
-            num_warps=warps(TILES.warps, T), num_stages=TILES.stages, **common,
+            PARTS=triton.next_power_of_2(max(by_columns)), TILE=tiles.tile, ROWS=tiles.rows,
+            num_warps=warps(tiles.warps, T), num_stages=tiles.stages, **common,
         )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from kbfgs_ext.ops.autotune import choose
 from kbfgs_ext.ops.triton_common import (
     TABLES,
     at,
@@ -71,7 +72,9 @@ class Elementwise:
     warps: int = 4
 
 
-PRODUCT, ELEMENTWISE = Product(), Elementwise()
+# The first is taken unless KBFGS_AUTOTUNE=1 (autotune.py) finds another faster.
+PRODUCTS = (Product(), Product(tile=128, stages=3), Product(tile=32, depth=32, warps=4))
+ELEMENTWISE = Elementwise()
 
 
 @triton.jit
@@ -236,11 +239,11 @@ def _table(like, TILE, TILE_COLS, H_g=(), H_a=(), M=(), P=(), work=(), W=(), b=(
     return TABLES.get(like[0].device, rows, tiles)
 
 
-def _by_products(kernel, table, device, **constants) -> None:
+def _by_products(kernel, product, table, device, **constants) -> None:
     launch(
         kernel, table.programs[0], table.starts[0], table.rows, WORDS=WORDS, ENTRIES=table.entries,
-        PRECISION=precision(constants["T"]), TILE=PRODUCT.tile, DEPTH=PRODUCT.depth,
-        num_warps=PRODUCT.warps, num_stages=PRODUCT.stages, device=device, **constants,
+        PRECISION=precision(constants["T"]), TILE=product.tile, DEPTH=product.depth,
+        num_warps=product.warps, num_stages=product.stages, device=device, **constants,
     )  # fmt: skip
 
 
@@ -270,12 +273,20 @@ def kron_precondition_(P, H_g, M, H_a, work) -> None:
         return
     if not P:
         return
-    T, M, H_g, H_a = real_type(*P), by_rows(M), by_rows(H_g), by_rows(H_a)
-    table = _table(P, PRODUCT.tile, PRODUCT.tile, H_g, H_a, M, P, work if H_g else ())
+    args = (P, by_rows(H_g), by_rows(M), by_rows(H_a), work)
+    exact = precision(real_type(*P))
+    _precondition(choose("kron_precondition_", PRODUCTS, _precondition, args, exact), *args)
+
+
+def _precondition(product: Product, P, H_g, M, H_a, work) -> None:
+    T = real_type(*P)
+    table = _table(P, product.tile, product.tile, H_g, H_a, M, P, work if H_g else ())
     plain = dict(ok=None, mu=0.0, decay=0.0, FUSED=False, T=T, WT=T, GT=T)
     if H_g:
-        _by_products(_left, table, P[0].device, **plain)
-    _by_products(_right, table, P[0].device, LEFT=(WORK if H_g else MOMENTUM).value, **plain)
+        _by_products(_left, product, table, P[0].device, **plain)
+    _by_products(
+        _right, product, table, P[0].device, LEFT=(WORK if H_g else MOMENTUM).value, **plain
+    )
 
 
 def momentum_(M, dW, db, W, b, momentum, weight_decay, ok) -> None:
@@ -318,10 +329,18 @@ def kron_step_(
     if not P:
         return
     dW, db, H_g, H_a = by_rows(dW), by_rows(db), by_rows(H_g), by_rows(H_a)
-    table = _table(P, PRODUCT.tile, PRODUCT.tile, H_g, H_a, M, P, work, W, b, dW, db, step_size)
+    args = (W, b, M, P, work, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok)
+    exact = precision(real_type(*M, *P))
+    _step(choose("kron_step_", PRODUCTS, _step, args, exact), *args)
+
+
+def _step(
+    product: Product, W, b, M, P, work, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok
+) -> None:  # fmt: skip
+    table = _table(P, product.tile, product.tile, H_g, H_a, M, P, work, W, b, dW, db, step_size)
     types: dict[str, Any] = dict(
         T=real_type(*M, *P), WT=input_type([*W, *b]), GT=input_type([*dW, *db])
     )
     fused = dict(ok=ok, mu=momentum, decay=weight_decay, FUSED=True, **types)
-    _by_products(_left, table, P[0].device, **fused)
-    _by_products(_right, table, P[0].device, LEFT=WORK.value, **fused)
+    _by_products(_left, product, table, P[0].device, **fused)
+    _by_products(_right, product, table, P[0].device, LEFT=WORK.value, **fused)
