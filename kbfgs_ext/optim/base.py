@@ -5,17 +5,19 @@ The step itself is in kbfgs.py.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from kbfgs_ext.optim import checkpoint, hyper
 from kbfgs_ext.optim.capture import Recorder
-from kbfgs_ext.optim.coverage import common_device, cover
+from kbfgs_ext.optim.coverage import common_device, cover, divide
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 from kbfgs_ext.optim.fallback import Fallback, default_fallback
 from kbfgs_ext.optim.memory import memory_usage, product_scratch_elements
@@ -41,6 +43,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         self,
         model: nn.Module,
         defaults: dict[str, Any],
+        groups: Iterable[Mapping[str, Any]],
         plan: Plan,
         fallback: FallbackFactory | None,
         rule: SafeguardRule,
@@ -52,21 +55,30 @@ class CoveredOptimizer(torch.optim.Optimizer):
         self._fallback: Fallback | None = None
         self._product = torch.empty(0)
         self._buffers = Buffers(model)
-        layers, rest = cover(model, self._recorder)
-        try:
-            if not layers:
-                raise ValueError(
-                    f"model has no layer to cover: {type(model).__name__} contains no"
-                    " torch.nn.Linear with a trained weight"
-                )
-            device = common_device(layers)
-            super().__init__([p for layer in layers for p in layer.parameters()], defaults)
-            self._covered.append(Covered(self.param_groups[0], layers, hyper.DeviceScalars(device)))
-            self._guard = Safeguard(rule, device)
-            self._fallback = self._make_fallback(rest, fallback)
-        except BaseException:
-            self._recorder.detach()
-            raise
+        self._iteration = 0  # steps that have moved the parameters, void ones too
+        layers, rest = cover(model)
+        if not layers:
+            raise ValueError(
+                f"model has no layer to cover: {type(model).__name__} contains no"
+                " torch.nn.Linear with a trained weight"
+            )
+        divided = divide(layers, rest, groups)
+        for options, _ in divided:
+            hyper.check_group({**defaults, **options})
+        device = common_device(layers)
+        super().__init__(
+            [{**options, "params": _parameters(part)} for options, part in divided], defaults
+        )
+        for group, (_, part) in zip(self.param_groups, divided, strict=True):
+            self._covered.append(Covered(group, part, hyper.DeviceScalars(device)))
+        self._guard = Safeguard(rule, device)
+        self._fallback = self._make_fallback(rest, fallback)
+        self._watch(layers)
+
+    def _watch(self, layers: list[LayerFactors]) -> None:
+        for layer in layers:
+            for module in layer.modules:
+                self._recorder.attach(module, layer.slot)
 
     def _make_fallback(
         self,
@@ -83,7 +95,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} covers {len(self._layers())} layers; these parameters"
                 f" go to torch.optim.AdamW(lr={lr}) instead (fallback=... changes that):"
                 f" {', '.join(rest)}",
-                stacklevel=4,
+                stacklevel=_level_outside(),
             )
         return made
 
@@ -105,19 +117,19 @@ class CoveredOptimizer(torch.optim.Optimizer):
         taken = {id(p) for group in self.param_groups for p in group["params"]}
         if any(id(p) in taken for p in given):
             raise ValueError("params: some parameters are in another param group already")
-        layers, rest = cover(self.model, self._recorder, within={id(p) for p in given})
+        layers, rest = cover(self.model, within={id(p) for p in given})
+        common_device(self._layers() + layers)
         known = {id(p) for layer in layers for p in layer.parameters()}
         rest.update({f"params[{i}]": p for i, p in enumerate(given) if id(p) not in known})
         if layers:
             at = len(self._covered)
-            parameters = [p for layer in layers for p in layer.parameters()]
-            super().add_param_group({**param_group, "params": parameters})
+            super().add_param_group({**param_group, "params": _parameters(layers)})
             self.param_groups.insert(at, self.param_groups.pop())
             device = self._guard.scale.device
             self._covered.append(
                 Covered(self.param_groups[at], layers, hyper.DeviceScalars(device))
             )
-            common_device(self._layers())
+            self._watch(layers)
         others = list({id(p): p for p in rest.values()}.values())
         if others and self._fallback is None:
             self._fallback = Fallback(others, default_fallback)
@@ -171,14 +183,22 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
         Tensors are not copied. Layers are found by name, so save the model's weights beside it.
         """
-        packed = super().state_dict()
-        packed["state"] = {}
-        packed["kbfgs"] = {
-            "about": self._about(),
-            "layers": checkpoint.save_layers(self._layers()),
-            "safeguard": self._guard.tensors(),
-            "fallback": self._fallback and self._fallback.optimizer.state_dict(),
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        packed: dict[str, Any] = {
+            "state": {},
+            "param_groups": checkpoint.pack_groups(self.param_groups),
+            "kbfgs": {
+                "about": self._about(),
+                "iteration": self._iteration,
+                "layers": checkpoint.save_layers(self._layers()),
+                "safeguard": self._guard.tensors(),
+                "fallback": self._fallback and self._fallback.optimizer.state_dict(),
+            },
         }
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, packed)
+            packed = packed if replaced is None else replaced
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -187,6 +207,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: it was made by another method or for another model; nothing is loaded then.
         """
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -194,7 +215,9 @@ class CoveredOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             checkpoint.load_layers(self._layers(), self._plan, saved["layers"])
             checkpoint.copy_into(self._guard.tensors(), saved["safeguard"])
-        for group, values in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        self._iteration = saved["iteration"]
+        groups = copy.deepcopy(state_dict["param_groups"])  # an lr may be a tensor
+        for group, values in zip(self.param_groups, groups, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
         if self._fallback is not None:
             self._fallback.optimizer.load_state_dict(saved["fallback"])
@@ -202,6 +225,12 @@ class CoveredOptimizer(torch.optim.Optimizer):
         self._publish_state()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled or copied: it watches the layers of a live"
+            " model. Save state_dict() beside the model's, and load both into new ones"
+        )
 
     # ------------------------------------------------------------------ small things
 
@@ -248,3 +277,16 @@ class CoveredOptimizer(torch.optim.Optimizer):
             views.append(self._product[at : at + size].view(layer.n_g, layer.n_a))
             at += 0 if alone else size
         return views
+
+
+def _parameters(layers: list[LayerFactors]) -> list[nn.Parameter]:
+    return [p for layer in layers for p in layer.parameters()]
+
+
+def _level_outside() -> int:
+    """The stacklevel at which the caller's warning points at the first line outside the package."""
+    package = __name__.partition(".")[0]
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return level

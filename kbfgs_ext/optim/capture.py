@@ -41,16 +41,17 @@ class Slot:
         self.name = name
         self.kind = kind
         self.n_g = n_g
+        self.keep_inputs = True  # whether the present pass needs X at all
         self.inputs: list[torch.Tensor] = []  # X of each use, m x d_in
         self.rows = 0  # m over all uses in the present pass
         self.gradients = 0  # uses that the backward pass has reached
         self.h = torch.empty(0)  # n_g: where the present pass averages the outputs
         self.g = torch.empty(0)  # n_g: where the present pass sums the gradients
 
-    def begin(self, h: torch.Tensor, g: torch.Tensor) -> None:
-        """Start a pass that writes to ``h`` and ``g``."""
+    def begin(self, h: torch.Tensor, g: torch.Tensor, keep_inputs: bool) -> None:
+        """Start a pass that writes to ``h`` and ``g``, and keeps X if ``keep_inputs``."""
         self.inputs, self.rows, self.gradients = [], 0, 0
-        self.h, self.g = h, g
+        self.h, self.g, self.keep_inputs = h, g, keep_inputs
 
     def add_input(self, X: torch.Tensor) -> None:
         """One use's input rows."""
@@ -125,6 +126,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.at = Pass.OFF
+        self.in_the_dark = False  # the present pass has run a layer without gradients
         self._anchor: torch.Tensor | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -150,11 +152,12 @@ class Recorder:
             slot.add_input(slot.kind.input_rows(module, x))
             return None
         if not torch.is_grad_enabled():
+            self.in_the_dark = True
             return None  # a forward on the side, with no part in the loss
         with torch.no_grad():
             # A recomputation inside backward (activation checkpointing) is the same use again.
             if torch._C._current_graph_task_id() == -1:
-                if self.at is Pass.FIRST:
+                if slot.keep_inputs:
                     slot.add_input(slot.kind.input_rows(module, x))
                 slot.add_output(slot.kind.output_rows(module, output.detach()))
         if self._anchor is None or self._anchor.device != output.device:

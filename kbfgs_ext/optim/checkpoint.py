@@ -9,7 +9,7 @@ import torch
 
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 
-FORMAT = 1
+FORMAT = 2
 
 
 def describe(plan: Plan, layers: list[LayerFactors]) -> dict[str, Any]:
@@ -33,6 +33,17 @@ def save_layers(layers: list[LayerFactors]) -> dict[str, dict[str, Any]]:
         }
         for layer in layers
     }
+
+
+def pack_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Param groups as torch saves them: hyperparameters, and parameters by running number."""
+    packed, at = [], 0
+    for group in groups:
+        count = len(group["params"])
+        options = {key: value for key, value in group.items() if key != "params"}
+        packed.append({**options, "params": list(range(at, at + count))})
+        at += count
+    return packed
 
 
 def check(saved: Any, own: dict, groups: int) -> Mapping[str, Any]:

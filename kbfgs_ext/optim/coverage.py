@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
-from kbfgs_ext.optim.capture import Recorder
 from kbfgs_ext.optim.factors import LayerFactors
 from kbfgs_ext.optim.layers import Linear, kind_of
 
 
 def cover(
-    model: nn.Module, recorder: Recorder, within: set[int] | None = None
+    model: nn.Module, within: set[int] | None = None
 ) -> tuple[list[LayerFactors], dict[str, nn.Parameter]]:
-    """Find the covered layers of ``model`` and attach their hooks.
+    """Find the covered layers of ``model``.
 
     A layer is covered if its kind is known and its weight is trained. Modules that share weight and
     bias are one layer used several times; modules that share the weight alone are left out.
 
     Args:
         model: searched in the order of ``named_modules``.
-        recorder: gets the hooks.
         within: ids of the parameters to look at; None looks at all.
 
     Returns:
@@ -51,10 +52,8 @@ def cover(
             continue
         # A compiled model wraps its own: a checkpoint fits both.
         plain = name.replace("_orig_mod.", "")
-        layer = LayerFactors(plain or type(module).__name__, module, kind)
-        layers.append(layer)
-        for _, user in uses:
-            recorder.attach(user, layer.slot)
+        modules = [user for _, user in uses]
+        layers.append(LayerFactors(plain or type(module).__name__, modules, kind))
 
     covered = {id(p) for layer in layers for p in layer.parameters()}
     rest = {
@@ -68,6 +67,57 @@ def cover(
                 f"model: parameter '{name}' is not initialised yet; run one forward pass first"
             )
     return layers, rest
+
+
+def divide(
+    layers: list[LayerFactors],
+    rest: Mapping[str, nn.Parameter],
+    groups: Iterable[Mapping[str, Any]],
+) -> list[tuple[dict[str, Any], list[LayerFactors]]]:
+    """Divide the covered layers among param groups.
+
+    Args:
+        layers, rest: what `cover` found.
+        groups: hyperparameters, each with "params": a module, a parameter, or an iterable of them.
+            A layer goes where its weight is.
+
+    Returns:
+        Hyperparameters and layers of each group that has layers; first the layers in no group.
+
+    Raises:
+        TypeError: a group is no mapping with an entry "params".
+        ValueError: a group has a parameter that the model does not train, or that another has.
+    """
+    trained = {id(p) for layer in layers for p in layer.parameters()}
+    trained |= {id(p) for p in rest.values()}
+    home: dict[int, int] = {}  # parameter -> group
+    divided: list[tuple[dict[str, Any], list[LayerFactors]]] = [({}, [])]
+    for i, group in enumerate(groups):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(f"groups[{i}] must be a dict with an entry 'params', got {group!r}")
+        divided.append(({k: v for k, v in group.items() if k != "params"}, []))
+        for p in _parameters_of(group["params"]):
+            if id(p) not in trained:
+                raise ValueError(
+                    f"groups[{i}]: a parameter of shape {tuple(p.shape)} is none that the model"
+                    " trains"
+                )
+            if home.setdefault(id(p), i + 1) != i + 1:
+                raise ValueError(
+                    f"groups[{i}]: a parameter of shape {tuple(p.shape)} is in"
+                    f" groups[{home[id(p)] - 1}] already"
+                )
+    for layer in layers:
+        divided[home.get(id(layer.weight), 0)][1].append(layer)
+    return [(options, part) for options, part in divided if part]
+
+
+def _parameters_of(params: Any) -> list[torch.Tensor]:
+    if isinstance(params, torch.Tensor):
+        return [params]
+    if isinstance(params, nn.Module):
+        return [p for p in params.parameters() if p.requires_grad]
+    return [p for one in params for p in _parameters_of(one)]
 
 
 def common_device(layers: list[LayerFactors]) -> torch.device:

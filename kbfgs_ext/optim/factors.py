@@ -40,9 +40,11 @@ class LayerFactors:
     ========== ============== ==================================================================
     """
 
-    def __init__(self, name: str, module: nn.Module, kind: type[Linear]) -> None:
+    def __init__(self, name: str, modules: list[nn.Module], kind: type[Linear]) -> None:
         self.name = name
         self.kind = kind
+        self.modules = modules  # all that use the weight
+        module = modules[0]
         self.weight: nn.Parameter = kind.weight(module)
         bias = kind.bias(module)
         self.bias: nn.Parameter | None = bias if bias is not None and bias.requires_grad else None
@@ -147,7 +149,7 @@ class LayerFactors:
         """Where X~'X~/m is averaged before the start: A, or the place of H_a without A."""
         return self.kept["A" if plan.keep_A else "H_a"]
 
-    def start(self, lam_a: float, plan: Plan) -> None:
+    def start(self, lam_a: torch.Tensor, plan: Plan) -> None:
         """H_a = inv(A_0 + lam_a*I), from the average that the warm start or first batch left.
 
         The one O(n^3) operation of a run, in float64: its condition is that of A_0/lam_a.

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+PRECISIONS = ("highest", "high", "medium")
+TORCH_KEYWORDS = ("foreach", "fused", "capturable", "maximize", "differentiable")
+_REFUSED = {
+    "maximize": "let the closure return (and backpropagate) -loss",
+    "differentiable": "the step works in place, outside autograd",
+}
 
 
-def _number(name: str, value: Any, low: float, high: float, closed_low: bool) -> None:
-    """``value`` is a real number in (low, high), or in [low, high)."""
+def _number(
+    name: str, value: Any, low: float, high: float, closed_low: bool, tensor: bool = False
+) -> None:
+    """``value`` is a real number in (low, high), or in [low, high); maybe a scalar tensor.
+
+    The value of a tensor on another device is not looked at: that would wait for the device.
+    """
+    if tensor and isinstance(value, torch.Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{name} must be a number or a floating-point scalar tensor, got {value!r}"
+            )
+        if value.device.type != "cpu" or isinstance(value, FakeTensor):
+            return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     inside = low <= value if closed_low else low < value
@@ -18,41 +40,69 @@ def _number(name: str, value: Any, low: float, high: float, closed_low: bool) ->
         raise ValueError(f"{name} must be in {left}{low:g}, {high:g}), got {value}")
 
 
-def check_group(group: dict[str, Any]) -> None:
+def check_group(group: Mapping[str, Any]) -> None:
     """Every hyperparameter of a param group is in its range; the error names it and its value."""
-    lr = group["lr"]
-    if isinstance(lr, torch.Tensor):
-        if lr.numel() != 1 or not lr.is_floating_point():
-            raise ValueError(f"lr must be a number or a floating-point scalar tensor, got {lr!r}")
-    else:
-        _number("lr", lr, 0.0, math.inf, closed_low=True)
-    _number("damping", group["damping"], 0.0, math.inf, closed_low=False)
-    for name in ("damping_a", "damping_g"):
-        if group[name] is not None:
-            _number(name, group[name], 0.0, math.inf, closed_low=False)
+    _number("lr", group["lr"], 0.0, math.inf, closed_low=True, tensor=True)
+    for name in ("damping", "damping_a", "damping_g"):
+        if name == "damping" or group[name] is not None:
+            _number(name, group[name], 0.0, math.inf, closed_low=False, tensor=True)
     for name in ("momentum", "stat_decay", "pair_decay", "powell"):
         _number(name, group[name], 0.0, 1.0, closed_low=True)
     _number("weight_decay", group["weight_decay"], 0.0, math.inf, closed_low=True)
+    check_torch_keywords({key: group[key] for key in TORCH_KEYWORDS if key in group})
+
+
+def check_torch_keywords(given: Mapping[str, Any]) -> None:
+    """Keywords of torch's own optimizers: already so, or refused by name.
+
+    Every op takes all layers in one call and a step never waits for the host, so foreach, fused
+    and capturable ask for nothing more, and their absence for nothing less.
+
+    Raises:
+        TypeError: no optimizer of torch has the keyword, or its value is no bool.
+        ValueError: maximize=True or differentiable=True.
+    """
+    for name, value in given.items():
+        if name not in TORCH_KEYWORDS:
+            raise TypeError(f"unexpected keyword argument {name!r}")
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+        if value and name in _REFUSED:
+            raise ValueError(f"{name}=True is not supported: {_REFUSED[name]}")
 
 
 def check_memory(memory: Any) -> None:
     """K-BFGS(L)'s memory is a positive int."""
-    if isinstance(memory, bool) or not isinstance(memory, int):
-        raise TypeError(f"memory must be an int, got {memory!r}")
-    if memory < 1:
-        raise ValueError(f"memory must be at least 1, got {memory}")
+    _check_count("memory", memory)
 
 
-def lam_a(group: dict[str, Any]) -> float:
-    """Damping of the activation side: damping_a, or sqrt(damping)."""
-    given = group["damping_a"]
-    return math.sqrt(group["damping"]) if given is None else given
+def check_options(
+    max_grad_norm: Any, matmul_precision: Any, pair_every: Any, factor_every: Any
+) -> None:
+    """The options of the whole optimizer are in their ranges."""
+    if max_grad_norm is not None:
+        _number("max_grad_norm", max_grad_norm, 0.0, math.inf, closed_low=False)
+    if matmul_precision is not None and matmul_precision not in PRECISIONS:
+        raise ValueError(
+            f"matmul_precision must be None or one of {PRECISIONS}, got {matmul_precision!r}"
+        )
+    _check_count("pair_every", pair_every)
+    _check_count("factor_every", factor_every)
 
 
-def lam_g(group: dict[str, Any]) -> float:
-    """Damping of the gradient side: damping_g, or sqrt(damping)."""
-    given = group["damping_g"]
-    return math.sqrt(group["damping"]) if given is None else given
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _lam(group: Mapping[str, Any], own: str) -> float | torch.Tensor:
+    """Damping of one side: its own, or sqrt(damping)."""
+    if group[own] is not None:
+        return group[own]
+    damping = group["damping"]
+    return damping.double().sqrt() if isinstance(damping, torch.Tensor) else math.sqrt(damping)
 
 
 class DeviceScalars:
@@ -68,18 +118,17 @@ class DeviceScalars:
         self.lr, self.lam_a, self.lam_g, self.step_size = self._values.unbind()
         self._known: dict[str, float] = {}
 
-    def update(self, group: dict[str, Any], scale: torch.Tensor) -> None:
+    def update(self, group: Mapping[str, Any], scale: torch.Tensor) -> None:
         """Bring the scalars up to date; step_size = lr * scale."""
-        if isinstance(group["lr"], torch.Tensor):
-            self.lr.copy_(group["lr"], non_blocking=True)
-            self._known.pop("lr", None)
-        else:
-            self._set("lr", self.lr, group["lr"])
-        self._set("lam_a", self.lam_a, lam_a(group))
-        self._set("lam_g", self.lam_g, lam_g(group))
+        self._set("lr", self.lr, group["lr"])
+        self._set("lam_a", self.lam_a, _lam(group, "damping_a"))
+        self._set("lam_g", self.lam_g, _lam(group, "damping_g"))
         torch.mul(self.lr, scale, out=self.step_size)
 
-    def _set(self, name: str, tensor: torch.Tensor, value: float) -> None:
-        if self._known.get(name) != value:
+    def _set(self, name: str, tensor: torch.Tensor, value: float | torch.Tensor) -> None:
+        if isinstance(value, torch.Tensor):
+            tensor.copy_(value.detach().reshape(()), non_blocking=True)
+            self._known.pop(name, None)
+        elif self._known.get(name) != value:
             tensor.fill_(value)
             self._known[name] = value

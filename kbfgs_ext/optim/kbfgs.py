@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from kbfgs_ext import ops
 from kbfgs_ext.ops import checks
-from kbfgs_ext.optim import hyper
-from kbfgs_ext.optim.base import CoveredOptimizer
+from kbfgs_ext.optim import gradients, hyper
 from kbfgs_ext.optim.capture import Pass
-from kbfgs_ext.optim.factors import LayerFactors, Plan
+from kbfgs_ext.optim.factors import Plan
 from kbfgs_ext.optim.method import KBFGSLMethod, KBFGSMethod
-from kbfgs_ext.optim.passes import RandomState, SecondPass
+from kbfgs_ext.optim.passes import RandomState
 from kbfgs_ext.optim.safeguard import SafeguardRule
+from kbfgs_ext.optim.stepping import Closure, SteppingOptimizer
 
-Closure = Callable[[], torch.Tensor]
 HESSIAN_ACTIONS = ("ema", "minibatch")
 
 
-class KBFGS(CoveredOptimizer):
+class KBFGS(SteppingOptimizer):
     """K-BFGS: a Kronecker-factored quasi-Newton method with damped BFGS updates of both factors.
 
     Per covered layer with gradient D (n_g x n_a, bias as the last column) and per step:
@@ -38,7 +35,8 @@ class KBFGS(CoveredOptimizer):
         model: its `torch.nn.Linear` layers with a trained weight are covered; every other trained
             parameter goes to ``fallback``, and a warning names them once.
         lr: learning rate, at least 0; a number or a scalar tensor.
-        damping: Levenberg-Marquardt damping (lambda), above 0. Both sides take its square root.
+        damping: Levenberg-Marquardt damping (lambda), above 0; a number or a scalar tensor. Both
+            sides take its square root.
         momentum: decay of M, in [0, 1).
         stat_decay: decay of the activation factor A, in [0, 1).
         pair_decay: decay of the averaged pair (s, y), in [0, 1); 0 for full-batch training.
@@ -54,29 +52,42 @@ class KBFGS(CoveredOptimizer):
             None takes `torch.optim.AdamW` with torch's defaults.
         freeze_second_pass: leave the weight gradients out of the second pass. They are not needed;
             False computes them all the same (the plain form of the method, for comparison).
+        groups: layers with hyperparameters of their own: dicts with "params" (a module, a
+            parameter, or an iterable of them) and any of lr to powell and weight_decay.
+        max_grad_norm: largest norm of all gradients together; a larger gradient is scaled down to
+            it. The pair is made of unclipped gradients. None does not clip.
+        matmul_precision: of the optimizer's own float32 products, in the words of
+            `torch.set_float32_matmul_precision`; None leaves torch's setting, which is float32
+            throughout unless changed.
+        pair_every: make the second pass, and with it the pair and the safeguard's judgement, in
+            every so-manieth step, beginning with the first. The steps between are not judged.
+        factor_every: update the activation side (A and H_a) in every so-manieth step.
+        torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
+            nothing, for every step is all that; maximize and differentiable are refused.
 
     Raises:
         TypeError: ``model`` is no module, or a covered weight is not real floating point.
         ValueError: a hyperparameter is out of its range; ``model`` has no layer to cover; its
-            covered layers are on several devices.
+            covered layers are on several devices; ``groups`` do not fit the model.
 
     Source: Goldfarb, Ren, Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural
     Networks", NeurIPS 2020.
     """
 
     memory: int | None = None  # pairs of K-BFGS(L)
+    _step_supports_amp_scaling = True  # GradScaler.step then asks us, and `step` can say no
 
     def __init__(
         self,
         model: nn.Module,
         lr: float | torch.Tensor = 0.3,
-        damping: float = 0.3,
+        damping: float | torch.Tensor = 0.3,
         momentum: float = 0.9,
         stat_decay: float = 0.9,
         pair_decay: float = 0.9,
         *,
-        damping_a: float | None = None,
-        damping_g: float | None = None,
+        damping_a: float | torch.Tensor | None = None,
+        damping_g: float | torch.Tensor | None = None,
         powell: float = 0.2,
         weight_decay: float = 0.0,
         hessian_action: str = "minibatch",
@@ -84,7 +95,14 @@ class KBFGS(CoveredOptimizer):
         backend: str = "auto",
         fallback: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer] | None = None,
         freeze_second_pass: bool = True,
+        groups: Iterable[Mapping[str, Any]] = (),
+        max_grad_norm: float | None = None,
+        matmul_precision: str | None = None,
+        pair_every: int = 1,
+        factor_every: int = 1,
+        **torch_keywords: bool | None,
     ) -> None:
+        hyper.check_torch_keywords(torch_keywords)
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model must be a torch.nn.Module, got {type(model).__name__}: the optimizer"
@@ -107,23 +125,30 @@ class KBFGS(CoveredOptimizer):
             "weight_decay": weight_decay,
         }
         hyper.check_group(defaults)
-
+        hyper.check_options(max_grad_norm, matmul_precision, pair_every, factor_every)
         if not isinstance(safeguard, (bool, SafeguardRule)):
             raise TypeError(f"safeguard must be a bool or a SafeguardRule, got {safeguard!r}")
         self.safeguard = safeguard is not False
         rule = safeguard if isinstance(safeguard, SafeguardRule) else SafeguardRule()
         self.freeze_second_pass = bool(freeze_second_pass)
+        self.max_grad_norm, self.matmul_precision = max_grad_norm, matmul_precision
+        self.pair_every, self.factor_every = pair_every, factor_every
         plan = Plan(keep_A=hessian_action == "ema", memory=self.memory)
         self._method = (KBFGSMethod if self.memory is None else KBFGSLMethod)(plan, backend)
-        super().__init__(model, defaults, plan, fallback, rule)
+        super().__init__(model, defaults, groups, plan, fallback, rule)
 
-    def step(self, closure: Closure | None = None) -> torch.Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Closure | None = None, *, scaler: torch.amp.GradScaler | None = None
+    ) -> torch.Tensor:
         """One iteration: the closure runs twice, on the same minibatch.
 
         Args:
             closure: zeroes the gradients, runs the model on one minibatch, calls ``backward()`` on
                 the loss and returns it. It must do the same thing both times; torch's random
-                numbers (dropout) and the model's buffers (BatchNorm) are looked after.
+                numbers (dropout) and the model's buffers (BatchNorm) are looked after. It may go
+                through the minibatch in several parts, and then returns the sum of their losses.
+            scaler: the gradient scaler whose ``scale(loss)`` the closure sends backward; it still
+                returns the unscaled loss. Call ``scaler.update()`` after the step.
 
         Returns:
             The loss of the first pass, as the closure returned it.
@@ -132,99 +157,35 @@ class KBFGS(CoveredOptimizer):
         counts it. Nothing is read back to the host, but for one flag in the very first step.
 
         Raises:
-            TypeError: ``closure`` is missing, or returns no scalar.
-            RuntimeError: ``closure`` has not called ``backward()``.
+            TypeError: ``closure`` is missing, or returns no scalar; called by ``scaler.step``.
+            RuntimeError: ``closure`` has not called ``backward()``, or ran without gradients.
             ValueError: a hyperparameter is out of its range, or a layer's input is empty.
         """
+        if hasattr(self, "grad_scale"):  # put here by GradScaler.step
+            del self.grad_scale, self.found_inf  # type: ignore[attr-defined]
+            raise TypeError(
+                "scaler.step(optimizer) cannot evaluate a minibatch twice: call"
+                " optimizer.step(closure, scaler=scaler), then scaler.update()"
+            )
         if closure is None or not callable(closure):
             raise TypeError(
                 f"closure must be a function that returns the loss, got {closure!r}:"
-                " the method evaluates every minibatch twice"
+                " the method evaluates every minibatch twice (loops without a closure call"
+                " first_pass, descend, second_pass and finish)"
             )
-        for covered in self._covered:
-            hyper.check_group(covered.group)
-        self._materialize()
-        random = RandomState(self._guard.scale.device)
+        gradients.check_scaler(scaler)
         loss = self._run(closure, Pass.FIRST)
-        with torch.no_grad():
-            value = _scalar(loss, self._guard.scale)
-            active = self._active()
-            ok = self._finite(value, active)
-            self._guard.count(ok)
-            if not all(layer.started for layer in active) and not _known_true(ok):
-                return loss  # nothing to start the factors from yet
-            for group, layers, scalars in self._split(active):
-                scalars.update(group, self._guard.scale)
-                self._method.statistics(layers, group, ok)
-                self._method.descend(layers, group, scalars, self._scratch(layers), ok)
-                if not self._plan.keep_A:
-                    self._method.curvature_from_activations(layers, group, scalars, ok)
-            for layer in active:
-                layer.slot.inputs.clear()  # the activations need not outlive the first pass
-            if self._fallback is not None:
-                self._fallback.step(ok)
-
-        second = SecondPass(self._parameters(), random, self._buffers, self.freeze_second_pass)
-        try:
-            with second:
-                loss_next = self._run(closure, Pass.SECOND)
-        except BaseException:
-            with torch.no_grad():
-                self._undo(active, torch.ones_like(ok))
-            raise
-        with torch.no_grad():
-            value_next = _scalar(loss_next, self._guard.scale)
-            if self.safeguard:
-                self._undo(active, self._guard.judge(value, value_next, ok))
-            ok_pair = ok & torch.isfinite(value_next)
-            seen_twice = [layer for layer in active if layer.slot.gradients > 0]
-            for group, layers, scalars in self._split(seen_twice):
-                self._method.curvature(layers, group, scalars, ok, ok_pair)
+        self._descend(loss, scaler)
+        if self._flight is None or not self._flight.active:
+            self._flight = None
+            return loss  # this step has no second pass
+        self._finish(self._run(closure, Pass.SECOND))
         return loss
 
     def _run(self, closure: Closure, which: Pass) -> torch.Tensor:
-        """The closure, with the hooks in the given state."""
-        suffix = "_next" if which is Pass.SECOND else ""
-        for layer in self._layers():
-            layer.slot.begin(layer["h_bar" + suffix], layer["g_bar" + suffix])
-        with self._recording(which), torch.enable_grad():
+        """The closure in one of the two passes."""
+        with self.first_pass() if which is Pass.FIRST else self.second_pass():
             return closure()
-
-    @contextlib.contextmanager
-    def _recording(self, which: Pass) -> Iterator[None]:
-        self._recorder.at = which
-        try:
-            yield
-        finally:
-            self._recorder.at = Pass.OFF
-
-    def _active(self) -> list[LayerFactors]:
-        """The layers that this minibatch has used and reached with gradients."""
-        active = [layer for layer in self._layers() if layer.has_gradients()]
-        if not active:
-            raise RuntimeError(
-                "closure must call backward() on a loss that depends on the covered layers, and"
-                " leave their gradients in place: no gradient has reached any of"
-                f" {', '.join(layer.name for layer in self._layers())}"
-            )
-        return active
-
-    def _finite(self, value: torch.Tensor, active: list[LayerFactors]) -> torch.Tensor:
-        """Whether the loss and every gradient are finite, as a bool scalar on the device."""
-        parameters: list[torch.Tensor] = [p for layer in active for p in layer.parameters()]
-        if self._fallback is not None:
-            parameters += self._fallback.parameters()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        norms = torch._foreach_norm(gradients)
-        largest = torch.stack([n.to(value) for n in norms]).sum()
-        return torch.isfinite(value) & torch.isfinite(largest)
-
-    def _undo(self, active: list[LayerFactors], undo: torch.Tensor) -> None:
-        """Put every parameter back where ``undo``."""
-        self._method.undo(active, undo)
-        if self._fallback is not None:
-            self._fallback.undo(undo)
 
     def warm_start(self, batches: Iterable[Any]) -> None:
         """Start the activation factors from more than the first minibatch.
@@ -248,7 +209,7 @@ class KBFGS(CoveredOptimizer):
         self._buffers.save()
         finite: list[torch.Tensor] = []
         try:
-            with torch.no_grad(), self._recording(Pass.WARM):
+            with self._recording(Pass.WARM):
                 for batch in batches:
                     finite.append(self._warm_batch(batch))
         finally:
@@ -268,7 +229,7 @@ class KBFGS(CoveredOptimizer):
     def _warm_batch(self, batch: Any) -> torch.Tensor:
         """Average one batch into the factors; whether its activations are finite."""
         for layer in self._layers():
-            layer.slot.begin(layer["h_bar"], layer["g_bar"])
+            layer.slot.begin(layer["h_bar"], layer["g_bar"], keep_inputs=True)
         if isinstance(batch, Mapping):
             self.model(**batch)
         elif isinstance(batch, (tuple, list)):
@@ -280,7 +241,8 @@ class KBFGS(CoveredOptimizer):
             if layer.slot.inputs:
                 k = layer.warm_batches
                 A, a_bar, X = layer.average(self._plan), layer["a_bar"], layer.slot.X()
-                ops.factor_ema_([A], [a_bar], [X], k / (k + 1), None, self._method.backend)
+                with self._own_work():
+                    ops.factor_ema_([A], [a_bar], [X], k / (k + 1), None, self._method.backend)
                 layer.warm_batches = k + 1
                 layer.slot.inputs.clear()
                 fine &= torch.isfinite(a_bar).all()
@@ -306,7 +268,7 @@ class KBFGSL(KBFGS):
         self,
         model: nn.Module,
         lr: float | torch.Tensor = 0.3,
-        damping: float = 0.3,
+        damping: float | torch.Tensor = 0.3,
         momentum: float = 0.9,
         stat_decay: float = 0.9,
         pair_decay: float = 0.9,
@@ -317,23 +279,3 @@ class KBFGSL(KBFGS):
         hyper.check_memory(memory)
         self.memory = memory
         super().__init__(model, lr, damping, momentum, stat_decay, pair_decay, **options)
-
-
-def _scalar(loss: Any, like: torch.Tensor) -> torch.Tensor:
-    """The loss as a detached scalar of ``like``'s dtype and device."""
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1 and not loss.is_complex():
-        return loss.detach().reshape(()).to(like)
-    if isinstance(loss, float):
-        return torch.full_like(like, loss)
-    shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
-    raise TypeError(
-        f"closure must return the loss as a real scalar, got {type(loss).__name__}{shape}"
-    )
-
-
-def _known_true(flag: torch.Tensor) -> bool:
-    """The host's one look at the device, before the factors start: is the first batch sound?
-
-    A fake tensor has no value; the shapes of a step are then followed through its usual course.
-    """
-    return isinstance(flag, FakeTensor) or bool(flag)

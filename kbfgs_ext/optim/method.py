@@ -30,7 +30,9 @@ class KBFGSMethod:
     plan: Plan
     backend: str
 
-    def statistics(self, layers: Layers, group: Group, ok: torch.Tensor) -> None:
+    def statistics(
+        self, layers: Layers, group: Group, scalars: hyper.DeviceScalars, ok: torch.Tensor
+    ) -> None:
         """Step 3: the activation factor and mean; at a layer's start also its damped inverse."""
         for layer in layers:
             if not layer.started:
@@ -42,7 +44,7 @@ class KBFGSMethod:
         ops.factor_ema_(A, _each(old, "a_bar"), X, group["stat_decay"], ok, self.backend)
         for layer in layers:
             if not layer.started:
-                layer.start(hyper.lam_a(group), self.plan)
+                layer.start(scalars.lam_a, self.plan)
 
     def descend(
         self,
@@ -80,21 +82,22 @@ class KBFGSMethod:
     def curvature_from_activations(
         self, layers: Layers, group: Group, scalars: hyper.DeviceScalars, ok: torch.Tensor
     ) -> None:
-        """Step 9 for hessian_action="minibatch": before the second pass, so that the activations
-        of the first need not outlive it."""
-        X = [layer.slot.X() for layer in layers]
+        """Step 9 by itself: before the second pass, so that the activations of the first need not
+        outlive it, or without one."""
+        X = [] if self.plan.keep_A else [layer.slot.X() for layer in layers]
         self._curvature(layers, [], X, group, scalars, ok, ok)
 
     def curvature(
         self,
         layers: Layers,
+        with_activations: bool,
         group: Group,
         scalars: hyper.DeviceScalars,
         ok: torch.Tensor,
         ok_pair: torch.Tensor,
     ) -> None:
-        """Steps 6 to 8, and step 9 for hessian_action="ema"."""
-        a_side = layers if self.plan.keep_A else []
+        """Steps 6 to 8, and step 9 in the same call if ``with_activations`` (for "ema" alone)."""
+        a_side = layers if with_activations else []
         self._curvature(a_side, layers, [], group, scalars, ok, ok_pair)
 
     def _curvature(
@@ -183,13 +186,14 @@ class KBFGSLMethod(KBFGSMethod):
     def curvature(
         self,
         layers: Layers,
+        with_activations: bool,
         group: Group,
         scalars: hyper.DeviceScalars,
         ok: torch.Tensor,
         ok_pair: torch.Tensor,
     ) -> None:
-        """Steps 6 to 8 on the ring of pairs, and step 9 for hessian_action="ema"."""
-        if self.plan.keep_A:
+        """Steps 6 to 8 on the ring of pairs, and step 9 if ``with_activations``."""
+        if with_activations:
             self._curvature(layers, [], [], group, scalars, ok, ok)
         s, y, Hy = (_each(layers, name) for name in ("s_damped", "y_damped", "Hy"))
         counts, g_bar = _each(layers, "counts_g"), _each(layers, "g_bar")

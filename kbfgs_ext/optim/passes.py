@@ -8,7 +8,8 @@ requires_grad and its first-pass gradient again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -94,3 +95,27 @@ class SecondPass:
             p.requires_grad_(wanted)
             p.grad = gradient
         self._buffers.restore()
+
+
+@contextlib.contextmanager
+def own_work(device: torch.device, matmul_precision: str | None) -> Iterator[None]:
+    """Context of the optimizer's own work: no graph, no autocast, its own precision of products.
+
+    Autocast keeps 16-bit copies of the weights while it is on; they are void afterwards.
+    """
+    before = torch.get_float32_matmul_precision() if matmul_precision else ""
+    try:
+        if matmul_precision:
+            torch.set_float32_matmul_precision(matmul_precision)
+        with torch.no_grad(), _no_autocast(device):
+            yield
+    finally:
+        if matmul_precision:
+            torch.set_float32_matmul_precision(before)
+        torch.clear_autocast_cache()
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

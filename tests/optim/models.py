@@ -5,8 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
+
+from kbfgs_ext import KBFGS, KBFGSL
+
+METHODS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
 
 
 def mlp(*sizes: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Sequential:
@@ -49,3 +54,29 @@ def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor],
     for name, tensor in before.items():
         if not name.endswith(tuple(but) or ("\0",)):
             assert torch.equal(tensor, after[name]), name
+
+
+def problem(method=KBFGS, **options):
+    """A small model, its optimizer and a closure."""
+    torch.manual_seed(0)
+    model = mlp(5, 7, 3)
+    opt = method(model, **options)
+    return model, opt, closure_of(model, opt, rows(12, 5), rows(12, 3, seed=1))
+
+
+def four_calls(opt, passes):
+    """A step of a loop that owns forward and backward; ``passes`` does both."""
+    with opt.first_pass():
+        loss = passes()
+    opt.descend(loss)
+    if opt.second_pass_due:
+        with opt.second_pass():
+            loss_next = passes()
+        opt.finish(loss_next)
+    return loss
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
+    """Every parameter is bit for bit the same."""
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kbfgs_ext import KBFGS, KBFGSL
 from kbfgs_ext.ops import registry
-from kbfgs_ext.optim import kbfgs as face
+from kbfgs_ext.optim import stepping
 from tests.helpers.storage import StorageMeter
 from tests.optim.models import closure_of, mlp, rows
 
@@ -46,7 +46,9 @@ def test_the_one_look_is_at_the_start(method, monkeypatch):
     opt = method(model)
     closure = closure_of(model, opt, rows(8, 5), rows(8, 3))
     opt.step(closure)
-    monkeypatch.setattr(face, "_known_true", lambda flag: pytest.fail("host read after the start"))
+    monkeypatch.setattr(
+        stepping, "_known_true", lambda flag: pytest.fail("host read after the start")
+    )
     for _ in range(3):
         opt.step(closure)
 

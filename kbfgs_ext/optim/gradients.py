@@ -1,0 +1,58 @@
+"""Between backward and the step: gradients are unscaled, checked and clipped, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
+
+
+def check_scaler(scaler: Any) -> None:
+    """``scaler`` is a torch.amp.GradScaler or None."""
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+
+
+def unscale(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, device: torch.device
+) -> torch.Tensor | None:
+    """Unscale the parameters' gradients; returns 1/scale for the gradients that were captured.
+
+    The scaler notes an overflow for its `update`. Nothing is read back.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return None
+    scale = scaler.scale(torch.ones((), device=device))
+    assert isinstance(scale, torch.Tensor)
+    scaler.unscale_(optimizer)
+    return scale.reciprocal()
+
+
+class Gradients:
+    """The gradients of a step and their norms: one pass over them serves both checks."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor], like: torch.Tensor) -> None:
+        self._gradients = [p.grad for p in parameters if p.grad is not None]
+        dense = [g.coalesce().values() if g.is_sparse else g for g in self._gradients]
+        self._norms = torch.stack([norm.to(like) for norm in torch._foreach_norm(dense)])
+
+    def finite(self) -> torch.Tensor:
+        """Whether all are finite; a bool scalar on the device."""
+        return torch.isfinite(self._norms.sum())
+
+    def clip(self, largest: float | None) -> None:
+        """Scale all by min(1, largest/norm), in place; norm is that of all together."""
+        if largest is None:
+            return
+        norm = torch.linalg.vector_norm(self._norms)
+        share = (largest / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        for gradient in self._gradients:
+            gradient.mul_(share.to(gradient.dtype))
+
+
+def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Whether every element of every tensor is finite; a bool scalar on the device."""
+    return torch.stack([torch.isfinite(t).all() for t in tensors]).all()

@@ -1,0 +1,307 @@
+"""One step as four calls, for loops that own forward and backward.
+
+    first_pass    the minibatch at the present weights
+    descend       statistics, direction, weights
+    second_pass   the same minibatch at the new weights
+    finish        the safeguard's judgement, the pair, the curvature
+
+`KBFGS.step(closure)` is these four in a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from kbfgs_ext.optim import gradients, hyper
+from kbfgs_ext.optim.base import CoveredOptimizer
+from kbfgs_ext.optim.capture import Pass
+from kbfgs_ext.optim.factors import LayerFactors
+from kbfgs_ext.optim.method import KBFGSMethod
+from kbfgs_ext.optim.passes import RandomState, SecondPass, own_work
+
+Closure = Callable[[], torch.Tensor]
+FIRST, DESCEND, SECOND, FINISH = "first_pass()", "descend(loss)", "second_pass()", "finish(loss)"
+
+
+@dataclasses.dataclass
+class Flight:
+    """A step between its first pass and its end."""
+
+    random: RandomState
+    next: str = DESCEND  # the call that comes next
+    active: list[LayerFactors] = dataclasses.field(default_factory=list)
+    value: torch.Tensor | None = None  # the loss of the first pass
+    ok: torch.Tensor | None = None  # false: the step is void
+    unscale: torch.Tensor | None = None  # 1/scale of the loss, if it was scaled
+    late: bool = False  # step 9 is still to be done, with steps 6 to 8
+
+
+class SteppingOptimizer(CoveredOptimizer):
+    """The four calls of a step."""
+
+    _method: KBFGSMethod
+    safeguard: bool
+    freeze_second_pass: bool
+    max_grad_norm: float | None
+    matmul_precision: str | None
+    pair_every: int
+    factor_every: int
+    _flight: Flight | None = None
+
+    # ------------------------------------------------------------------ the calls
+
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Context: zero the gradients, run the model on a minibatch, call ``backward()``.
+
+        A step that was not carried to its end before stays as it is, without a pair.
+
+        Raises:
+            RuntimeError: under ``torch.inference_mode()``, or inside a pass.
+            ValueError: a hyperparameter is out of its range, or a layer's input is empty.
+        """
+        self._begin()
+        try:
+            with self._recording(Pass.FIRST):
+                yield
+        except BaseException:
+            self._flight = None
+            raise
+
+    def descend(self, loss: torch.Tensor, *, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Take the step, with the factors as they stand.
+
+        Args:
+            loss: of the first pass, whole and unscaled; with micro-batches, their sum.
+            scaler: whose ``scale(loss)`` went backward, if it did.
+
+        Raises:
+            TypeError: ``loss`` is no real scalar.
+            RuntimeError: out of order, or no gradient has reached a covered layer.
+        """
+        self._opt_called = True  # what torch's schedulers look for
+        for hook in itertools.chain(
+            _global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()
+        ):
+            hook(self, (self,), {})
+        self._descend(loss, scaler)
+        if not self.second_pass_due:
+            self._run_post_hooks()
+
+    @property
+    def second_pass_due(self) -> bool:
+        """Whether the step under way wants a second pass: all do, unless ``pair_every`` > 1."""
+        return self._flight is not None and self._flight.next in (SECOND, FINISH)
+
+    @contextlib.contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Context: the same minibatch again, at the new weights, and ``backward()``.
+
+        Inside, torch's random numbers are those of the first pass and the weights want no
+        gradient; afterwards buffers and gradients are as the first pass left them. An exception
+        inside takes the step back.
+
+        Raises:
+            RuntimeError: out of order, or the step has no second pass (``second_pass_due``).
+        """
+        flight = self._expect(SECOND)
+        try:
+            with (
+                SecondPass(
+                    self._parameters(), flight.random, self._buffers, self.freeze_second_pass
+                ),
+                self._recording(Pass.SECOND),
+            ):
+                yield
+        except BaseException:
+            self._flight = None
+            if flight.active:
+                with self._own_work():
+                    self._undo(flight.active, torch.ones_like(self._guard.scale, dtype=torch.bool))
+            raise
+        flight.next = FINISH
+
+    def finish(self, loss: torch.Tensor) -> None:
+        """End the step: the safeguard's judgement, the pair and the curvature.
+
+        Args:
+            loss: of the second pass, whole and unscaled.
+
+        Raises:
+            TypeError: ``loss`` is no real scalar.
+            RuntimeError: out of order.
+        """
+        self._finish(loss)
+        self._run_post_hooks()
+
+    # ------------------------------------------------------------------ what they do
+
+    def _begin(self) -> None:
+        if self._recorder.at is not Pass.OFF:
+            raise RuntimeError(f"first_pass() inside the {self._recorder.at.value} of a step")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("a step needs gradients: it cannot run under inference_mode()")
+        for covered in self._covered:
+            hyper.check_group(covered.group)
+        self._materialize()
+        self._flight = Flight(RandomState(self._guard.scale.device))
+
+    def _expect(self, call: str) -> Flight:
+        wanted = FIRST if self._flight is None else self._flight.next
+        if wanted != call or self._recorder.at is not Pass.OFF:
+            raise RuntimeError(f"{call} is out of order: {wanted} comes next")
+        assert self._flight is not None
+        return self._flight
+
+    def _descend(self, loss: Any, scaler: torch.amp.GradScaler | None) -> None:
+        flight = self._expect(DESCEND)
+        gradients.check_scaler(scaler)
+        with self._own_work():
+            value, active = _scalar(loss, self._guard.scale), self._active()
+            flight.unscale = gradients.unscale(self, scaler, self._guard.scale.device)
+            if flight.unscale is not None:
+                torch._foreach_mul_([layer["g_bar"] for layer in active], flight.unscale)
+            found = gradients.Gradients(self._with_gradients(active), value)
+            ok = torch.isfinite(value) & found.finite()
+            found.clip(self.max_grad_norm)
+            self._guard.count(ok)
+            flight.value, flight.ok, flight.next = value, ok, SECOND
+            if not all(layer.started for layer in active) and not _known_true(ok):
+                return  # nothing to start the factors from yet
+            flight.active = active
+            paired = self._iteration % self.pair_every == 0
+            self._iteration += 1
+            flight.late = (
+                paired and self._plan.keep_A and all(layer.slot.inputs for layer in active)
+            )
+            for group, layers, scalars in self._split(active):
+                scalars.update(group, self._guard.scale)
+                seen = [layer for layer in layers if layer.slot.inputs]
+                if seen:
+                    self._method.statistics(seen, group, scalars, ok)
+                self._method.descend(layers, group, scalars, self._scratch(layers), ok)
+                if seen and not flight.late:
+                    self._method.curvature_from_activations(seen, group, scalars, ok)
+            for layer in active:
+                layer.slot.inputs.clear()  # the activations need not outlive the first pass
+            if self._fallback is not None:
+                self._fallback.step(ok)
+            if not paired:
+                self._flight = None
+
+    def _finish(self, loss: Any) -> None:
+        flight = self._expect(FINISH)
+        with self._own_work():
+            value = _scalar(loss, self._guard.scale)
+            ok = flight.ok
+            assert ok is not None and flight.value is not None
+            self._flight = None
+            if not flight.active:
+                return
+            if self.safeguard:
+                self._undo(flight.active, self._guard.judge(flight.value, value, ok))
+            ok_pair = ok & torch.isfinite(value)
+            seen_twice = [layer for layer in flight.active if layer.slot.gradients > 0]
+            if flight.unscale is not None and seen_twice:
+                g_bar_next = [layer["g_bar_next"] for layer in seen_twice]
+                torch._foreach_mul_(g_bar_next, flight.unscale)
+                ok_pair &= gradients.all_finite(g_bar_next)
+            for group, layers, scalars in self._split(seen_twice):
+                self._method.curvature(layers, flight.late, group, scalars, ok, ok_pair)
+
+    # ------------------------------------------------------------------ small things
+
+    def _own_work(self) -> contextlib.AbstractContextManager[None]:
+        return own_work(self._guard.scale.device, self.matmul_precision)
+
+    @contextlib.contextmanager
+    def _recording(self, which: Pass) -> Iterator[None]:
+        """The hooks in the given state."""
+        suffix = "_next" if which is Pass.SECOND else ""
+        fresh = self._iteration % self.factor_every == 0
+        for layer in self._layers():
+            keep_inputs = which is not Pass.SECOND and (fresh or not layer.started)
+            layer.slot.begin(layer["h_bar" + suffix], layer["g_bar" + suffix], keep_inputs)
+        self._recorder.at, self._recorder.in_the_dark = which, False
+        try:
+            with torch.set_grad_enabled(which is not Pass.WARM):
+                yield
+        except RuntimeError as error:
+            if self._in_the_dark():
+                raise RuntimeError(_DARK) from error
+            raise
+        finally:
+            self._recorder.at = Pass.OFF
+
+    def _in_the_dark(self) -> bool:
+        """Whether the pass has run covered layers, but none with gradients."""
+        return self._recorder.in_the_dark and not any(layer.slot.rows for layer in self._layers())
+
+    def _active(self) -> list[LayerFactors]:
+        """The layers that this minibatch has used and reached with gradients."""
+        active = [layer for layer in self._layers() if layer.has_gradients()]
+        for layer in active:
+            if layer.slot.rows == 0:
+                raise RuntimeError(
+                    f"layer '{layer.name}' ran forward without gradients and was recomputed in"
+                    " backward: use torch.utils.checkpoint with use_reentrant=False"
+                )
+        if not active:
+            names = ", ".join(layer.name for layer in self._layers())
+            raise RuntimeError(
+                _DARK
+                if self._in_the_dark()
+                else "closure must call backward() on a loss that depends on the covered layers,"
+                f" and leave their gradients in place: no gradient has reached any of {names}"
+            )
+        return active
+
+    def _with_gradients(self, active: list[LayerFactors]) -> list[torch.Tensor]:
+        parameters: list[torch.Tensor] = [p for layer in active for p in layer.parameters()]
+        return parameters + (self._fallback.parameters() if self._fallback is not None else [])
+
+    def _undo(self, active: list[LayerFactors], undo: torch.Tensor) -> None:
+        """Put every parameter back where ``undo``."""
+        self._method.undo(active, undo)
+        if self._fallback is not None:
+            self._fallback.undo(undo)
+
+    def _run_post_hooks(self) -> None:
+        for hook in itertools.chain(
+            self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()
+        ):
+            hook(self, (self,), {})
+
+
+_DARK = (
+    "the covered layers ran under torch.no_grad() or inference_mode(): a pass needs gradients,"
+    " so run the model with them enabled"
+)
+
+
+def _scalar(loss: Any, like: torch.Tensor) -> torch.Tensor:
+    """The loss as a detached scalar of ``like``'s dtype and device."""
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1 and not loss.is_complex():
+        return loss.detach().reshape(()).to(like)
+    if isinstance(loss, float):
+        return torch.full_like(like, loss)
+    shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
+    raise TypeError(
+        f"closure must return the loss as a real scalar, got {type(loss).__name__}{shape}"
+    )
+
+
+def _known_true(flag: torch.Tensor) -> bool:
+    """The host's one look at the device, before the factors start: is the first batch sound?
+
+    A fake tensor has no value; the shapes of a step are then followed through its usual course.
+    """
+    return isinstance(flag, FakeTensor) or bool(flag)
