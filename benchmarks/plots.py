@@ -21,7 +21,7 @@ class Look:
 
     label: str
     colour: str  # Okabe and Ito's palette, made for colour-blind readers
-    line: str  # quasi-Newton solid, first-order dashed
+    line: str  # ours solid, all others dashed
 
 
 LOOKS = {
@@ -31,6 +31,8 @@ LOOKS = {
     "sgdm": Look("SGD, momentum", "#CC79A7", "--"),
     "rmsprop": Look("RMSprop", "#E69F00", "--"),
     "muon": Look("Muon", "#56B4E9", "--"),
+    "soap": Look("SOAP", "#8C564B", "--"),
+    "kfac": Look("K-FAC", "#000000", "--"),
 }
 
 PANELS = {"train_loss": "training loss", "test_loss": "test loss"}

@@ -166,7 +166,9 @@ def train(
     torch.manual_seed(config.seed)
     autoencoder = AUTOENCODERS[config.dataset]
     model = autoencoder.build().to(device)  # built on the CPU: the same weights on every device
-    optimizer = optimizers.build(config.optimizer, model, settings, config.weight_decay)
+    optimizer = optimizers.build(
+        config.optimizer, model, settings, config.weight_decay, autoencoder.loss
+    )
     run = Run(
         config=config,
         settings=optimizers.resolved(config.optimizer, optimizer, settings),
@@ -220,7 +222,7 @@ class _Loop:
         """Warm start and all epochs; sets ``run.status``."""
         config = self.run.config
         self.evaluate(epoch=0)
-        if config.warm_start and config.optimizer in optimizers.QUASI_NEWTON:
+        if config.warm_start and hasattr(self.optimizer, "warm_start"):
             with self.watch:
                 self.optimizer.warm_start(batches(self.train, config.batch_size))
             self.run.warm_start_seconds = self.watch.seconds
