@@ -5,8 +5,6 @@ The first point of each grid is the one that runs when a single one is asked for
 
 from __future__ import annotations
 
-from itertools import starmap
-
 from benchmarks.optimizers import Settings
 
 SIZE = 6  # points of every grid
@@ -16,22 +14,16 @@ def _rates(*rates: float) -> tuple[Settings, ...]:
     return tuple(Settings(lr=lr) for lr in rates)
 
 
-def _quasi_newton(lr: float, damping_a: float, damping_g: float) -> Settings:
-    return Settings(lr=lr, damping_a=damping_a, damping_g=damping_g)
-
-
-# (lr, damping_a, damping_g); the second is the paper's for MNIST, sqrt(0.3) on both sides.
+# The second is the paper's for MNIST: sqrt(0.3) on both sides.
 QUASI_NEWTON = tuple(
-    starmap(
-        _quasi_newton,
-        (
-            (0.2, 0.1, 0.55),
-            (0.3, 0.55, 0.55),
-            (0.3, 0.1, 0.55),
-            (0.15, 0.05, 0.55),
-            (0.1, 0.1, 0.1),
-            (0.1, 0.03, 0.3),
-        ),
+    Settings(lr=lr, damping_a=damping_a, damping_g=damping_g)
+    for lr, damping_a, damping_g in (
+        (0.2, 0.1, 0.55),
+        (0.3, 0.55, 0.55),
+        (0.3, 0.1, 0.55),
+        (0.15, 0.05, 0.55),
+        (0.1, 0.1, 0.1),
+        (0.1, 0.03, 0.3),
     )
 )
 

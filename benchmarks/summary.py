@@ -78,8 +78,10 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
     def text(self) -> str:
-        """``median (smallest-largest)`` with three digits; a dash stands for infinite."""
+        """``median (smallest-largest)`` with three digits; a dash where the median is infinite."""
         middle, low, high = map(_short, (self.median, self.smallest, self.largest))
+        if middle == "∞":
+            middle = "–"
         return middle if low == high else f"{middle} ({low}–{high})"
 
 
@@ -89,7 +91,7 @@ def _join(counts: list[int]) -> str:
 
 def _short(value: float) -> str:
     if not math.isfinite(value):
-        return "–"
+        return "∞"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -102,13 +104,13 @@ class Group:
     @property
     def finals(self) -> dict[str, list[Row]]:
         """Per optimizer the runs over several seeds with its chosen settings."""
-        budget = next(row["budget"] for row in reversed(self.rows) if row["stage"] == "final")
         chosen = {name: best_point(self.rows, name) for name in GRIDS}
+        rows = [r for r in self.rows if r["stage"] == "final"]
+        rows = [row for row in rows if row["point"] == chosen.get(row["optimizer"])]
         found: dict[str, list[Row]] = {}
-        for row in self.rows:
-            name = row["optimizer"]
-            if (row["stage"], row["budget"], row["point"]) == ("final", budget, chosen[name]):
-                found.setdefault(name, []).append(row)
+        for row in rows:
+            if row["budget"] == rows[-1]["budget"]:
+                found.setdefault(row["optimizer"], []).append(row)
         return found
 
     @property
@@ -146,12 +148,12 @@ class Group:
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
-    """The rows by data set and machine, where there are final runs; first come, first listed."""
+    """The rows by data set and machine, where there is something to report, in their order."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = tuple(row[k] for k in ("dataset", "data", "train", "device", "threads", "batch_size"))
         found.setdefault(key, []).append(row)
-    return [Group(g) for g in found.values() if any(row["stage"] == "final" for row in g)]
+    return [group for group in map(Group, found.values()) if group.finals]
 
 
 def tuning(rows: Sequence[Row], optimizer: str) -> list[Row]:
