@@ -32,6 +32,8 @@ TUNING_SEED = 0
 EPOCHS = 1_000_000  # more than the seconds allow anywhere
 QUICK_OUT = ROOT / "build" / "out" / "compare"
 QUICK_PATCHES = 20  # per face image: 5,000 for training
+# A row's curves and where a run has them.
+CURVES = {"epochs": "epoch"} | {key: key for key in ("seconds", "train_loss", "test_loss")}
 DIGITS = 6  # significant ones that are kept of losses and seconds
 
 
@@ -45,6 +47,7 @@ class Plan:
     seeds: tuple[int, ...] = (1, 2, 3)
     budget: float = 120.0  # seconds of training a run
     tune_budget: float = 120.0  # the same for a tuning run
+    evaluate_every: int = 20  # steps, and after every epoch
     batch_size: int = 1_000
     weight_decay: float = 1e-5
     device: str = "cpu"
@@ -107,6 +110,7 @@ class Bench:
             settings=point,
             epochs=EPOCHS,
             max_seconds=budget,
+            evaluate_every=plan.evaluate_every,
             batch_size=plan.batch_size,
             weight_decay=plan.weight_decay,
             seed=seed,
@@ -156,7 +160,7 @@ class Bench:
         self.console.print(
             f"{row['stage']:<5} {row['dataset']:<6} {row['optimizer']:<7} seed {row['seed']}"
             f" {summary.point_text(row['point'])}: {row['train_loss'][-1] or math.nan:.4g}"
-            f" after {row['epochs'][-1]} epochs, {row['seconds'][-1]:.1f} s ({row['status']})",
+            f" after {row['epochs'][-1]:.4g} epochs, {row['seconds'][-1]:.1f} s ({row['status']})",
             highlight=False,
             soft_wrap=True,
         )
@@ -169,10 +173,9 @@ def outcome(run: Run) -> Row:
     return {
         "status": run.status,
         "settings": payload["config"]["settings"],
-        "epochs": [row["epoch"] for row in rows],
         **{
-            key: [None if row[key] is None else float(f"{row[key]:.{DIGITS}g}") for row in rows]
-            for key in ("seconds", "train_loss", "test_loss")
+            name: [None if row[key] is None else float(f"{row[key]:.{DIGITS}g}") for row in rows]
+            for name, key in CURVES.items()
         },
         "counters": rows[-1]["counters"],
     }
@@ -215,6 +218,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=int, nargs="+", help="default 1 2 3")
     made.add_argument("--budget", type=float, metavar="SECONDS", help="a run, default 120")
     made.add_argument("--tune-budget", type=float, metavar="SECONDS", help="default as --budget")
+    made.add_argument("--evaluate-every", type=int, metavar="STEPS", help="default 20")
     made.add_argument("--batch-size", type=int, default=default.batch_size)
     made.add_argument("--weight-decay", type=float, default=default.weight_decay)
     made.add_argument("--device", default=None, help="default the GPU if there is one")
@@ -232,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
     """What the command line asks for; ``--quick`` changes what is not given."""
-    preset = Plan(points=1, seeds=(1,), budget=3.0) if arguments.quick else Plan()
+    preset = Plan(points=1, seeds=(1,), budget=3.0, evaluate_every=5) if arguments.quick else Plan()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     budget = arguments.budget or preset.budget
     return Plan(
@@ -242,6 +246,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         seeds=tuple(arguments.seeds or preset.seeds),
         budget=budget,
         tune_budget=arguments.tune_budget or budget,
+        evaluate_every=arguments.evaluate_every or preset.evaluate_every,
         batch_size=arguments.batch_size,
         weight_decay=arguments.weight_decay,
         device=arguments.device or device,

@@ -145,7 +145,7 @@ def soap(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimi
     """SOAP, which is Adam in the eigenbasis of Shampoo's factors, from the heavyball package."""
     import heavyball
 
-    # Its torch.compile with autotuning takes minutes before the first step of a run like ours.
+    # Its torch.compile with autotuning takes longer than a minute, out of a run's few.
     heavyball.utils.compile_mode = None
     return heavyball.SOAP(
         model.parameters(),

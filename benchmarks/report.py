@@ -157,7 +157,8 @@ def _comparison(group: summary.Group, figures: str | None) -> str:
         ]
         cells = [spread.text() for spread in spreads]
         body.append([LOOKS[name].label, summary.point_text(runs[0]["point"]), *cells])
-    text = markdown(heads, body) + f"\n{group.conditions}; {machine(group.last)}.\n"
+    machines = dict.fromkeys(machine(run) for runs in group.ranked.values() for run in runs)
+    text = markdown(heads, body) + f"\n{group.conditions}; {'; '.join(machines)}.\n"
     if figures is not None:
         text += f"\n![Loss against seconds and epochs]({figures}/{group.name}.png)\n"
     return text
