@@ -78,7 +78,7 @@ def comparison(group: summary.Group, path: str | Path) -> None:
             _median(axis, runs, unit, LOOKS[name])
         _dress(axis, "seconds of training" if unit == "seconds" else unit)
     axes[0].set_xlim(0, group.last["budget"])
-    ends = [run["epochs"][-1] for runs in ranked.values() for run in runs]
+    ends = [min(run["epochs"][-1] for run in runs) for runs in ranked.values()]
     axes[1].set_xlim(0, min(max(ends), EPOCHS_SHOWN * statistics.median(ends)))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10)
