@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.data import DataError, embedded_digits
-from benchmarks.optimizers import DEFAULTS, Settings
+from benchmarks.grids import GRIDS
+from benchmarks.optimizers import Settings
 from benchmarks.plots import LOOKS, loss_against_seconds
 from benchmarks.progress import Display
 from benchmarks.training import Config, Run, train, write_json
@@ -28,18 +29,10 @@ BATCH = 1_000  # images, the paper's
 EPOCHS = 10_000  # more than the seconds allow anywhere
 TARGETS = (150.0, 120.0, 100.0, 80.0)  # training losses whose first sight is timed
 
-# All three are tuned by hand on these digits, over the grids named in TUNING. The activation side
-# bears less damping than the paper's sqrt(0.3) = 0.55.
-QUASI_NEWTON = Settings(lr=0.2, damping_a=0.1, damping_g=0.55)
-CONTENDERS: dict[str, Settings] = {
-    "kbfgs": QUASI_NEWTON,
-    "kbfgsl": QUASI_NEWTON,
-    "adamw": DEFAULTS["adamw"],
-}
+CONTENDERS: dict[str, Settings] = {name: GRIDS[name][0] for name in ("kbfgs", "kbfgsl", "adamw")}
 TUNING = (
-    "tuned on these digits, seed 0: AdamW lr of 0.0005, 0.001, 0.002, 0.003, 0.005; K-BFGS (lr, "
-    "damping_a) of (0.3, 0.55), (0.3, 0.1), (0.2, 0.1), (0.2, 0.05), (0.15, 0.05) with damping_g "
-    "0.55; K-BFGS(L) of (0.3, 0.1), (0.2, 0.1)"
+    "settings: the first points of benchmarks/grids.py; python -m benchmarks.compare tunes all of"
+    " the grids and says what each optimizer can do"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -10,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.baselines.kfac import KFAC
+from benchmarks.models import Loss
+
 if TYPE_CHECKING:
     from kbfgs_ext import SafeguardRule
 
 QUASI_NEWTON = ("kbfgs", "kbfgsl")
+SOAP_BASIS_EVERY = 10  # steps between new eigenbases: the SOAP paper's, heavyball's own is 2
 
 
 class SettingsError(ValueError):
@@ -45,8 +50,7 @@ class Settings:
         return {name: value for name, value in values.items() if value is not None}
 
 
-# AdamW's is the best of five on the embedded digits (README.md); the other first-order methods have
-# starting points that are hardly tuned: give --lr for a fair comparison.
+# Starting points of single runs. Comparisons tune each optimizer over its grid (grids.py).
 DEFAULTS: dict[str, Settings] = {
     "kbfgs": Settings(
         lr=0.3,  # the paper's MNIST setting
@@ -58,22 +62,37 @@ DEFAULTS: dict[str, Settings] = {
         memory=100,  # the paper's
     ),
     "adamw": Settings(
-        lr=3e-3,  # of 0.0005, 0.001, 0.002, 0.003, 0.005 by training loss after 520 steps, seed 0
+        lr=3e-3,
     ),
     "sgdm": Settings(
-        lr=3e-3,  # better of 1e-3 and 3e-3 after 100 steps, seed 0; larger ones were not tried
+        lr=3e-3,
         momentum=0.9,  # as in the paper's comparison
     ),
     "rmsprop": Settings(
-        lr=3e-4,  # trains steadily for 100 steps; no other value was tried
+        lr=3e-4,
     ),
     "muon": Settings(
-        lr=3e-3,  # AdamW's, to whose scale the update is brought; not tried
+        lr=3e-3,  # AdamW's, to whose scale the update is brought
         momentum=0.95,  # Muon's own default
+    ),
+    "soap": Settings(
+        lr=3e-3,  # heavyball's own default
+    ),
+    "kfac": Settings(
+        lr=1.0,  # the paper's MNIST setting
+        damping=3.0,  # the paper's MNIST setting
+        momentum=0.9,  # the paper's
     ),
 }
 
 NAMES = tuple(DEFAULTS)
+
+
+def missing(name: str) -> str | None:
+    """Why ``name`` cannot be built here, or None if it can."""
+    if name == "soap" and importlib.util.find_spec("heavyball") is None:
+        return "SOAP needs heavyball (pip install heavyball)"
+    return None
 
 
 def settle(name: str, asked: Settings) -> Settings:
@@ -93,26 +112,47 @@ def settle(name: str, asked: Settings) -> Settings:
 
 
 def build(
-    name: str, model: nn.Module, settings: Settings, weight_decay: float
+    name: str, model: nn.Module, settings: Settings, weight_decay: float, loss: Loss
 ) -> torch.optim.Optimizer | MuonWithAdamW:
     """The optimizer ``name`` over all parameters of ``model``, with settled ``settings``.
 
-    ``weight_decay`` is added to the gradient (kbfgs, kbfgsl, sgdm, rmsprop) or decoupled and so
-    multiplied by the learning rate (adamw, muon). All of them are stepped by ``step(closure)``.
+    ``weight_decay`` is added to the gradient (kbfgs, kbfgsl, kfac, sgdm, rmsprop) or decoupled and
+    so multiplied by the learning rate (adamw, muon, soap). ``loss`` tells K-FAC which distribution
+    the outputs stand for. All of them are stepped by ``step(closure)``.
     """
-    options = settings.given()
+    reason = missing(name)
+    if reason is not None:
+        raise SettingsError(reason)
+    options = settings.given() | {"weight_decay": weight_decay}
     if name in QUASI_NEWTON:
         import kbfgs_ext
 
-        method = kbfgs_ext.KBFGS if name == "kbfgs" else kbfgs_ext.KBFGSL
-        return method(model, weight_decay=weight_decay, **options)
+        return (kbfgs_ext.KBFGS if name == "kbfgs" else kbfgs_ext.KBFGSL)(model, **options)
+    if name == "kfac":
+        return KFAC(model, loss, **options)
     if name == "muon":
-        return MuonWithAdamW(model, weight_decay=weight_decay, **options)
+        return MuonWithAdamW(model, **options)
+    if name == "soap":
+        return soap(model, **options)
     if name == "rmsprop":
-        return torch.optim.RMSprop(model.parameters(), weight_decay=weight_decay, **options)
+        return torch.optim.RMSprop(model.parameters(), **options)
     # Fused: one pass over the parameters, the fastest that torch has on CPU and GPU alike.
     method = torch.optim.AdamW if name == "adamw" else torch.optim.SGD
-    return method(model.parameters(), weight_decay=weight_decay, fused=True, **options)
+    return method(model.parameters(), fused=True, **options)
+
+
+def soap(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """SOAP, which is Adam in the eigenbasis of Shampoo's factors, from the heavyball package."""
+    import heavyball
+
+    # Its torch.compile with autotuning takes longer than a minute, out of a run's few.
+    heavyball.utils.compile_mode = None
+    return heavyball.SOAP(
+        model.parameters(),
+        lr=lr,
+        weight_decay=weight_decay,
+        precondition_frequency=SOAP_BASIS_EVERY,
+    )
 
 
 def resolved(name: str, optimizer: Any, settings: Settings) -> dict[str, Any]:

@@ -1,16 +1,20 @@
-"""Losses against seconds of training, for the demo and the comparisons."""
+"""Losses against seconds and epochs of training, for the demo and the comparison."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from benchmarks import summary
 
 matplotlib.use("Agg")  # files only, no display needed
 
@@ -21,7 +25,7 @@ class Look:
 
     label: str
     colour: str  # Okabe and Ito's palette, made for colour-blind readers
-    line: str  # quasi-Newton solid, first-order dashed
+    line: str  # ours solid, all others dashed
 
 
 LOOKS = {
@@ -31,7 +35,12 @@ LOOKS = {
     "sgdm": Look("SGD, momentum", "#CC79A7", "--"),
     "rmsprop": Look("RMSprop", "#E69F00", "--"),
     "muon": Look("Muon", "#56B4E9", "--"),
+    "soap": Look("SOAP", "#8C564B", "--"),
+    "kfac": Look("K-FAC", "#000000", "--"),
 }
+
+POINTS = 300  # of a median curve
+EPOCHS_SHOWN = 2.0  # times the median of what the optimizers reach: the cheap ones run far longer
 
 PANELS = {"train_loss": "training loss", "test_loss": "test loss"}
 LABEL_GAP = 0.055  # of the axis height: one line of text
@@ -59,9 +68,46 @@ def loss_against_seconds(
     figure.savefig(path)
 
 
+def comparison(group: summary.Group, path: str | Path) -> None:
+    """Draw training loss over seconds and over epochs: medians of the seeds, ranges shaded."""
+    figure = Figure(figsize=(11, 4.8), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(summary.AXES), sharey=True)
+    ranked = group.ranked
+    for axis, unit in zip(axes, summary.AXES, strict=True):
+        for name, runs in ranked.items():
+            _median(axis, runs, unit, LOOKS[name])
+        _dress(axis, "seconds of training" if unit == "seconds" else unit)
+    axes[0].set_xlim(0, group.last["budget"])
+    ends = [min(run["epochs"][-1] for run in runs) for runs in ranked.values()]
+    axes[1].set_xlim(0, min(max(ends), EPOCHS_SHOWN * statistics.median(ends)))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10)
+    figure.suptitle(
+        f"Training loss, {group.last['data']}", x=0.01, ha="left", fontsize=13, fontweight="bold"
+    )
+    note = f"{group.conditions}; {group.last['device']}, {group.last['threads']} threads"
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#555555")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _median(axis: Axes, runs: Sequence[dict[str, Any]], unit: str, look: Look) -> None:
+    """The median of the seeds' losses, as far as all of them ran, and their range."""
+    places = np.linspace(0, min(run[unit][-1] for run in runs), POINTS)
+    losses = np.stack([summary.values_at(run, places, unit) for run in runs])
+    middle = np.median(losses, axis=0)
+    if not np.isfinite(middle).all():
+        axis.plot([], [], look.line, color=look.colour, label=f"{look.label} (diverged)")
+        return
+    axis.plot(places, middle, look.line, color=look.colour, linewidth=1.4, label=look.label)
+    finite = np.isfinite(losses).all(axis=1)
+    low, high = losses[finite].min(axis=0), losses[finite].max(axis=0)
+    axis.fill_between(places, low, high, color=look.colour, alpha=0.15, linewidth=0)
+
+
 def _panel(axis: Axes, runs: Sequence[dict[str, Any]], key: str) -> None:
     ends = []
-    axis.set_yscale("log")
     for run in runs:
         look = LOOKS[run["config"]["optimizer"]]
         points = [(row["seconds"], row[key]) for row in run["rows"] if row[key] is not None]
@@ -71,15 +117,21 @@ def _panel(axis: Axes, runs: Sequence[dict[str, Any]], key: str) -> None:
         axis.plot(seconds, losses, look.line, color=look.colour, linewidth=2)
         label = look.label if run["status"] != "diverged" else f"{look.label} (diverged)"
         ends.append((seconds[-1], losses[-1], label, look.colour))
+    _dress(axis, "seconds of training")
+    axis.set_xlim(left=0)
+    _label_ends(axis, ends)
+
+
+def _dress(axis: Axes, name: str) -> None:
+    """Logarithmic losses with round ticks, a light grid, the name of the other axis."""
+    axis.set_yscale("log")
     axis.yaxis.set_major_locator(FixedLocator(TICKS))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_xlabel("seconds of training")
-    axis.set_xlim(left=0)
+    axis.set_xlabel(name)
     axis.grid(True, color="#dddddd", linewidth=0.6)
     axis.tick_params(labelleft=True)
     axis.spines[["top", "right"]].set_visible(False)
-    _label_ends(axis, ends)
 
 
 def _label_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:

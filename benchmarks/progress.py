@@ -93,7 +93,7 @@ class Display(Observer):
     def _print(self, row: Row) -> None:
         self.last = None
         self.console.print(
-            f"{row.epoch:>5} {row.steps:>7,} {row.train_loss:>10.3f} {row.test_loss:>10.3f} "
+            f"{row.epoch:>5g} {row.steps:>7,} {row.train_loss:>10.3f} {row.test_loss:>10.3f} "
             f"{row.seconds:>9.2f}",
             highlight=False,
         )

@@ -13,17 +13,17 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from benchmarks import summary
 from benchmarks.demo import TARGETS, seconds_to
+from benchmarks.grids import TARGETS as TRAINING_TARGETS
 from benchmarks.plots import LOOKS
 from benchmarks.step import PHASES
+from benchmarks.summary import Row, Spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- rows: (\S+) -->\n).*?(<!-- end -->)", flags=re.S)
-
-Row = dict[str, Any]
 
 
 def lines_of(name: str) -> list[Row]:
@@ -129,9 +129,49 @@ def stability() -> str:
     return markdown(heads, body) + f"\n{row['dataset']}; {machine(row)}.\n"
 
 
+def compare() -> str:
+    """The committed rows of ``benchmarks.compare``, a table and a figure per data set."""
+    return comparison(summary.read_rows(RESULTS / "compare.jsonl"), "../benchmarks/results/compare")
+
+
+def comparison(rows: list[Row], figures: str | None = None) -> str:
+    """Seconds and epochs to fixed losses, by data set; ``figures`` is the folder to link to."""
+    return "\n".join(_comparison(group, figures) for group in summary.groups(rows))
+
+
+def _comparison(group: summary.Group, figures: str | None) -> str:
+    targets = TRAINING_TARGETS[group.last["dataset"]]
+    heads = ["optimizer", "settings"]
+    heads += [f"{unit} to {t:g}" for unit in ("s", "epochs") for t in targets]
+    heads += [f"{part} at {group.last['budget']:g} s" for part in ("train", "test")]
+    body = []
+    for name, runs in group.ranked.items():
+        spreads = [
+            Spread.of([summary.crossing(run, target, axis) for run in runs])
+            for axis in summary.AXES
+            for target in targets
+        ]
+        spreads += [
+            Spread.of([summary.loss_at_budget(run, key) for run in runs])
+            for key in ("train_loss", "test_loss")
+        ]
+        cells = [spread.text() for spread in spreads]
+        body.append([LOOKS[name].label, summary.point_text(runs[0]["point"]), *cells])
+    machines = dict.fromkeys(machine(run) for runs in group.ranked.values() for run in runs)
+    text = markdown(heads, body) + f"\n{group.conditions}; {'; '.join(machines)}.\n"
+    if figures is not None:
+        text += f"\n![Loss against seconds and epochs]({figures}/{group.name}.png)\n"
+    return text
+
+
 START = 543.4  # loss of a network that says nothing, 784 ln 2: a run that ends above has blown up
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "step": step, "stability": stability}
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "step": step,
+    "stability": stability,
+    "compare": compare,
+}
 
 
 def render(text: str) -> str:

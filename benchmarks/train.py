@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     tuned = made.add_argument_group("optimizer settings")
     tuned.add_argument("--lr", type=float, help="learning rate")
     tuned.add_argument("--momentum", type=float)
-    quasi = made.add_argument_group("settings of kbfgs and kbfgsl")
+    quasi = made.add_argument_group("settings of kbfgs and kbfgsl (damping: of kfac too)")
     quasi.add_argument("--damping", type=float, help="its square root damps both sides")
     quasi.add_argument("--damping-a", type=float, help="damping of the activation side itself")
     quasi.add_argument("--damping-g", type=float, help="damping of the gradient side itself")

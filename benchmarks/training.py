@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ class Config:
     optimizer: str = "kbfgs"
     settings: Settings = field(default_factory=Settings)  # None inside: the optimizer's default
     epochs: int = 20
-    max_seconds: float | None = None  # of training; the epoch in which they run out is finished
+    max_seconds: float | None = None  # of training; a run ends at the first evaluation after them
+    evaluate_every: int | None = None  # steps inside an epoch; every epoch's end is evaluated too
     batch_size: int = 1_000  # images, the paper's
     weight_decay: float = 1e-5  # the paper's
     warm_start: bool = True  # factors start from all training batches, as in the paper
@@ -55,15 +56,17 @@ class Config:
                 raise ValueError(f"{name} must be at least {smallest}, got {value}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if self.evaluate_every is not None and self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ValueError(f"max_seconds must be above 0, got {self.max_seconds}")
 
 
 @dataclass(frozen=True)
 class Row:
-    """The state after an epoch; epoch 0 is the start."""
+    """The state after an epoch or a part of it; epoch 0 is the start."""
 
-    epoch: int
+    epoch: float  # an integer where it is whole
     steps: int  # since the start
     train_loss: float  # nats or half squared error per image, with the weight decay term
     test_loss: float
@@ -166,7 +169,9 @@ def train(
     torch.manual_seed(config.seed)
     autoencoder = AUTOENCODERS[config.dataset]
     model = autoencoder.build().to(device)  # built on the CPU: the same weights on every device
-    optimizer = optimizers.build(config.optimizer, model, settings, config.weight_decay)
+    optimizer = optimizers.build(
+        config.optimizer, model, settings, config.weight_decay, autoencoder.loss
+    )
     run = Run(
         config=config,
         settings=optimizers.resolved(config.optimizer, optimizer, settings),
@@ -219,29 +224,46 @@ class _Loop:
     def run_all(self) -> None:
         """Warm start and all epochs; sets ``run.status``."""
         config = self.run.config
-        self.evaluate(epoch=0)
-        if config.warm_start and config.optimizer in optimizers.QUASI_NEWTON:
+        self.evaluate(0)
+        if config.warm_start and hasattr(self.optimizer, "warm_start"):
             with self.watch:
                 self.optimizer.warm_start(batches(self.train, config.batch_size))
             self.run.warm_start_seconds = self.watch.seconds
-        limit = config.max_seconds or math.inf
-        for epoch in range(1, config.epochs + 1):
-            with self.watch:
-                self.epoch()
-            self.evaluate(epoch)
+        for epoch in range(config.epochs):
+            self.epoch(epoch)
             if self.run.status == "diverged":
                 return
-            if self.watch.seconds >= limit:
+            if self.spent:
                 break
         self.run.status = "complete"
 
-    def epoch(self) -> None:
-        """One pass over the shuffled training set, given up at a loss seen not finite.
+    @property
+    def spent(self) -> bool:
+        """Whether the seconds of training have run out."""
+        return self.watch.seconds >= (self.run.config.max_seconds or math.inf)
 
-        Images that do not fill a last batch are left for another epoch.
+    def epoch(self, before: int) -> None:
+        """One pass over the shuffled training set, after ``before`` others, with its evaluations.
+
+        It ends early when the loss is seen not finite or the seconds have run out. Images that do
+        not fill a last batch are left for another epoch.
         """
+        size = self.run.config.batch_size
         order = torch.randperm(len(self.train), generator=self.shuffle).to(self.train.device)
-        for images in batches(self.train, self.run.config.batch_size, order):
+        orders = list(batches(order, size))  # of each step
+        part = self.run.config.evaluate_every or len(orders)
+        for first in range(0, len(orders), part):
+            chosen = orders[first : first + part]
+            with self.watch:
+                self.descend(self.train[rows] for rows in chosen)
+            done = first + len(chosen)
+            self.evaluate(before + (1 if done == len(orders) else done / len(orders)))
+            if self.run.status == "diverged" or self.spent:
+                return
+
+    def descend(self, images_of_steps: Iterable[Tensor]) -> None:
+        """A step on each batch, given up at a loss seen not finite."""
+        for images in images_of_steps:
 
             def closure(images: Tensor = images) -> Tensor:
                 self.optimizer.zero_grad()
@@ -260,7 +282,7 @@ class _Loop:
                     self.run.status = "diverged"
                     return
 
-    def evaluate(self, epoch: int) -> None:
+    def evaluate(self, epoch: float) -> None:
         """Add the row of ``epoch`` and save; the run has diverged if a loss is not finite."""
         penalty = weight_penalty(self.model, self.run.config.weight_decay)
         row = Row(
@@ -283,11 +305,10 @@ class _Loop:
             write_json(self.json_path, self.run.payload())
 
 
-def batches(images: Tensor, size: int, order: Tensor | None = None) -> Iterator[Tensor]:
-    """Full batches of ``size`` rows, in the given order of the rows (N,); the rest is dropped."""
-    for start in range(0, len(images) - size + 1, size):
-        stop = start + size
-        yield images[start:stop] if order is None else images[order[start:stop]]
+def batches(rows: Tensor, size: int) -> Iterator[Tensor]:
+    """Full batches of ``size`` rows; the rest is dropped."""
+    for start in range(0, len(rows) - size + 1, size):
+        yield rows[start : start + size]
 
 
 @torch.no_grad()
