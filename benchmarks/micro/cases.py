@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,7 @@ class Case:
         return self.kernel.build(self.layers, Numbers(device))
 
 
+@functools.cache
 def shapes() -> dict[str, Layers]:
     """The autoencoders, each of their layers, and squares."""
     found: dict[str, Layers] = {}

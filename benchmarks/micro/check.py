@@ -52,7 +52,7 @@ def ratios(rows: Iterable[Row]) -> dict[Key, float]:
 
 
 def slowed(case: Case, committed: dict[Key, float], measure: Measure) -> list[Slowed]:
-    """What of ``case`` takes more than `LIMIT` times its committed ratio, however often measured."""
+    """What of ``case`` takes more than `LIMIT` times its committed ratio each time."""
     mine = {key: ratio for key, ratio in committed.items() if key[:2] == case.key}
     if not mine:
         return []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Hashable
 from typing import NamedTuple, TypeVar
@@ -23,6 +24,7 @@ WINDOW = 5e-4  # seconds of one reading: far above the clock's own cost
 MOST_CALLS = 100  # in one reading
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
 FLUSH_BYTES = 256 * 2**20
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines on stderr
 
 
 class Ceiling(NamedTuple):
