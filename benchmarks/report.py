@@ -130,10 +130,11 @@ def _micro_table(cases: dict[tuple, dict[str, Row]]) -> str:
             cells += [_rate(found), f"{100 * found['share_of_ceiling']:.0f} %"] if found else "––"
         body.append(cells)
     cache = {"cold": ", cold L2", "warm": ", warm L2"}.get(first["cache"], "")
+    copy, product = (significant(first[f"ceiling_{x}_per_s"], 2) for x in ("gb", "tflop"))
     return markdown(heads, body) + (
         f"\nMedians of interleaved rounds{cache}, batch {first['batch_size']}, {first['dtype']},"
-        f" seed {first['seed']}; ceilings {significant(first['ceiling_gb_per_s'], 2)} GB/s (copy)"
-        f" and {significant(first['ceiling_tflop_per_s'], 2)} TFLOP/s (product); {machine(first)}.\n"
+        f" seed {first['seed']}; ceilings {copy} GB/s (copy) and {product} TFLOP/s (product);"
+        f" {machine(first)}.\n"
     )
 
 

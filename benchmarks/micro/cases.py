@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.micro import (
     bfgs_update,
@@ -64,9 +64,7 @@ def shapes() -> dict[str, Layers]:
     """The autoencoders, each of their layers, and squares."""
     found: dict[str, Layers] = {}
     for name, task in AUTOENCODERS.items():
-        with torch.device("meta"):
-            linear = [x for x in task.build() if isinstance(x, nn.Linear)]
-        layers = tuple(Layer(x.in_features, x.out_features) for x in linear)
+        layers = tuple(itertools.starmap(Layer, itertools.pairwise(task.widths)))
         found[name] = layers
         found |= {f"{name} {x.d_in}-{x.d_out}": (x,) for x in layers}
     return found | {f"square {n}": (Layer(n, n, bias=False),) for n in SQUARES}

@@ -51,7 +51,7 @@ class Gate:
         """What is wrong with the arguments as a provider left them, or None."""
         sides = (got, self._reference, self._truth, self._before)
         for (name, g), (_, r), (_, t), (_, before) in zip(
-            *(_written(self._op, side) for side in sides), strict=True
+            *(written(self._op, side) for side in sides), strict=True
         ):
             if not g.is_floating_point():
                 if not torch.equal(g, r):
@@ -73,7 +73,7 @@ def _largest(tensor: Tensor) -> float:
     return float(tensor.nan_to_num(0, 0, 0).abs().max()) if tensor.numel() else 0.0
 
 
-def _written(op: str, args: Sequence[Any]) -> list[tuple[str, Tensor]]:
+def written(op: str, args: Sequence[Any]) -> list[tuple[str, Tensor]]:
     """(name, tensor) of what the op writes, scratch left out."""
     found = []
     schema = getattr(torch.ops.kbfgs_ext, op).default._schema.arguments
