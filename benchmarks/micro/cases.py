@@ -38,7 +38,7 @@ SHORT_SHAPES = (
 # Seconds a call for the eager loop on 2 CPU cores: left to --full.
 LONG = {("lbfgs_two_loop_, p = 100", "faces"), ("lbfgs_two_loop_, p = 100", "square 2048")}
 MOST_SWEEPS = 20  # in one graph: the recursion's loop over pairs and layers unrolls
-COMPILED_SHAPES = ("square 512",)  # a new shape costs 2 to 30 s of compilation
+COMPILED_SHAPES = ("mnist 784-1000",)  # a new shape costs 2 to 30 s of compilation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_compiled_reference_passes_the_gate():
 
 def test_why_not_compiled():
     by = {case.key: case for case in cases(full=True)}
-    assert why_not_compiled(by["bfgs_update_", "square 512"], full=False) is None
+    assert why_not_compiled(by["bfgs_update_", "mnist 784-1000"], full=False) is None
     assert why_not_compiled(by["bfgs_update_", "mnist"], full=False) == "only with --full"
     assert why_not_compiled(by["bfgs_update_", "mnist"], full=True) is None
     assert "unroll" in why_not_compiled(by["lbfgs_two_loop_, p = 10", "mnist"], full=True)
