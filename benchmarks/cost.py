@@ -1,8 +1,8 @@
 """What a call of an op costs at least: ``cost(op, args) -> Cost(bytes, flops)``.
 
 Bytes are a floor: every argument that is read counts once, every argument that is written once
-more, scratch not at all. Symmetric matrices count whole, since they are stored whole. FLOPs are the
-leading terms, additions and multiplications apart; of a symmetric product, one half. Only shapes
+more, scratch not at all. Symmetric matrices count whole, since they are stored whole, but where an op
+computes one half of them. FLOPs are the leading terms, additions and multiplications apart; of a symmetric product, one half. Only shapes
 and dtypes are looked at: tensors on the meta device do.
 """
 
@@ -29,29 +29,34 @@ def cost(op: str, args: Sequence[Any]) -> Cost:
     """The cost of ``op`` on ``args``: its schema's arguments in order, ``backend`` left out."""
     schema = getattr(torch.ops.kbfgs_ext, op).default._schema.arguments
     named = {argument.name: value for argument, value in zip(schema, args, strict=False)}
-    moved = 0
+    moved = 0.0
     for argument in schema[: len(args)]:
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        reads = argument.name not in _only_written(op, named)
-        moved += (reads + writes) * _bytes(op, argument.name, named[argument.name])
-    return Cost(moved, _FLOPS[op](named))
+        times = _read_share(op, argument.name, named) + writes
+        moved += times * _bytes(op, argument.name, named[argument.name])
+    return Cost(round(moved), _FLOPS[op](named))
 
 
-_ONLY_WRITTEN = {
-    "factor_ema_": {"a_bar"},
-    "hessian_action_": {"y"},
-    "lbfgs_two_loop_": {"out"},
-    "lbfgs_push_": {"S", "Y", "rho"},
-    "kron_precondition_": {"P"},
-    "kron_step_": {"P"},
-    "restore_": {"W", "b"},  # where there is something to undo
+# The share that is read of what is written, where that is not all of it.
+_READ_SHARE = {
+    ("factor_ema_", "A"): 0.5,  # symmetric: one half is computed, both are stored
+    ("factor_ema_", "a_bar"): 0,
+    ("hessian_action_", "y"): 0,
+    ("lbfgs_two_loop_", "out"): 0,
+    ("lbfgs_push_", "S"): 0,
+    ("lbfgs_push_", "Y"): 0,
+    ("lbfgs_push_", "rho"): 0,
+    ("kron_precondition_", "P"): 0,
+    ("kron_step_", "P"): 0,
+    ("restore_", "W"): 0,  # where there is something to undo
+    ("restore_", "b"): 0,
 }
 
 
-def _only_written(op: str, named: Arguments) -> set[str]:
-    if op == "double_damping_" and named["H"]:
-        return {"Hy"}
-    return _ONLY_WRITTEN.get(op, set())
+def _read_share(op: str, name: str, named: Arguments) -> float:
+    if op == "double_damping_" and name == "Hy":
+        return 0 if named["H"] else 1
+    return _READ_SHARE.get((op, name), 1)
 
 
 def _bytes(op: str, name: str, value: Any) -> int:
