@@ -1,9 +1,9 @@
 """What a call of an op costs at least: ``cost(op, args) -> Cost(bytes, flops)``.
 
 Bytes are a floor: every argument that is read counts once, every argument that is written once
-more, scratch not at all. Symmetric matrices count whole, since they are stored whole, but where an op
-computes one half of them. FLOPs are the leading terms, additions and multiplications apart; of a symmetric product, one half. Only shapes
-and dtypes are looked at: tensors on the meta device do.
+more, scratch not at all. Symmetric matrices count whole, since they are stored whole, but where an
+op computes one half of them. FLOPs are the leading terms, additions and multiplications apart; of a
+symmetric product, one half. Only shapes and dtypes are looked at: tensors on the meta device do.
 """
 
 from __future__ import annotations
