@@ -67,7 +67,7 @@ def bench(args: argparse.Namespace, console: Console) -> int:
 def compare(args: argparse.Namespace, console: Console) -> int:
     """Compare with the committed rows: 1 where a kernel has slowed, 2 without rows to compare."""
     here = environment(args.device)
-    committed = check.ratios(row for row in load(args.check) if same_machine(row, here))
+    committed = check.speeds(row for row in load(args.check) if same_machine(row, here))
     chosen = [
         case
         for case in cases(args.full, args.kernel, args.shape)

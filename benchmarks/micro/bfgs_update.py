@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -47,10 +48,11 @@ def _curvature(layers: Layers, make: Numbers, from_X: bool) -> list[Any]:
     ]  # fmt: skip
 
 
+_ema = functools.partial(_curvature, from_X=False)
+_minibatch = functools.partial(_curvature, from_X=True)
+
 KERNELS = (
     Kernel("bfgs_update_", "bfgs_update_", _update, _update_blas),
-    Kernel("curvature_update_, ema", "curvature_update_", lambda x, m: _curvature(x, m, False)),
-    Kernel(
-        "curvature_update_, minibatch", "curvature_update_", lambda x, m: _curvature(x, m, True)
-    ),
+    Kernel("curvature_update_, ema", "curvature_update_", _ema),
+    Kernel("curvature_update_, minibatch", "curvature_update_", _minibatch),
 )

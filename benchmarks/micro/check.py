@@ -1,22 +1,36 @@
-"""The guard: which of our kernels have become slower against the eager reference of the same run.
+"""The guard: which of our kernels have become slower than their committed rows.
 
-A ratio that looks worse than the committed one is measured again, and only one that looks worse
-every time is named: noise comes and goes, a slower kernel stays.
+A kernel has slowed where its time has grown both in itself and against the eager reference of the
+same run: the machine slows both down, and luck of the eager reference (it allocates) leaves the
+kernel's own time. Fast readings are compared (the 20% quantile), since noise only ever adds. What
+looks slower is measured again, and only what looks slower every time is named.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
-from benchmarks.micro.cases import Case, is_ours
+from benchmarks.micro.cases import EAGER, Case, is_ours
 from benchmarks.micro.measure import Row
 
 LIMIT = 1.15
 AGAIN = 4  # further measurements of a suspect
 
-Key = tuple[str, str, str, str]
+Key = tuple[str, str, str, str]  # kernel, shape, provider, state of the cache
 Measure = Callable[[Case], list[Row]]
+
+
+class Speed(NamedTuple):
+    """Of one of our kernels."""
+
+    us: float
+    of_eager: float
+
+    def growth(self, then: Speed) -> float:
+        """Times as long as ``then``, by whichever clock is kinder."""
+        return min(self.us / then.us, self.of_eager / then.of_eager)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,51 +41,48 @@ class Slowed:
     shape: str
     provider: str
     cache: str | None
-    committed: float  # time over the eager reference's
-    found: float | None  # the best of all measurements; None: wrong
-    note: str = ""
+    note: str
 
     def __str__(self) -> str:
-        name = f"{self.kernel}, {self.shape}, {self.provider}"
-        name += f", {self.cache} cache" if self.cache not in ("any", None) else ""
-        if self.found is None:
-            return f"{name}: {self.note}"
-        return (
-            f"{name}: {self.found / self.committed:.2f} times as long as committed"
-            f" ({self.committed:.3f} of eager then, {self.found:.3f} now)"
-        )
+        cache = f", {self.cache} cache" if self.cache in ("cold", "warm") else ""
+        return f"{self.kernel}, {self.shape}, {self.provider}{cache}: {self.note}"
 
 
-def ratios(rows: Iterable[Row]) -> dict[Key, float]:
-    """Ratio to eager of every row of ours that has one."""
-    return {
-        (row["kernel"], row["shape"], row["provider"], row["cache"]): row["ratio_to_eager"]
+def speeds(rows: Iterable[Row]) -> dict[Key, Speed]:
+    """The speed of every row of ours that has a time."""
+    us: dict[Key, float] = {
+        (row["kernel"], row["shape"], row["provider"], row["cache"]): row["us"]["q20"]
         for row in rows
-        if is_ours(row["provider"]) and row["ratio_to_eager"] is not None
+        if row["us"] is not None
+    }
+    return {
+        (kernel, shape, provider, cache): Speed(time, time / us[kernel, shape, EAGER, cache])
+        for (kernel, shape, provider, cache), time in us.items()
+        if is_ours(provider)
     }
 
 
-def slowed(case: Case, committed: dict[Key, float], measure: Measure) -> list[Slowed]:
-    """What of ``case`` takes more than `LIMIT` times its committed ratio each time."""
-    mine = {key: ratio for key, ratio in committed.items() if key[:2] == case.key}
-    if not mine:
+def slowed(case: Case, committed: dict[Key, Speed], measure: Measure) -> list[Slowed]:
+    """What of ``case`` has become wrong, or takes more than `LIMIT` times as long each time."""
+    then = {key: speed for key, speed in committed.items() if key[:2] == case.key}
+    if not then:
         return []
     rows = measure(case)
     named = [
-        Slowed(*case.key, row["provider"], None, 0.0, None, row["note"])
+        Slowed(*case.key, row["provider"], None, row["note"])
         for row in rows
         if is_ours(row["provider"]) and row.get("note", "").startswith("wrong")
     ]
-    best = ratios(rows)
+    now = speeds(rows)
+    growth = {key: now[key].growth(then[key]) for key in now.keys() & then.keys()}
     for _ in range(AGAIN):
-        if not any(_worse(best, key, ratio) for key, ratio in mine.items()):
+        if all(times <= LIMIT for times in growth.values()):
             break
-        for key, ratio in ratios(measure(case)).items():
-            best[key] = min(ratio, best.get(key, ratio))
+        now = speeds(measure(case))
+        for key in growth.keys() & now.keys():
+            growth[key] = min(growth[key], now[key].growth(then[key]))
     return named + [
-        Slowed(*key, ratio, best[key]) for key, ratio in mine.items() if _worse(best, key, ratio)
+        Slowed(*key, f"{growth[key]:.2f} times as long as committed ({speed.us:.1f} us then)")
+        for key, speed in then.items()
+        if growth.get(key, 0) > LIMIT
     ]
-
-
-def _worse(found: dict[Key, float], key: Key, committed: float) -> bool:
-    return key in found and found[key] > LIMIT * committed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -41,10 +42,10 @@ KERNELS = (
         Kernel(
             f"lbfgs_two_loop_, p = {p}",
             "lbfgs_two_loop_",
-            lambda layers, make, p=p: _two_loop(layers, make, p),
+            functools.partial(_two_loop, p=p),
             _compact,
         )
         for p in MEMORIES
     ),
-    Kernel("lbfgs_push_", "lbfgs_push_", lambda layers, make: _push(layers, make, MEMORIES[-1])),
+    Kernel("lbfgs_push_", "lbfgs_push_", functools.partial(_push, p=MEMORIES[-1])),
 )
