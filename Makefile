@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 OUT   ?= build/out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gpu lint clean
+.PHONY: help install demo test test-fast test-gpu bench bench-check lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,12 @@ test-fast: install  ## the same without the slow tests
 
 test-gpu: install  ## everything that needs a GPU: build, ops, captured steps, compute-sanitizer
 	$(PY) scripts/test_gpu.py --out $(OUT)/gpu
+
+bench: install  ## time every kernel against its alternatives; rows go to benchmarks/results
+	$(PY) -m benchmarks.micro --json benchmarks/results/micro.jsonl
+
+bench-check: install  ## name what has slowed by more than 15% since the committed rows
+	$(PY) -m benchmarks.micro --check
 
 lint: install  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -29,17 +29,21 @@ class Autoencoder:
     encoder: tuple[int, ...]  # pixels, ..., code
     loss: Loss
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths from the pixels to the code and back to the pixels."""
+        return self.encoder + self.encoder[-2::-1]
+
     def build(self) -> nn.Sequential:
         """Linear layers with PyTorch's default init, ReLU between them, none after code or output.
 
         Draws from the global generator: seed it first.
         """
         code = len(self.encoder) - 2
-        widths = self.encoder + self.encoder[-2::-1]
         layers: list[nn.Module] = []
-        for i, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
+        for i, (d_in, d_out) in enumerate(itertools.pairwise(self.widths)):
             layers.append(nn.Linear(d_in, d_out))
-            if i != code and i != len(widths) - 2:
+            if i != code and i != len(self.widths) - 2:
                 layers.append(nn.ReLU())
         return nn.Sequential(*layers)
 

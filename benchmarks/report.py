@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -17,6 +18,8 @@ from pathlib import Path
 from benchmarks import summary
 from benchmarks.demo import TARGETS, seconds_to
 from benchmarks.grids import TARGETS as TRAINING_TARGETS
+from benchmarks.micro.cases import APART, BLAS, COMPILED, EAGER, OURS
+from benchmarks.micro.measure import load
 from benchmarks.plots import LOOKS
 from benchmarks.step import PHASES
 from benchmarks.summary import Row, Spread
@@ -28,8 +31,7 @@ PLACE = re.compile(r"(<!-- rows: (\S+) -->\n).*?(<!-- end -->)", flags=re.S)
 
 def lines_of(name: str) -> list[Row]:
     """The rows of ``benchmarks/results/NAME.jsonl``."""
-    text = (RESULTS / f"{name}.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return load(RESULTS / f"{name}.jsonl")
 
 
 def markdown(heads: list[str], body: list[list[str]]) -> str:
@@ -41,6 +43,12 @@ def markdown(heads: list[str], body: list[list[str]]) -> str:
 def number(value: float | None, digits: int = 1) -> str:
     """``value`` with ``digits`` decimals, or a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """``value`` with ``digits`` significant digits, without an exponent."""
+    decimals = max(0, digits - 1 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{float(f'{value:.{digits}g}'):.{decimals}f}"
 
 
 def machine(row: Row) -> str:
@@ -94,6 +102,54 @@ def step() -> str:
         f"\nMedians of {rows[0]['rounds']} interleaved rounds, MNIST autoencoder, batch"
         f" {rows[0]['batch_size']}, float32; {machine(rows[0])}.\n"
     )
+
+
+def micro() -> str:
+    """Every kernel beside its alternatives: a table per device and state of the cache."""
+    groups: dict[tuple, dict[tuple, dict[str, Row]]] = {}
+    rows = lines_of("micro")
+    for row in rows:
+        if row["us"] is not None:
+            group = groups.setdefault((row["device"], row["threads"], row["cache"]), {})
+            group.setdefault((row["kernel"], row["shape"]), {})[row["provider"]] = row
+    tables = [_micro_table(cases) for cases in groups.values()]
+    return "\n".join(tables) or markdown(["kernel", "shape"], [])
+
+
+def _micro_table(cases: dict[tuple, dict[str, Row]]) -> str:
+    first = next(iter(next(iter(cases.values())).values()))
+    heads = ["kernel", "shape", "eager us", "MiB", COMPILED, BLAS]
+    for ours in OURS[first["device_type"]]:
+        heads += [f"{ours} us", "MiB", "ratio", "apart", "rate", "of ceiling"]
+    body = []
+    for (kernel, shape), by in cases.items():
+        cells = [kernel, shape, *_us_and_mib(by.get(EAGER)), _ratio(by, COMPILED), _ratio(by, BLAS)]
+        for ours in OURS[first["device_type"]]:
+            found = by.get(ours)
+            cells += [*_us_and_mib(found), _ratio(by, ours), _ratio(by, ours + APART)]
+            cells += [_rate(found), f"{100 * found['share_of_ceiling']:.0f} %"] if found else "––"
+        body.append(cells)
+    cache = {"cold": ", cold L2", "warm": ", warm L2"}.get(first["cache"], "")
+    copy, product = (significant(first[f"ceiling_{x}_per_s"], 2) for x in ("gb", "tflop"))
+    return markdown(heads, body) + (
+        f"\nMedians of interleaved rounds{cache}, batch {first['batch_size']}, {first['dtype']},"
+        f" seed {first['seed']}; ceilings {copy} GB/s (copy) and {product} TFLOP/s (product);"
+        f" {machine(first)}.\n"
+    )
+
+
+def _us_and_mib(row: Row | None) -> list[str]:
+    return [significant(row["us"]["q50"]), number(row["peak_bytes"] / 2**20)] if row else ["–"] * 2
+
+
+def _ratio(by: dict[str, Row], provider: str) -> str:
+    return significant(by[provider]["ratio_to_eager"], 2) if provider in by else "–"
+
+
+def _rate(row: Row) -> str:
+    if row["bound"] == "memory":
+        return f"{significant(row['gb_per_s'])} GB/s"
+    return f"{significant(1e3 * row['tflop_per_s'])} GFLOP/s"
 
 
 def stability() -> str:
@@ -169,6 +225,7 @@ START = 543.4  # loss of a network that says nothing, 784 ln 2: a run that ends 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "step": step,
+    "micro": micro,
     "stability": stability,
     "compare": compare,
 }

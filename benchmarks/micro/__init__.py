@@ -1,0 +1,1 @@
+"""Microbenchmarks: every op against its eager reference, torch.compile of it, and the BLAS."""

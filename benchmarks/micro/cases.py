@@ -1,0 +1,134 @@
+"""Which kernels are timed on which shapes, and by whom."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.micro import (
+    bfgs_update,
+    double_damping,
+    factor_ema,
+    kron_precondition,
+    lbfgs_two_loop,
+)
+from benchmarks.micro.kernel import Kernel, Layer, Layers, Numbers
+from benchmarks.models import AUTOENCODERS
+from kbfgs_ext.ops import registry
+
+EAGER, COMPILED, BLAS = "eager", "torch.compile", "BLAS"
+APART = ", a layer a call"
+OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by the device's type
+
+KERNELS = tuple(
+    kernel
+    for family in (factor_ema, double_damping, bfgs_update, lbfgs_two_loop, kron_precondition)
+    for kernel in family.KERNELS
+)
+SQUARES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+SHORT_SHAPES = (
+    "mnist", "curves", "faces", "mnist 784-1000",
+    "square 32", "square 128", "square 512", "square 2048",
+)  # fmt: skip
+# Seconds a call for the eager loop on 2 CPU cores: left to --full.
+LONG = {("lbfgs_two_loop_, p = 100", "faces"), ("lbfgs_two_loop_, p = 100", "square 2048")}
+MOST_SWEEPS = 20  # in one graph: the recursion's loop over pairs and layers unrolls
+COMPILED_SHAPES = ("mnist 784-1000",)  # a new shape costs 2 to 30 s of compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kernel on a shape."""
+
+    kernel: Kernel
+    shape: str
+    layers: Layers
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What names it in rows."""
+        return self.kernel.name, self.shape
+
+    def build(self, device: torch.device | str) -> list[Any]:
+        """The arguments of the call."""
+        return self.kernel.build(self.layers, Numbers(device))
+
+
+@functools.cache
+def shapes() -> dict[str, Layers]:
+    """The autoencoders, each of their layers, and squares."""
+    found: dict[str, Layers] = {}
+    for name, task in AUTOENCODERS.items():
+        layers = tuple(itertools.starmap(Layer, itertools.pairwise(task.widths)))
+        found[name] = layers
+        found |= {f"{name} {x.d_in}-{x.d_out}": (x,) for x in layers}
+    return found | {f"square {n}": (Layer(n, n, bias=False),) for n in SQUARES}
+
+
+def cases(full: bool = False, kernels: str = "", only: str = "") -> list[Case]:
+    """All cases, or the short selection; of kernels and shapes whose names hold these words."""
+    return [
+        Case(kernel, shape, layers)
+        for kernel in KERNELS
+        for shape, layers in shapes().items()
+        if full or (shape in SHORT_SHAPES and (kernel.name, shape) not in LONG)
+        if kernels in kernel.name and only in shape
+    ]
+
+
+def providers(case: Case, device: torch.device) -> dict[str, Callable[..., None]]:
+    """Who can run the case on ``device``, the eager reference first; `torch.compile` apart."""
+    op = case.kernel.op
+    found = {EAGER: registry.implementation(op, "reference").run}
+    if case.kernel.blas is not None:
+        found[BLAS] = case.kernel.blas
+    for backend in OURS[device.type]:
+        if registry.available(op, backend):
+            found[backend] = _ours(op, backend)
+            if len(case.layers) > 1:
+                found[backend + APART] = _apart(found[backend])
+    return found
+
+
+def is_ours(provider: str) -> bool:
+    """Whether the provider is a backend of this package."""
+    return provider.removesuffix(APART) in registry.BACKENDS
+
+
+def _ours(op: str, backend: str) -> Callable[..., None]:
+    call = getattr(torch.ops.kbfgs_ext, op)
+    return lambda *args: call(*args, backend)
+
+
+def _apart(run: Callable[..., None]) -> Callable[..., None]:
+    """``run``, called once for each entry of the lists."""
+
+    def calls(*args: Any) -> None:
+        count = max(len(arg) for arg in args if isinstance(arg, list))
+        for i in range(count):
+            run(*(arg[i : i + 1] if isinstance(arg, list) else arg for arg in args))
+
+    return calls
+
+
+def compiled(case: Case) -> Callable[..., None]:
+    """The eager reference through `torch.compile`."""
+    torch._dynamo.reset()
+    run = registry.implementation(case.kernel.op, "reference").run
+    return torch.compile(run, dynamic=False)
+
+
+def why_not_compiled(case: Case, full: bool) -> str | None:
+    """Why `torch.compile` is not asked, or None."""
+    if case.kernel.op == "lbfgs_two_loop_":
+        sweeps = sum(len(S) for S in case.build("meta")[2])
+        if sweeps > MOST_SWEEPS:
+            return f"{sweeps} pairs unroll into one graph"
+    if not full and case.shape not in COMPILED_SHAPES:
+        return "only with --full"
+    return None
