@@ -57,8 +57,7 @@ def bench(args: argparse.Namespace, console: Console) -> int:
         rows = measure.rows(case)
         for row in rows:
             wrong |= is_ours(row["provider"]) and row.get("note", "").startswith("wrong")
-            if row.get("note") != "skipped: only with --full":
-                console.print(line(row), highlight=False, soft_wrap=True)
+            console.print(line(row), highlight=False, soft_wrap=True)
         if args.json:
             store(args.json, rows)
     return int(wrong)

@@ -38,7 +38,7 @@ SHORT_SHAPES = (
 # Seconds a call for the eager loop on 2 CPU cores: left to --full.
 LONG = {("lbfgs_two_loop_, p = 100", "faces"), ("lbfgs_two_loop_, p = 100", "square 2048")}
 MOST_SWEEPS = 20  # in one graph: the recursion's loop over pairs and layers unrolls
-COMPILED_SHAPES = ("mnist 784-1000",)  # a new shape costs 2 to 30 s of compilation
+COMPILED_SHAPES = ("mnist 784-1000",)  # without --full: a shape costs 2 to 30 s of compilation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +123,10 @@ def compiled(case: Case) -> Callable[..., None]:
     return torch.compile(run, dynamic=False)
 
 
-def why_not_compiled(case: Case, full: bool) -> str | None:
-    """Why `torch.compile` is not asked, or None."""
+def why_not_compiled(case: Case) -> str | None:
+    """Why `torch.compile` cannot be asked, or None."""
     if case.kernel.op == "lbfgs_two_loop_":
         sweeps = sum(len(S) for S in case.build("meta")[2])
         if sweeps > MOST_SWEEPS:
             return f"{sweeps} pairs unroll into one graph"
-    if not full and case.shape not in COMPILED_SHAPES:
-        return "only with --full"
     return None

@@ -12,7 +12,15 @@ import torch
 
 from benchmarks.cost import Cost, cost
 from benchmarks.environment import environment
-from benchmarks.micro.cases import COMPILED, EAGER, Case, compiled, providers, why_not_compiled
+from benchmarks.micro.cases import (
+    COMPILED,
+    COMPILED_SHAPES,
+    EAGER,
+    Case,
+    compiled,
+    providers,
+    why_not_compiled,
+)
 from benchmarks.micro.clock import Ceiling, Meter, interleaved, meters, peak_bytes
 from benchmarks.micro.gate import Gate, copies
 from benchmarks.micro.kernel import Numbers
@@ -39,8 +47,8 @@ class Bench:
         gate = Gate(case.kernel.op, args)
         runs = {n: r for n, r in providers(case, self.device).items() if n == EAGER or wanted(n)}
         notes: dict[str, str] = {}
-        if wanted(COMPILED):
-            reason = why_not_compiled(case, self.full)
+        if wanted(COMPILED) and (self.full or case.shape in COMPILED_SHAPES):
+            reason = why_not_compiled(case)
             if reason is None:
                 runs[COMPILED] = compiled(case)
             else:
