@@ -10,8 +10,8 @@ NeurIPS 2020 (arXiv 2006.08877).
 
 from kbfgs_ext import ops
 from kbfgs_ext.ops.registry import explain
-from kbfgs_ext.optim import KBFGS, KBFGSL, SafeguardRule
+from kbfgs_ext.optim import KBFGS, KBFGSL, CapturedStep, SafeguardRule
 
 __version__ = "0.1.0"
 
-__all__ = ["KBFGS", "KBFGSL", "SafeguardRule", "explain", "ops"]
+__all__ = ["KBFGS", "KBFGSL", "CapturedStep", "SafeguardRule", "explain", "ops"]

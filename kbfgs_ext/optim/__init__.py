@@ -1,6 +1,7 @@
 """The optimizers. Data flows one way: capture -> factors -> method -> ops."""
 
+from kbfgs_ext.optim.graph import CapturedStep
 from kbfgs_ext.optim.kbfgs import KBFGS, KBFGSL
 from kbfgs_ext.optim.safeguard import SafeguardRule
 
-__all__ = ["KBFGS", "KBFGSL", "SafeguardRule"]
+__all__ = ["KBFGS", "KBFGSL", "CapturedStep", "SafeguardRule"]

@@ -234,6 +234,11 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ small things
 
+    @property
+    def device(self) -> torch.device:
+        """Where the covered layers and all state are."""
+        return self._guard.scale.device
+
     def _layers(self) -> list[LayerFactors]:
         return [layer for covered in self._covered for layer in covered.layers]
 

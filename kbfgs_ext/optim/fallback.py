@@ -13,10 +13,12 @@ import torch
 
 
 def default_fallback(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-    """AdamW with torch's defaults (lr 1e-3); fused, where it reads nothing back to the host."""
+    """AdamW with torch's defaults (lr 1e-3); fused, where it reads nothing back to the host, and on
+    CUDA capturable."""
     parameters = list(parameters)
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW(parameters, fused=fused)
+    capturable = all(p.device.type == "cuda" for p in parameters)
+    return torch.optim.AdamW(parameters, fused=fused, capturable=capturable)
 
 
 class Fallback:

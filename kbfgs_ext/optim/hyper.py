@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+DAMPINGS = ("damping", "damping_a", "damping_g")
 PRECISIONS = ("highest", "high", "medium")
 TORCH_KEYWORDS = ("foreach", "fused", "capturable", "maximize", "differentiable")
 _REFUSED = {
@@ -120,10 +121,14 @@ class DeviceScalars:
 
     def update(self, group: Mapping[str, Any], scale: torch.Tensor) -> None:
         """Bring the scalars up to date; step_size = lr * scale."""
+        self.refresh(group)
+        torch.mul(self.lr, scale, out=self.step_size)
+
+    def refresh(self, group: Mapping[str, Any]) -> None:
+        """lr, lam_a and lam_g as the group has them."""
         self._set("lr", self.lr, group["lr"])
         self._set("lam_a", self.lam_a, _lam(group, "damping_a"))
         self._set("lam_g", self.lam_g, _lam(group, "damping_g"))
-        torch.mul(self.lr, scale, out=self.step_size)
 
     def _set(self, name: str, tensor: torch.Tensor, value: float | torch.Tensor) -> None:
         if isinstance(value, torch.Tensor):

@@ -174,6 +174,10 @@ class KBFGS(SteppingOptimizer):
                 " first_pass, descend, second_pass and finish)"
             )
         gradients.check_scaler(scaler)
+        return self._step(closure, scaler)
+
+    def _step(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+        """`step` without its checks of the call, and without hooks."""
         loss = self._run(closure, Pass.FIRST)
         self._descend(loss, scaler)
         if self._flight is None or not self._flight.active:

@@ -16,11 +16,15 @@ from torch import nn
 
 
 class RandomState:
-    """The state of the random generators that a pass may draw from: CPU, and a CUDA device's."""
+    """The state of the random generators that a pass may draw from: CPU, and a CUDA device's.
+
+    A capture has no state to read: graph.py sees to it that nothing is drawn in one.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        readable = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        self._cuda = torch.cuda.get_rng_state(device) if readable else None
         self._device = device
 
     def restore(self) -> None:

@@ -87,11 +87,7 @@ class SteppingOptimizer(CoveredOptimizer):
             TypeError: ``loss`` is no real scalar.
             RuntimeError: out of order, or no gradient has reached a covered layer.
         """
-        self._opt_called = True  # what torch's schedulers look for
-        for hook in itertools.chain(
-            _global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()
-        ):
-            hook(self, (self,), {})
+        self._run_pre_hooks()
         self._descend(loss, scaler)
         if not self.second_pass_due:
             self._run_post_hooks()
@@ -217,6 +213,21 @@ class SteppingOptimizer(CoveredOptimizer):
             for group, layers, scalars in self._split(seen_twice):
                 self._method.curvature(layers, flight.late, group, scalars, ok, ok_pair)
 
+    # ------------------------------------------------------------------ around a replayed step
+
+    def _begin_replay(self) -> None:
+        """What a step does on the host before its kernels."""
+        self._run_pre_hooks()
+        for covered in self._covered:
+            hyper.check_group(covered.group)
+            with torch.no_grad():
+                covered.scalars.refresh(covered.group)
+
+    def _end_replay(self) -> None:
+        """What a step does on the host after its kernels."""
+        self._iteration += 1
+        self._run_post_hooks()
+
     # ------------------------------------------------------------------ small things
 
     def _own_work(self) -> contextlib.AbstractContextManager[None]:
@@ -273,6 +284,13 @@ class SteppingOptimizer(CoveredOptimizer):
         self._method.undo(active, undo)
         if self._fallback is not None:
             self._fallback.undo(undo)
+
+    def _run_pre_hooks(self) -> None:
+        self._opt_called = True  # what torch's schedulers look for
+        for hook in itertools.chain(
+            _global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()
+        ):
+            hook(self, (self,), {})
 
     def _run_post_hooks(self) -> None:
         for hook in itertools.chain(

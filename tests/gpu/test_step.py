@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS, KBFGSL, CapturedStep
 from tests.helpers import compare
 from tests.optim import test_trajectories as trajectories
 from tests.optim.models import closure_of, mlp, rows
@@ -16,12 +16,22 @@ ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 WARM_UP = 3  # steps before a capture: the first looks at a flag, and cuBLAS sets itself up
 
 
-def problem(method, action, backend, sizes=(20, 33, 17)):
+SIZES = (20, 33, 17)
+
+
+def batch(seed=0):
+    return rows(64, SIZES[0], torch.float32, seed), rows(64, SIZES[-1], torch.float32, seed + 100)
+
+
+def half_squared_error(model, x, target):
+    return (model(x) - target).square().sum() / (2 * x.shape[0])
+
+
+def problem(method, action, backend):
     torch.manual_seed(0)
-    model = mlp(*sizes, dtype=torch.float32).cuda()
+    model = mlp(*SIZES, dtype=torch.float32).cuda()
     opt = method(model, hessian_action=action, backend=backend)
-    x = rows(64, sizes[0], torch.float32).cuda()
-    target = rows(64, sizes[-1], torch.float32, seed=1).cuda()
+    x, target = (t.cuda() for t in batch())
     return model, opt, closure_of(model, opt, x, target)
 
 
@@ -43,29 +53,32 @@ def test_a_step_reads_nothing_back(backend, method, action):
 @METHODS
 @ACTIONS
 def test_a_captured_step_is_the_eager_step(backend, method, action):
-    replays = 5
-    eager, eager_opt, eager_closure = problem(method, action, backend)
-    captured, opt, closure = problem(method, action, backend)
-    for _ in range(WARM_UP):
-        eager_opt.step(eager_closure)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            opt.step(closure)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = opt.step(closure)
-    for _ in range(replays):
-        wanted = eager_opt.step(eager_closure)
-        graph.replay()
-    torch.cuda.synchronize()
-    steps = WARM_UP + replays
-    compare.assert_equal_to(loss.cpu(), wanted.cpu(), steps * 64, wanted.item(), "loss")
+    """With the learning rate changed between replays."""
+    steps = 2 * WARM_UP + 3
+    eager, eager_opt, _ = problem(method, action, backend)
+    captured, opt, _ = problem(method, action, backend)
+    step = CapturedStep(opt, lambda x, target: half_squared_error(captured, x, target))
+    for i in range(steps):
+        x, target = (t.cuda() for t in batch(seed=i))
+        for group in (eager_opt.param_groups[0], opt.param_groups[0]):
+            group["lr"] = 0.3 / (1 + i)
+        wanted = eager_opt.step(closure_of(eager, eager_opt, x, target))
+        loss = step(x, target)
+        compare.assert_equal_to(
+            loss.cpu(), wanted.detach().cpu(), steps * 64, wanted.item(), "loss"
+        )
+    assert step.captured
     for (name, p), q in zip(captured.named_parameters(), eager.parameters(), strict=True):
         scale = q.abs().max().item()
         compare.assert_equal_to(p.detach().cpu(), q.detach().cpu(), steps * 64, scale, name)
+
+
+def test_random_numbers_are_refused(backend):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(20, 17)).cuda()
+    step = CapturedStep(KBFGS(model, backend=backend), lambda x: model(x).square().mean())
+    with pytest.raises(RuntimeError, match="draws random numbers"):
+        step(torch.ones(64, 20, device="cuda"))
 
 
 @pytest.mark.parametrize("run", trajectories.RUNS, ids=lambda run: run["name"])

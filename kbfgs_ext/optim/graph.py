@@ -1,0 +1,206 @@
+"""A whole training step as one CUDA graph: both passes, the update, the safeguard's judgement.
+
+A step of a small network is some hundred launches of a few microseconds each; replayed as a graph
+they are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kbfgs_ext.optim import hyper
+from kbfgs_ext.optim.kbfgs import KBFGS
+
+WARM_UP = (
+    3  # the first step looks at a flag; cuBLAS, autotuning and allocators settle in the others
+)
+# Hyperparameters that are numbers in the kernels' launches; lr and the dampings are read from
+# scalars on the device.
+BAKED = ("momentum", "stat_decay", "pair_decay", "powell", "weight_decay")
+
+
+class Graph:
+    """What ``run`` does on the device, captured; ``result`` is the tensor it returns."""
+
+    def __init__(self, run: Callable[[], torch.Tensor], device: torch.device) -> None:
+        torch.cuda.synchronize(device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(self._graph):
+            self.result = run()
+
+    def replay(self) -> None:
+        """Do it, with what is in the captured tensors now."""
+        self._graph.replay()
+
+
+class CapturedStep:
+    """A training step for static shapes, captured as a CUDA graph and replayed.
+
+        step = CapturedStep(opt, lambda x, y: loss_fn(model(x), y))
+        for x, y in loader:
+            loss = step(x, y)
+
+    The first ``warm_up`` calls are ordinary steps, on a stream of their own; then one is captured.
+    From there on a call copies its inputs to the graph's and replays it, with the same results.
+    lr, damping, damping_a and damping_g of the optimizer's groups may change between calls, by a
+    scheduler or by hand. On a CPU every call is an ordinary step.
+
+    Args:
+        optimizer: the `KBFGS` or `KBFGSL` to step.
+        loss_function: called with the inputs, returns the loss; the forward alone.
+        warm_up: ordinary steps before the capture, at least 2.
+
+    Raises:
+        TypeError: ``optimizer`` is no `KBFGS`, or ``loss_function`` cannot be called.
+        ValueError: ``warm_up`` is below 2.
+    """
+
+    def __init__(
+        self,
+        optimizer: KBFGS,
+        loss_function: Callable[..., torch.Tensor],
+        *,
+        warm_up: int = WARM_UP,
+    ) -> None:
+        if not isinstance(optimizer, KBFGS):
+            raise TypeError(f"optimizer must be a KBFGS or KBFGSL, got {type(optimizer).__name__}")
+        if not callable(loss_function):
+            raise TypeError(f"loss_function must be a function, got {loss_function!r}")
+        if isinstance(warm_up, bool) or not isinstance(warm_up, int) or warm_up < 2:
+            raise ValueError(f"warm_up must be an int of at least 2, got {warm_up!r}")
+        self._optimizer, self._loss_function, self._warm_up = optimizer, loss_function, warm_up
+        self._calls = 0
+        self._inputs: tuple[torch.Tensor, ...] = ()
+        self._graph: Graph | None = None
+        self._baked: list[dict[str, Any]] = []
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replays by now."""
+        return self._graph is not None
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """One training step on a minibatch; the arguments go to the loss function.
+
+        Returns:
+            The loss of the first pass, detached. A replay writes it to the same place as the last
+            one: clone it to keep it.
+
+        Raises:
+            ValueError: an input's shape, dtype or device is not that of the first call.
+            RuntimeError: the step cannot be captured, or cannot follow a change by a replay; the
+                message says why and what to do.
+        """
+        self._check_inputs(inputs)
+        self._calls += 1
+        if self._optimizer.device.type != "cuda":
+            return self._ordinary(inputs)
+        if self._graph is None:
+            started = all(layer.started for layer in self._optimizer._layers())
+            if self._calls <= self._warm_up or not started:
+                return self._on_the_side(inputs)
+            self._capture(inputs)
+        return self._replay(inputs)
+
+    def _closure(self, inputs: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
+        def closure() -> torch.Tensor:
+            self._optimizer.zero_grad()
+            loss = self._loss_function(*inputs)
+            loss.backward()
+            return loss
+
+        return closure
+
+    def _ordinary(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self._optimizer.step(self._closure(inputs)).detach()
+
+    def _on_the_side(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """An ordinary step on another stream, as captures want it, watched for random numbers."""
+        device = self._optimizer.device
+        drawn = torch.cuda.get_rng_state(device)
+        stream, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            loss = self._ordinary(inputs)
+        here.wait_stream(stream)
+        if not torch.equal(drawn, torch.cuda.get_rng_state(device)):
+            raise RuntimeError(
+                "this step cannot be captured: it draws random numbers on the GPU (dropout?), and a"
+                " replay cannot give both passes the same ones. Use optimizer.step(closure)"
+            )
+        return loss
+
+    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._refuse()
+        self._inputs = tuple(t.clone() for t in inputs)
+        self._baked = self._present()
+        steps = self._optimizer._iteration
+        closure = self._closure(self._inputs)
+        self._graph = Graph(lambda: self._optimizer._step(closure).detach(), self._optimizer.device)
+        self._optimizer._iteration = steps  # a capture runs nothing
+
+    def _replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        assert self._graph is not None
+        if self._present() != self._baked:
+            raise RuntimeError(
+                f"{', '.join(BAKED)} and the fallback's settings are part of the captured step and"
+                " have changed since; make a new CapturedStep (a fallback whose lr is a tensor on"
+                " the device may change it)"
+            )
+        self._optimizer._begin_replay()
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given, non_blocking=True)
+        self._graph.replay()
+        self._optimizer._end_replay()
+        return self._graph.result
+
+    def _check_inputs(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        for i, given in enumerate(inputs):
+            if not isinstance(given, torch.Tensor):
+                raise TypeError(f"input {i} must be a tensor, got {type(given).__name__}")
+        if not self.captured:
+            return
+        wanted = [(t.shape, t.dtype, t.device) for t in self._inputs]
+        got = [(t.shape, t.dtype, t.device) for t in inputs]
+        if wanted != got:
+            raise ValueError(
+                f"the inputs must be as captured, {wanted}, got {got}; leave out a smaller last"
+                " batch (drop_last=True)"
+            )
+
+    def _refuse(self) -> None:
+        """Raise RuntimeError for what a graph cannot hold."""
+        optimizer = self._optimizer
+        if optimizer.pair_every > 1 or optimizer.factor_every > 1:
+            raise RuntimeError(
+                "this step cannot be captured: with pair_every or factor_every above 1 one step is"
+                " not like the next"
+            )
+        for group in optimizer.param_groups:
+            if not group.get("capturable", True):
+                raise RuntimeError(
+                    "this step cannot be captured: the fallback keeps its step count on the host;"
+                    " make it with capturable=True"
+                )
+            if any(_on_host(group.get(name)) for name in ("lr", *hyper.DAMPINGS)):
+                raise RuntimeError(
+                    "this step cannot be captured: lr or damping is a tensor on the CPU; put it on"
+                    " the device, or use a number"
+                )
+
+    def _present(self) -> list[dict[str, Any]]:
+        """The values that a graph keeps as they are."""
+        covered = len(self._optimizer._covered)
+        present = []
+        for i, group in enumerate(self._optimizer.param_groups):
+            names = BAKED if i < covered else [name for name in group if name != "params"]
+            values = {name: group[name] for name in names}
+            present.append({k: v for k, v in values.items() if not isinstance(v, torch.Tensor)})
+        return present
+
+
+def _on_host(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
