@@ -49,8 +49,7 @@ class Gradients:
             return
         norm = torch.linalg.vector_norm(self._norms)
         share = (largest / (norm + CLIP_EPSILON)).clamp(max=1.0)
-        for gradient in self._gradients:
-            gradient.mul_(share.to(gradient.dtype))
+        torch._foreach_mul_(self._gradients, share)
 
 
 def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:

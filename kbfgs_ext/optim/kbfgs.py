@@ -60,8 +60,8 @@ class KBFGS(SteppingOptimizer):
             `torch.set_float32_matmul_precision`; None leaves torch's setting, which is float32
             throughout unless changed.
         pair_every: make the second pass, and with it the pair and the safeguard's judgement, in
-            every so-manieth step, beginning with the first. The steps between are not judged.
-        factor_every: update the activation side (A and H_a) in every so-manieth step.
+            every pair_every-th step, beginning with the first. The steps between are not judged.
+        factor_every: update the activation side (A and H_a) in every factor_every-th step.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
             nothing, for every step is all that; maximize and differentiable are refused.
 

@@ -167,6 +167,23 @@ def test_clipping_is_torch_s(method, largest):
     assert norm <= largest
 
 
+def test_clipping_reaches_sparse_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 5, sparse=True), nn.Linear(5, 3))
+    opt = KBFGS(model, max_grad_norm=1e-3, fallback=lambda ps: torch.optim.SGD(ps, lr=0.1))
+
+    def closure():
+        opt.zero_grad()
+        loss = model(torch.tensor([1, 1, 4, 7])).square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    parts = [model[0].weight.grad.coalesce().values(), model[1].weight.grad, model[1].bias.grad]
+    norm = torch.stack([part.norm() for part in parts]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_clipping_leaves_the_pair_alone():
     """g_bar and g_bar_next are gradients of the loss itself, so y is too."""
     runs = []
