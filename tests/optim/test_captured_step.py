@@ -42,6 +42,11 @@ def made(method=KBFGS, model=None, **options):
     return model, opt, CapturedStep(opt, lambda x, target: F.mse_loss(model(x), target))
 
 
+def several(step):
+    for batch in BATCHES:
+        step(*batch)
+
+
 def eager(method, batches, **options):
     model, opt, _ = made(method, **options)
     losses = []
@@ -83,7 +88,7 @@ def test_captured_steps_are_the_ordinary_ones(method, as_if_cuda, monkeypatch):
 
 
 def test_lr_and_damping_change_between_replays(as_if_cuda, monkeypatch):
-    model, opt, step = made()
+    _, opt, step = made()
     schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
     for batch in BATCHES:
         step(*batch)
@@ -126,8 +131,7 @@ def test_inputs_must_be_as_captured(as_if_cuda):
 def test_what_cannot_be_captured_is_refused(options, reason, as_if_cuda):
     _, _, step = made(**options)
     with pytest.raises(RuntimeError, match=reason):
-        for batch in BATCHES:
-            step(*batch)
+        several(step)
 
 
 @pytest.mark.filterwarnings("ignore:KBFGS covers")
@@ -135,8 +139,7 @@ def test_a_fallback_that_counts_on_the_host_is_refused(as_if_cuda):
     model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)).double()
     _, _, step = made(model=model)
     with pytest.raises(RuntimeError, match="capturable=True"):
-        for batch in BATCHES:
-            step(*batch)
+        several(step)
 
 
 def test_bad_arguments():
