@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one call: build, tests, sanitizers, benchmark rows.
 
 ``python scripts/test_gpu.py --out DIR``, from anywhere, leaves in DIR ``gpu.json`` (machine,
-versions, commit, and per stage: state, seconds, counts) and ``gpu.log`` (all output). It ends
-within --minutes: a stage that would not fit is cut off and counts as failed. Exit status 0 means
-that all stages passed.
+versions, commit, and per stage: state, seconds, counts), ``gpu.log`` (all output) and the rows of
+the benchmarks. It ends within --minutes: a stage that would not fit is cut off and counts as
+failed. Exit status 0 means that all stages passed.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def stages(out: Path) -> list[Stage]:
         Stage(
             "build",
             [python, "setup.py", "-q", "build_ext", "--inplace"],
-            200,
+            120,
             {"TORCH_CUDA_ARCH_LIST": _architecture(), "MAX_JOBS": str(os.cpu_count() or 4)},
         ),
         Stage(
             "tests",
             [python, "-m", "pytest", "tests/gpu", "-q", f"--junitxml={out / 'junit.xml'}"],
-            240,
+            200,
             junit=out / "junit.xml",
         ),
     ]
@@ -59,11 +59,18 @@ def stages(out: Path) -> list[Stage]:
                         "--kernel-name-exclude", "regex=gemm|cublas|elementwise|cutlass",
                         python, "-m", "tests.gpu.sanitized",
                     ],
-                    45,
+                    40,
                     # The allocator's caching would hide an access past a tensor's end.
                     {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 )
             )  # fmt: skip
+    rows = str(out / "micro.jsonl"), str(out / "step.jsonl")
+    found += [
+        Stage(
+            "bench", [python, "-m", "benchmarks.micro", "--seconds", "0.2", "--json", rows[0]], 90
+        ),
+        Stage("step", [python, "-m", "benchmarks.step", "--rounds", "20", "--json", rows[1]], 45),
+    ]
     return found
 
 

@@ -40,6 +40,7 @@ def test_auto_takes_cuda_and_agrees(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(backend, op):
+    pytest.importorskip("expecttest", reason="torch.library.opcheck needs it")
     args = to_gpu(cases.first(op).build(torch.float32))
     overload = getattr(torch.ops.kbfgs_ext, op).default
     torch.library.opcheck(overload, (*args, backend), test_utils=("test_schema", "test_faketensor"))
