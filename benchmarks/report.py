@@ -153,36 +153,50 @@ def _rate(row: Row) -> str:
 
 
 def stability() -> str:
-    """Outcome and losses of the seeds under each rule."""
+    """Losses after the first two epochs, over the seeds, under each rule."""
     groups: dict[tuple, list[Row]] = {}
     for row in lines_of("stability"):
         s = row["settings"]
-        key = (s["hessian_action"], row["rule"], s["lr"], s["damping"], len(row["train_loss"]))
+        key = (s["hessian_action"], row["rule"], s["lr"], s["damping"])
         groups.setdefault(key, []).append(row)
-    heads = ["hessian_action", "safeguard", "lr", "damping", "seeds", "epochs", "survived"]
-    heads += ["after epoch 1: median", "worst", "at the end: median", "worst", "steps undone"]
+    heads = ["hessian_action", "safeguard", "lr", "damping", "seeds", "survived epoch 1"]
+    heads += ["loss after it: median", "worst", "after epoch 2: median", "worst"]
     body = []
-    for (action, rule, lr, damping, epochs), rows in groups.items():
-        good = [r for r in rows if r["status"] == "complete" and r["train_loss"][-1] < START]
-        first, last = ([r["train_loss"][i] for r in good] for i in (0, -1))
-        body.append(
-            [
-                action,
-                rule,
-                f"{lr:g}",
-                f"{damping:g}",
-                str(len(rows)),
-                str(epochs),
-                f"{len(good)} of {len(rows)}",
-                number(statistics.median(first) if good else None),
-                number(max(first, default=None)),
-                number(statistics.median(last) if good else None),
-                number(max(last, default=None)),
-                number(statistics.median(r["undone"] for r in good) if good else None, 0),
-            ]
-        )
+    for (action, rule, lr, damping), rows in sorted(groups.items(), key=lambda item: item[0]):
+        after = [
+            [r["train_loss"][i] for r in rows if len(r["train_loss"]) > i and survived(r, i)]
+            for i in (0, 1)
+        ]
+        spread = [f(x) if x else None for x in after for f in (statistics.median, max)]
+        count = f"{len(after[0])} of {len(rows)}"
+        body.append([action, rule, f"{lr:g}", f"{damping:g}", str(len(rows)), count])
+        body[-1] += [number(x) for x in spread]
     row = lines_of("stability")[0]
     return markdown(heads, body) + f"\n{row['dataset']}; {machine(row)}.\n"
+
+
+def survived(row: Row, epoch: int) -> bool:
+    """Whether the loss is finite and below that of a network that says nothing."""
+    loss = row["train_loss"][epoch]
+    return loss is not None and loss < START
+
+
+def safeguard() -> str:
+    """Runs that are stable by themselves: where they end without the safeguard and with it."""
+    ends: dict[tuple, dict[str, Row]] = {}
+    for row in lines_of("stability"):
+        s = row["settings"]
+        key = (s["hessian_action"], s["lr"], s["damping"], row["seed"], len(row["train_loss"]))
+        ends.setdefault(key, {})[row["rule"]] = row
+    heads = ["hessian_action", "seed", "epochs", "loss without", "with", "difference", "undone"]
+    body = []
+    for (action, _, _, seed, epochs), rules in sorted(ends.items()):
+        off, on = rules.get("off"), rules.get("halve, grow 1.1")
+        if off and on and epochs > 1 and survived(off, -1):
+            x, y = off["train_loss"][-1], on["train_loss"][-1]
+            body.append([action, str(seed), str(epochs), number(x, 2), number(y, 2)])
+            body[-1] += [f"{100 * (y / x - 1):+.1f} %", number(on["undone"], 0)]
+    return markdown(heads, body)
 
 
 def compare() -> str:
@@ -227,6 +241,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "micro": micro,
     "stability": stability,
+    "safeguard": safeguard,
     "compare": compare,
 }
 
