@@ -1,6 +1,6 @@
 """What an optimizer of covered layers keeps: groups, layers, fallback, reports, checkpoints.
 
-The step itself is in kbfgs.py.
+The step itself is in stepping.py.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
         return {name: tensor.clone() for name, tensor in self._guard.tensors().items()}
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes by kind and in "total", the same before training starts and after.
+        """Bytes by kind and in "total", the same before training starts and after, but for the
+        fallback's, which makes its state in its first step.
 
         At a layer's start, once, three float64 matrices of its n_a x n_a come on top.
         """

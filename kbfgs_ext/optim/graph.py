@@ -90,7 +90,8 @@ class CapturedStep:
             one: clone it to keep it.
 
         Raises:
-            ValueError: an input's shape, dtype or device is not that of the first call.
+            TypeError: an input is no tensor.
+            ValueError: an input's shape, dtype or device is not as captured.
             RuntimeError: the step cannot be captured, or cannot follow a change by a replay; the
                 message says why and what to do.
         """

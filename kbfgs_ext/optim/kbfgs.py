@@ -140,7 +140,8 @@ class KBFGS(SteppingOptimizer):
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, scaler: torch.amp.GradScaler | None = None
     ) -> torch.Tensor:
-        """One iteration: the closure runs twice, on the same minibatch.
+        """One iteration: the closure runs twice, on the same minibatch; once in the steps that
+        ``pair_every`` leaves without a second pass.
 
         Args:
             closure: zeroes the gradients, runs the model on one minibatch, calls ``backward()`` on

@@ -1,4 +1,7 @@
-"""Memory of the optimizer, counted from shapes: the same before and after training starts."""
+"""Memory of the optimizer, counted from shapes: the same before and after training starts.
+
+The fallback's alone is counted as it is at present.
+"""
 
 from __future__ import annotations
 

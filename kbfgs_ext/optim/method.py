@@ -1,6 +1,6 @@
 """The two methods as sequences of ops on lists of layers: K-BFGS and K-BFGS(L).
 
-The face (kbfgs.py) decides when; these classes say what. Step numbers are those of
+stepping.py decides when; these classes say what. Step numbers are those of
 docs/algorithm.md. Every call takes all layers of one param group at once.
 """
 

@@ -8,7 +8,7 @@ numbers, for nothing. `Safeguard.judge` compares it with the first pass's loss, 
                min(1, grow*scale)             where kept
 
 and the step of the next iteration is lr*scale*P. The pair of an undone step is kept: it is
-curvature like any other. How the two numbers were chosen: docs/safeguard.md.
+curvature like any other. The evidence: docs/safeguard.md.
 """
 
 from __future__ import annotations
