@@ -55,6 +55,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         self._fallback: Fallback | None = None
         self._product = torch.empty(0)
         self._buffers = Buffers(model)
+        self._generation = 0  # checkpoints loaded and groups added: a captured step is void
         self._iteration = 0  # steps that have moved the parameters, void ones too
         layers, rest = cover(model)
         if not layers:
@@ -90,7 +91,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         made = Fallback(list(rest.values()), factory or default_fallback)
         self.param_groups.extend(made.optimizer.param_groups)  # shared: schedulers reach them
         if factory is None:
-            lr = made.optimizer.param_groups[0]["lr"]
+            lr = float(made.optimizer.param_groups[0]["lr"])
             warnings.warn(
                 f"{type(self).__name__} covers {len(self._layers())} layers; these parameters"
                 f" go to torch.optim.AdamW(lr={lr}) instead (fallback=... changes that):"
@@ -114,6 +115,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         given = param_group["params"]
         given = [given] if isinstance(given, torch.Tensor) else list(given)
         hyper.check_group({**self.defaults, **param_group})
+        self._generation += 1
         taken = {id(p) for group in self.param_groups for p in group["params"]}
         if any(id(p) in taken for p in given):
             raise ValueError("params: some parameters are in another param group already")
@@ -217,6 +219,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
             checkpoint.load_layers(self._layers(), self._plan, saved["layers"])
             checkpoint.copy_into(self._guard.tensors(), saved["safeguard"])
         self._iteration = saved["iteration"]
+        self._generation += 1
         groups = copy.deepcopy(state_dict["param_groups"])  # an lr may be a tensor
         for group, values in zip(self.param_groups, groups, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})

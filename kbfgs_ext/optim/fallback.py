@@ -11,14 +11,20 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+LR = 1e-3
+
 
 def default_fallback(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-    """AdamW with torch's defaults (lr 1e-3); fused, where it reads nothing back to the host, and on
-    CUDA capturable."""
+    """AdamW with torch's defaults (lr 1e-3); fused, where it reads nothing back to the host.
+
+    On CUDA it can be captured in a graph, and its lr is a tensor, so that a scheduler reaches a
+    replay.
+    """
     parameters = list(parameters)
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     capturable = all(p.device.type == "cuda" for p in parameters)
-    return torch.optim.AdamW(parameters, fused=fused, capturable=capturable)
+    lr = torch.tensor(LR, device=parameters[0].device) if capturable else LR
+    return torch.optim.AdamW(parameters, lr=lr, fused=fused, capturable=capturable)
 
 
 class Fallback:

@@ -121,16 +121,17 @@ class CapturedStep:
     def _on_the_side(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """An ordinary step on another stream, as captures want it, watched for random numbers."""
         device = self._optimizer.device
-        drawn = torch.cuda.get_rng_state(device)
+        before = torch.get_rng_state(), torch.cuda.get_rng_state(device)
         stream, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             loss = self._ordinary(inputs)
         here.wait_stream(stream)
-        if not torch.equal(drawn, torch.cuda.get_rng_state(device)):
+        after = torch.get_rng_state(), torch.cuda.get_rng_state(device)
+        if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             raise RuntimeError(
-                "this step cannot be captured: it draws random numbers on the GPU (dropout?), and a"
-                " replay cannot give both passes the same ones. Use optimizer.step(closure)"
+                "this step cannot be captured: it draws random numbers (dropout?), and a replay"
+                " cannot give both passes the same new ones. Use optimizer.step(closure)"
             )
         return loss
 
@@ -148,8 +149,8 @@ class CapturedStep:
         if self._present() != self._baked:
             raise RuntimeError(
                 f"{', '.join(BAKED)} and the fallback's settings are part of the captured step and"
-                " have changed since; make a new CapturedStep (a fallback whose lr is a tensor on"
-                " the device may change it)"
+                " have changed since, or a checkpoint was loaded; make a new CapturedStep"
+                " (a fallback whose lr is a tensor on the device may change it)"
             )
         self._optimizer._begin_replay()
         for mine, given in zip(self._inputs, inputs, strict=True):
@@ -195,7 +196,7 @@ class CapturedStep:
     def _present(self) -> list[dict[str, Any]]:
         """The values that a graph keeps as they are."""
         covered = len(self._optimizer._covered)
-        present = []
+        present: list[dict[str, Any]] = [{"generation": self._optimizer._generation}]
         for i, group in enumerate(self._optimizer.param_groups):
             names = BAKED if i < covered else [name for name in group if name != "params"]
             values = {name: group[name] for name in names}

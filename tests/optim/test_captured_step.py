@@ -110,6 +110,14 @@ def test_what_is_part_of_the_graph_may_not_change(as_if_cuda):
         step(*BATCHES[5])
 
 
+def test_a_loaded_checkpoint_voids_the_capture(as_if_cuda):
+    _, opt, step = made()
+    several(step)
+    opt.load_state_dict(opt.state_dict())
+    with pytest.raises(RuntimeError, match="a checkpoint was loaded"):
+        step(*BATCHES[0])
+
+
 def test_inputs_must_be_as_captured(as_if_cuda):
     _, _, step = made()
     for batch in BATCHES[:5]:
