@@ -255,7 +255,8 @@ def test_any_order_of_calls(shape, method, options, calls):
             try:
                 getattr(session, call)()
             except (TypeError, ValueError, RuntimeError) as error:
-                assert re.search(NAMED, str(error)), f"{call}: {error!r}"
+                if not re.search(NAMED, str(error)):
+                    raise
             assert_finite(session)
         session.poison = 1.0
         session.step()
