@@ -155,7 +155,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, dict[str, torch.Tensor]]:
         """Per layer, how often its pairs were accepted, rejected and damped so far.
 
-        Keys: accepted, rejected, powell_damped, lm_damped of H_g; accepted_a, rejected_a of H_a.
+        Keys: accepted, rejected, powell_damped, lm_damped of H_g; accepted_a, rejected_a of H_a;
+        with ``restart_after`` also restarts and restarts_a.
         Values are int64 scalars on the device; reading one waits for the device. A side larger than
         ``max_factor_dim`` has no pairs: its counts stay zero.
         """
@@ -172,6 +173,9 @@ class CoveredOptimizer(torch.optim.Optimizer):
                 "accepted_a": accepted_a,
                 "rejected_a": rejected_a,
             }
+            if self._plan.restart_after is not None:
+                restarts = {"restarts": layer["marks_g"][2], "restarts_a": layer["marks_a"][2]}
+                report[layer.name] |= {name: t.clone() for name, t in restarts.items()}
         return report
 
     def counters(self) -> dict[str, torch.Tensor]:

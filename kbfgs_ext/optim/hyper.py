@@ -83,6 +83,7 @@ def check_options(
     pair_every: Any,
     factor_every: Any,
     max_factor_dim: Any,
+    restart_after: Any,
 ) -> None:
     """The options of the whole optimizer are in their ranges."""
     if max_grad_norm is not None:
@@ -95,6 +96,8 @@ def check_options(
     _check_count("factor_every", factor_every)
     if max_factor_dim is not None:
         _check_count("max_factor_dim", max_factor_dim)
+    if restart_after is not None:
+        _check_count("restart_after", restart_after)
 
 
 def _check_count(name: str, value: Any) -> None:

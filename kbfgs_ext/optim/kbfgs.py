@@ -64,6 +64,8 @@ class KBFGS(SteppingOptimizer):
         factor_every: update the activation side (A and H_a) in every factor_every-th step.
         max_factor_dim: a side of a layer (n_a or n_g) that is larger keeps no factor: the identity
             takes its place, and a warning names it once. K-BFGS(L) keeps its pairs all the same.
+        restart_after: put an H back to its start, on the device, after so many rejected pairs in a
+            row. None never does, and saves a pass over the factors in every step.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
             nothing, for every step is all that; maximize and differentiable are refused.
 
@@ -103,6 +105,7 @@ class KBFGS(SteppingOptimizer):
         pair_every: int = 1,
         factor_every: int = 1,
         max_factor_dim: int | None = None,
+        restart_after: int | None = None,
         **torch_keywords: bool | None,
     ) -> None:
         hyper.check_torch_keywords(torch_keywords)
@@ -129,7 +132,7 @@ class KBFGS(SteppingOptimizer):
         }
         hyper.check_group(defaults)
         hyper.check_options(
-            max_grad_norm, matmul_precision, pair_every, factor_every, max_factor_dim
+            max_grad_norm, matmul_precision, pair_every, factor_every, max_factor_dim, restart_after
         )
         if not isinstance(safeguard, (bool, SafeguardRule)):
             raise TypeError(f"safeguard must be a bool or a SafeguardRule, got {safeguard!r}")
@@ -138,7 +141,7 @@ class KBFGS(SteppingOptimizer):
         self.freeze_second_pass = bool(freeze_second_pass)
         self.max_grad_norm, self.matmul_precision = max_grad_norm, matmul_precision
         self.pair_every, self.factor_every = pair_every, factor_every
-        plan = Plan(hessian_action == "ema", self.memory, max_factor_dim)
+        plan = Plan(hessian_action == "ema", self.memory, max_factor_dim, restart_after)
         self._method = (KBFGSMethod if self.memory is None else KBFGSLMethod)(plan, backend)
         super().__init__(model, defaults, groups, plan, fallback, rule)
 

@@ -14,6 +14,7 @@ import torch
 from kbfgs_ext import ops
 from kbfgs_ext.optim import hyper
 from kbfgs_ext.optim.factors import LayerFactors, Plan
+from kbfgs_ext.optim.restart import restart_a, restart_g
 
 Layers = list[LayerFactors]
 Group = dict[str, Any]
@@ -174,6 +175,11 @@ class KBFGSMethod:
             ok_pair=ok_pair,
             backend=self.backend,
         )
+        if self.plan.restart_after is not None:
+            if a_side:
+                restart_a(a_side, X, scalars.lam_a, self.plan.restart_after)
+            if g_side:
+                restart_g(g_side, self.plan.restart_after)
 
 
 class KBFGSLMethod(KBFGSMethod):
@@ -257,6 +263,8 @@ class KBFGSLMethod(KBFGSMethod):
             ok_pair,
             self.backend,
         )
+        if self.plan.restart_after is not None:
+            restart_g(layers, self.plan.restart_after)
 
 
 def written(layers: Layers) -> None:
