@@ -99,13 +99,19 @@ def _finite(model: nn.Module, opt: KBFGS) -> Tensor:
 
 
 def measure(
-    name: str, hessian_action: str, wild_steps: int, sane_steps: int, seed: int, console: Console
+    name: str,
+    hessian_action: str,
+    restart_after: int | None,
+    wild_steps: int,
+    sane_steps: int,
+    seed: int,
+    console: Console,
 ) -> dict[str, Any]:
     """The row of a run."""
     images, task = embedded_digits().train, AUTOENCODERS["mnist"]
     torch.manual_seed(seed)
     model = task.build()
-    opt = METHODS[name](model, hessian_action=hessian_action, **WILD)
+    opt = METHODS[name](model, hessian_action=hessian_action, restart_after=restart_after, **WILD)
     started = time.perf_counter()
     done = endure(
         model,
@@ -122,6 +128,7 @@ def measure(
         "kind": "endurance",
         "optimizer": name,
         "hessian_action": hessian_action,
+        "restart_after": restart_after,
         "seed": seed,
         "batch_size": 200,
         "wild_steps": wild_steps,
@@ -153,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--hessian-action", choices=("ema", "minibatch"), nargs="+", default=["minibatch"]
     )
+    parser.add_argument("--restart-after", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=OUT, help="append the rows to this file")
     args = parser.parse_args(arguments)
@@ -161,7 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for name in args.optimizer:
         for action in args.hessian_action:
-            row = measure(name, action, args.steps, args.sane_steps, args.seed, console)
+            row = measure(
+                name, action, args.restart_after, args.steps, args.sane_steps, args.seed, console
+            )
             console.print(f"{name}, {action}: broken {row['broken_steps']}, loss {row['loss']}")
             with args.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -74,6 +74,8 @@ OPTIONS = st.fixed_dictionaries(
         "pair_every": st.integers(1, 2),
         "factor_every": st.integers(1, 2),
         "max_grad_norm": st.sampled_from([None, 1.0]),
+        "max_factor_dim": st.sampled_from([None, None, 1, 20]),
+        "restart_after": st.sampled_from([None, 1]),
     }
 )
 METHODS = st.sampled_from([(KBFGS, {}), (KBFGSL, {"memory": 1}), (KBFGSL, {"memory": 3})])
