@@ -73,6 +73,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         for group, (_, part) in zip(self.param_groups, divided, strict=True):
             self._covered.append(Covered(group, part, hyper.DeviceScalars(device)))
         self._guard = Safeguard(rule, device)
+        self._say_what_is_left_out(layers)
         self._fallback = self._make_fallback(rest, fallback)
         self._watch(layers)
 
@@ -80,6 +81,16 @@ class CoveredOptimizer(torch.optim.Optimizer):
         for layer in layers:
             for module in layer.modules:
                 self._recorder.attach(module, layer.slot)
+
+    def _say_what_is_left_out(self, layers: list[LayerFactors]) -> None:
+        left_out = [(layer.name, self._plan.left_out(layer)) for layer in layers]
+        said = "; ".join(f"{name}: {', '.join(sides)}" for name, sides in left_out if sides)
+        if said:
+            warnings.warn(
+                f"max_factor_dim={self._plan.max_factor_dim}: these sides are larger and have no"
+                f" factor, which leaves the identity in its place: {said}",
+                stacklevel=_level_outside(),
+            )
 
     def _make_fallback(
         self,
@@ -132,6 +143,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
                 Covered(self.param_groups[at], layers, hyper.DeviceScalars(device))
             )
             self._watch(layers)
+            self._say_what_is_left_out(layers)
         others = list({id(p): p for p in rest.values()}.values())
         if others and self._fallback is None:
             self._fallback = Fallback(others, default_fallback)
@@ -145,8 +157,10 @@ class CoveredOptimizer(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, dict[str, torch.Tensor]]:
         """Per layer, how often its pairs were accepted, rejected and damped so far.
 
-        Keys: accepted, rejected, powell_damped, lm_damped of H_g; accepted_a, rejected_a of H_a.
-        Values are int64 scalars on the device; reading one waits for the device.
+        Keys: accepted, rejected, powell_damped, lm_damped of H_g; accepted_a, rejected_a of H_a;
+        with ``restart_after`` also restarts and restarts_a.
+        Values are int64 scalars on the device; reading one waits for the device. A side larger than
+        ``max_factor_dim`` has no pairs: its counts stay zero.
         """
         report = {}
         for layer in self._layers():
@@ -161,6 +175,9 @@ class CoveredOptimizer(torch.optim.Optimizer):
                 "accepted_a": accepted_a,
                 "rejected_a": rejected_a,
             }
+            if self._plan.restart_after is not None:
+                restarts = {"restarts": layer["marks_g"][2], "restarts_a": layer["marks_a"][2]}
+                report[layer.name] |= {name: t.clone() for name, t in restarts.items()}
         return report
 
     def counters(self) -> dict[str, torch.Tensor]:
@@ -252,11 +269,15 @@ class CoveredOptimizer(torch.optim.Optimizer):
     def _split(
         self, layers: list[LayerFactors]
     ) -> Iterator[tuple[dict[str, Any], list[LayerFactors], hyper.DeviceScalars]]:
-        """``layers`` by param group."""
+        """``layers`` by param group, and within one by the factors they have."""
         wanted = {id(layer) for layer in layers}
         for covered in self._covered:
-            part = [layer for layer in covered.layers if id(layer) in wanted]
-            if part:
+            alike: dict[tuple[bool, bool], list[LayerFactors]] = {}
+            for layer in covered.layers:
+                if id(layer) in wanted:
+                    sides = self._plan.keeps_a(layer), self._plan.keeps_g(layer)
+                    alike.setdefault(sides, []).append(layer)
+            for part in alike.values():
                 yield covered.group, part, covered.scalars
 
     def _materialize(self) -> None:
@@ -267,7 +288,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         device = common_device(layers)
         for layer in layers:
             layer.allocate(self._plan)
-        size = product_scratch_elements(layers, device)
+        size = product_scratch_elements(layers, self._plan, device)
         self._product = torch.empty(size, dtype=layers[0].dtype, device=device)
         self._publish_state()
 
@@ -278,7 +299,9 @@ class CoveredOptimizer(torch.optim.Optimizer):
                 self.state[layer.weight] = layer.kept
 
     def _scratch(self, layers: list[LayerFactors]) -> list[torch.Tensor]:
-        """Each layer's part of the product scratch, n_g x n_a."""
+        """Each layer's part of the product scratch, n_g x n_a; none for layers without an H_a."""
+        if not layers[0].has("H_a"):
+            return []
         alone = self._product.device.type == "cpu"
         views, at = [], 0
         for layer in layers:

@@ -149,7 +149,8 @@ class Recorder:
                 " a step needs a batch with at least one row"
             )
         if self.at is Pass.WARM:
-            slot.add_input(slot.kind.input_rows(module, x))
+            if slot.keep_inputs:
+                slot.add_input(slot.kind.input_rows(module, x))
             return None
         if not torch.is_grad_enabled():
             self.in_the_dark = True

@@ -19,6 +19,8 @@ def describe(plan: Plan, layers: list[LayerFactors]) -> dict[str, Any]:
         "method": "K-BFGS" if plan.memory is None else "K-BFGS(L)",
         "hessian_action": "ema" if plan.keep_A else "minibatch",
         "memory": plan.memory,
+        "max_factor_dim": plan.max_factor_dim,
+        "restart_after": plan.restart_after,
         "layers": {layer.name: [layer.n_g, layer.n_a] for layer in layers},
     }
 

@@ -20,6 +20,22 @@ class Plan:
 
     keep_A: bool  # hessian_action="ema"
     memory: int | None  # pairs of K-BFGS(L); None keeps H_g
+    max_factor_dim: int | None = None  # a larger side has no matrix factor: the identity
+    restart_after: int | None = None  # rejected pairs in a row
+
+    def keeps_a(self, layer: LayerFactors) -> bool:
+        """Whether the layer's activation side has a factor."""
+        return self.max_factor_dim is None or layer.n_a <= self.max_factor_dim
+
+    def keeps_g(self, layer: LayerFactors) -> bool:
+        """Whether the layer's gradient side has one; a ring of pairs has no matrix to be large."""
+        large = self.max_factor_dim is not None and layer.n_g > self.max_factor_dim
+        return self.memory is not None or not large
+
+    def left_out(self, layer: LayerFactors) -> list[str]:
+        """The sides without a factor, for people."""
+        sides = (("n_a", layer.n_a, self.keeps_a(layer)), ("n_g", layer.n_g, self.keeps_g(layer)))
+        return [f"{name} {size}" for name, size, kept in sides if not kept]
 
 
 class LayerFactors:
@@ -37,7 +53,10 @@ class LayerFactors:
     S, Y       p x n_g        ring of pairs (K-BFGS(L)), with rho (p) and pushed (scalar)
     s, y       n_g            moving averages of the pair
     counts_a/g 4              accepted, rejected, Powell-damped, LM-damped
+    marks_a/g  3              accepted, rejected at a streak's begin, restarts (restart_after only)
     ========== ============== ==================================================================
+
+    A side larger than ``max_factor_dim`` has none of its own but the counts, which stay zero.
     """
 
     def __init__(self, name: str, modules: list[nn.Module], kind: type[Linear]) -> None:
@@ -67,17 +86,20 @@ class LayerFactors:
         n_a, n_g, real = self.n_a, self.n_g, self.dtype
         shapes = {
             "M": ((n_g, n_a), real),
-            "H_a": ((n_a, n_a), real),
-            "s": ((n_g,), real),
-            "y": ((n_g,), real),
             "counts_a": ((4,), torch.int64),
             "counts_g": ((4,), torch.int64),
         }
-        if plan.keep_A:
-            shapes["A"] = ((n_a, n_a), real)
-        if plan.memory is None:
-            shapes["H_g"] = ((n_g, n_g), real)
-        else:
+        if plan.restart_after is not None:
+            shapes["marks_a"] = shapes["marks_g"] = ((3,), torch.int64)
+        if plan.keeps_a(self):
+            shapes["H_a"] = ((n_a, n_a), real)
+            if plan.keep_A:
+                shapes["A"] = ((n_a, n_a), real)
+        if plan.keeps_g(self):
+            shapes["s"] = shapes["y"] = ((n_g,), real)
+            if plan.memory is None:
+                shapes["H_g"] = ((n_g, n_g), real)
+        if plan.memory is not None:
             shapes["S"] = shapes["Y"] = ((plan.memory, n_g), real)
             shapes["rho"] = ((plan.memory,), real)
             shapes["pushed"] = ((), torch.int64)
@@ -88,9 +110,10 @@ class LayerFactors:
         n_a, n_g = self.n_a, self.n_g
         shapes: dict[str, tuple[int, ...]] = {
             "P": (n_g, n_a),
-            "a_bar": (n_a,),
             "work": (workspace_size(n_a, n_g),),
         }
+        if plan.keeps_a(self):
+            shapes["a_bar"] = (n_a,)
         for name in ("h_bar", "h_bar_next", "g_bar", "g_bar_next"):
             shapes[name] = (n_g,)
         if plan.memory is not None:
@@ -104,7 +127,7 @@ class LayerFactors:
         if not self.kept:
             for name, (shape, dtype) in self.kept_shapes(plan).items():
                 self.kept[name] = torch.zeros(shape, dtype=dtype, device=device)
-            if plan.memory is None:
+            if "H_g" in self.kept:
                 self.kept["H_g"].fill_diagonal_(1.0)
         if not self.scratch:
             for name, shape in self.scratch_shapes(plan).items():
@@ -114,6 +137,10 @@ class LayerFactors:
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self.kept.get(name)
         return self.scratch[name] if tensor is None else tensor
+
+    def has(self, name: str) -> bool:
+        """Whether the kept tensor exists, once they are allocated."""
+        return name in self.kept
 
     # The parameters and their gradients as the ops want them: matrices, and empty for no bias.
 

@@ -78,7 +78,12 @@ def check_memory(memory: Any) -> None:
 
 
 def check_options(
-    max_grad_norm: Any, matmul_precision: Any, pair_every: Any, factor_every: Any
+    max_grad_norm: Any,
+    matmul_precision: Any,
+    pair_every: Any,
+    factor_every: Any,
+    max_factor_dim: Any,
+    restart_after: Any,
 ) -> None:
     """The options of the whole optimizer are in their ranges."""
     if max_grad_norm is not None:
@@ -89,6 +94,10 @@ def check_options(
         )
     _check_count("pair_every", pair_every)
     _check_count("factor_every", factor_every)
+    if max_factor_dim is not None:
+        _check_count("max_factor_dim", max_factor_dim)
+    if restart_after is not None:
+        _check_count("restart_after", restart_after)
 
 
 def _check_count(name: str, value: Any) -> None:

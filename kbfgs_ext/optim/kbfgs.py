@@ -62,6 +62,10 @@ class KBFGS(SteppingOptimizer):
         pair_every: make the second pass, and with it the pair and the safeguard's judgement, in
             every pair_every-th step, beginning with the first. The steps between are not judged.
         factor_every: update the activation side (A and H_a) in every factor_every-th step.
+        max_factor_dim: a side of a layer (n_a or n_g) that is larger keeps no factor: the identity
+            takes its place, and a warning names it once. K-BFGS(L) keeps its pairs all the same.
+        restart_after: put an H back to its start, on the device, after so many rejected pairs in a
+            row. None never does, and saves a pass over the factors in every step.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
             nothing, for every step is all that; maximize and differentiable are refused.
 
@@ -100,6 +104,8 @@ class KBFGS(SteppingOptimizer):
         matmul_precision: str | None = None,
         pair_every: int = 1,
         factor_every: int = 1,
+        max_factor_dim: int | None = None,
+        restart_after: int | None = None,
         **torch_keywords: bool | None,
     ) -> None:
         hyper.check_torch_keywords(torch_keywords)
@@ -125,7 +131,9 @@ class KBFGS(SteppingOptimizer):
             "weight_decay": weight_decay,
         }
         hyper.check_group(defaults)
-        hyper.check_options(max_grad_norm, matmul_precision, pair_every, factor_every)
+        hyper.check_options(
+            max_grad_norm, matmul_precision, pair_every, factor_every, max_factor_dim, restart_after
+        )
         if not isinstance(safeguard, (bool, SafeguardRule)):
             raise TypeError(f"safeguard must be a bool or a SafeguardRule, got {safeguard!r}")
         self.safeguard = safeguard is not False
@@ -133,7 +141,7 @@ class KBFGS(SteppingOptimizer):
         self.freeze_second_pass = bool(freeze_second_pass)
         self.max_grad_norm, self.matmul_precision = max_grad_norm, matmul_precision
         self.pair_every, self.factor_every = pair_every, factor_every
-        plan = Plan(keep_A=hessian_action == "ema", memory=self.memory)
+        plan = Plan(hessian_action == "ema", self.memory, max_factor_dim, restart_after)
         self._method = (KBFGSMethod if self.memory is None else KBFGSLMethod)(plan, backend)
         super().__init__(model, defaults, groups, plan, fallback, rule)
 
@@ -223,7 +231,8 @@ class KBFGS(SteppingOptimizer):
         bad = [i for i, fine in enumerate(finite) if not fine]
         if bad or not finite:
             for layer in self._layers():
-                layer.average(self._plan).zero_()
+                if layer.has("H_a"):
+                    layer.average(self._plan).zero_()
                 layer.warm_batches = 0
             raise ValueError(
                 f"batches: batch {bad[0]} gives non-finite activations"
@@ -234,7 +243,7 @@ class KBFGS(SteppingOptimizer):
     def _warm_batch(self, batch: Any) -> torch.Tensor:
         """Average one batch into the factors; whether its activations are finite."""
         for layer in self._layers():
-            layer.slot.begin(layer["h_bar"], layer["g_bar"], keep_inputs=True)
+            layer.slot.begin(layer["h_bar"], layer["g_bar"], keep_inputs=layer.has("H_a"))
         if isinstance(batch, Mapping):
             self.model(**batch)
         elif isinstance(batch, (tuple, list)):

@@ -13,11 +13,11 @@ from kbfgs_ext.optim.factors import LayerFactors, Plan
 from kbfgs_ext.optim.fallback import Fallback
 
 
-def product_scratch_elements(layers: list[LayerFactors], device: torch.device) -> int:
+def product_scratch_elements(layers: list[LayerFactors], plan: Plan, device: torch.device) -> int:
     """Elements of the scratch of P = H_g M H_a: shared by all layers on the CPU, where they go one
-    after the other; one each on a GPU, where they go at once."""
-    sizes = [layer.n_g * layer.n_a for layer in layers]
-    return max(sizes) if device.type == "cpu" else sum(sizes)
+    after the other; one each on a GPU, where they go at once. Without an H_a none is needed."""
+    sizes = [layer.n_g * layer.n_a for layer in layers if plan.keeps_a(layer)]
+    return max(sizes, default=0) if device.type == "cpu" else sum(sizes)
 
 
 def memory_usage(
@@ -39,7 +39,7 @@ def memory_usage(
         for name, shape in layer.scratch_shapes(plan).items():
             add(name if len(shape) == 2 else "vectors", math.prod(shape), layer.dtype)
     first = layers[0]
-    add("product", product_scratch_elements(layers, first.weight.device), first.dtype)
+    add("product", product_scratch_elements(layers, plan, first.weight.device), first.dtype)
     usage["fallback"] = 0 if fallback is None else fallback.bytes()
     usage["total"] = sum(usage.values())
     return usage

@@ -14,6 +14,7 @@ import torch
 from kbfgs_ext import ops
 from kbfgs_ext.optim import hyper
 from kbfgs_ext.optim.factors import LayerFactors, Plan
+from kbfgs_ext.optim.restart import restart_a, restart_g
 
 Layers = list[LayerFactors]
 Group = dict[str, Any]
@@ -55,6 +56,9 @@ class KBFGSMethod:
         ok: torch.Tensor,
     ) -> None:
         """Steps 2 and 4: momentum, direction, weights."""
+        if not (layers[0].has("H_a") and layers[0].has("H_g")):
+            self._descend_in_parts(layers, group, scalars, scratch, ok)
+            return
         ops.kron_step_(
             W=[layer.W() for layer in layers],
             b=[layer.b() for layer in layers],
@@ -72,6 +76,42 @@ class KBFGSMethod:
             backend=self.backend,
         )
         written(layers)
+
+    def _descend_in_parts(
+        self,
+        layers: Layers,
+        group: Group,
+        scalars: hyper.DeviceScalars,
+        scratch: list[torch.Tensor],
+        ok: torch.Tensor,
+    ) -> None:
+        W, b = [layer.W() for layer in layers], [layer.b() for layer in layers]
+        ops.momentum_(
+            _each(layers, "M"),
+            [layer.dW() for layer in layers],
+            [layer.db() for layer in layers],
+            W,
+            b,
+            group["momentum"],
+            group["weight_decay"],
+            ok,
+            self.backend,
+        )
+        self._direction(layers, scratch)
+        step_size = [scalars.step_size] * len(layers)
+        ops.descend_(W, b, _each(layers, "P"), step_size, ok, self.backend)
+        written(layers)
+
+    def _direction(self, layers: Layers, scratch: list[torch.Tensor]) -> None:
+        """Step 4's P where a factor is missing, and is the identity."""
+        M, P = _each(layers, "M"), _each(layers, "P")
+        if layers[0].has("H_a"):
+            ops.kron_precondition_(P, [], M, _each(layers, "H_a"), scratch, self.backend)
+        elif layers[0].has("H_g"):
+            for layer in layers:
+                torch.mm(layer["H_g"], layer["M"], out=layer["P"])
+        else:
+            torch._foreach_copy_(P, M)
 
     def undo(self, layers: Layers, undo: torch.Tensor) -> None:
         """Put the parameters of before the step back where ``undo``."""
@@ -97,8 +137,10 @@ class KBFGSMethod:
         ok_pair: torch.Tensor,
     ) -> None:
         """Steps 6 to 8, and step 9 in the same call if ``with_activations`` (for "ema" alone)."""
-        a_side = layers if with_activations else []
-        self._curvature(a_side, layers, [], group, scalars, ok, ok_pair)
+        a_side = layers if with_activations and layers[0].has("H_a") else []
+        g_side = layers if layers[0].has("H_g") else []
+        if a_side or g_side:
+            self._curvature(a_side, g_side, [], group, scalars, ok, ok_pair)
 
     def _curvature(
         self,
@@ -133,6 +175,11 @@ class KBFGSMethod:
             ok_pair=ok_pair,
             backend=self.backend,
         )
+        if self.plan.restart_after is not None:
+            if a_side:
+                restart_a(a_side, X, scalars.lam_a, self.plan.restart_after)
+            if g_side:
+                restart_g(g_side, self.plan.restart_after)
 
 
 class KBFGSLMethod(KBFGSMethod):
@@ -159,20 +206,14 @@ class KBFGSLMethod(KBFGSMethod):
         ok: torch.Tensor,
     ) -> None:
         """Steps 2 and 4: momentum, direction, weights."""
-        W, b = [layer.W() for layer in layers], [layer.b() for layer in layers]
+        self._descend_in_parts(layers, group, scalars, scratch, ok)
+
+    def _direction(self, layers: Layers, scratch: list[torch.Tensor]) -> None:
+        """P = H_g (M H_a), layer after layer on the CPU, where all share the scratch."""
         M, P, work = _each(layers, "M"), _each(layers, "P"), scratch
-        ops.momentum_(
-            M,
-            [layer.dW() for layer in layers],
-            [layer.db() for layer in layers],
-            W,
-            b,
-            group["momentum"],
-            group["weight_decay"],
-            ok,
-            self.backend,
-        )
-        # P = H_g (M H_a), layer after layer on the CPU, where all share the scratch of the product.
+        if not layers[0].has("H_a"):
+            self._apply_H_g(layers, P, M)
+            return
         step = 1 if work[0].device.type == "cpu" else len(layers)
         for i in range(0, len(layers), step):
             part = slice(i, i + step)
@@ -180,8 +221,6 @@ class KBFGSLMethod(KBFGSMethod):
                 work[part], [], M[part], _each(layers[part], "H_a"), P[part], self.backend
             )
             self._apply_H_g(layers[part], P[part], work[part])
-        ops.descend_(W, b, P, [scalars.step_size] * len(layers), ok, self.backend)
-        written(layers)
 
     def curvature(
         self,
@@ -193,7 +232,7 @@ class KBFGSLMethod(KBFGSMethod):
         ok_pair: torch.Tensor,
     ) -> None:
         """Steps 6 to 8 on the ring of pairs, and step 9 if ``with_activations``."""
-        if with_activations:
+        if with_activations and layers[0].has("H_a"):
             self._curvature(layers, [], [], group, scalars, ok, ok)
         s, y, Hy = (_each(layers, name) for name in ("s_damped", "y_damped", "Hy"))
         counts, g_bar = _each(layers, "counts_g"), _each(layers, "g_bar")
@@ -224,6 +263,8 @@ class KBFGSLMethod(KBFGSMethod):
             ok_pair,
             self.backend,
         )
+        if self.plan.restart_after is not None:
+            restart_g(layers, self.plan.restart_after)
 
 
 def written(layers: Layers) -> None:

@@ -176,7 +176,9 @@ class SteppingOptimizer(CoveredOptimizer):
             paired = self._iteration % self.pair_every == 0
             self._iteration += 1
             flight.late = (
-                paired and self._plan.keep_A and all(layer.slot.inputs for layer in active)
+                paired
+                and self._plan.keep_A
+                and all(layer.slot.inputs or not layer.has("H_a") for layer in active)
             )
             for group, layers, scalars in self._split(active):
                 scalars.update(group, self._guard.scale)
@@ -188,6 +190,7 @@ class SteppingOptimizer(CoveredOptimizer):
                     self._method.curvature_from_activations(seen, group, scalars, ok)
             for layer in active:
                 layer.slot.inputs.clear()  # the activations need not outlive the first pass
+                layer.started = True
             if self._fallback is not None:
                 self._fallback.step(ok)
             if not paired:
@@ -239,7 +242,8 @@ class SteppingOptimizer(CoveredOptimizer):
         suffix = "_next" if which is Pass.SECOND else ""
         fresh = self._iteration % self.factor_every == 0
         for layer in self._layers():
-            keep_inputs = which is not Pass.SECOND and (fresh or not layer.started)
+            wanted = layer.has("H_a") and (fresh or not layer.started)
+            keep_inputs = which is not Pass.SECOND and wanted
             layer.slot.begin(layer["h_bar" + suffix], layer["g_bar" + suffix], keep_inputs)
         self._recorder.at, self._recorder.in_the_dark = which, False
         try:

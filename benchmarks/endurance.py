@@ -1,0 +1,183 @@
+"""A setting that no one should use, then a sane one: ``python -m benchmarks.endurance``.
+
+The demo's network on its digits at lr 3 and damping 1e-6, the inputs scaled by 1e3 half-way, and a
+NaN in 1% of the batches; after that at the defaults, with clean inputs. A weight or factor that is
+not finite is counted after every step, and the losses tell whether training recovers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from benchmarks.data import embedded_digits
+from benchmarks.environment import environment
+from benchmarks.models import AUTOENCODERS, Loss
+from kbfgs_ext import KBFGS, KBFGSL
+
+OUT = Path(__file__).resolve().parent / "results" / "endurance.jsonl"
+METHODS: dict[str, type[KBFGS]] = {"kbfgs": KBFGS, "kbfgsl": KBFGSL}
+WILD = {"lr": 3.0, "damping": 1e-6}
+SANE = {"lr": 0.3, "damping": 0.3}
+INPUT_SCALE = 1e3  # in the second half of the wild steps
+POISONED = 0.01  # of the wild batches have a NaN
+
+
+@dataclass
+class Outcome:
+    """What a run has shown."""
+
+    losses: list[float]  # of each step's first pass
+    broken: int  # steps after which a weight or a kept tensor was not finite
+    counters: dict[str, float]
+    diagnostics: dict[str, dict[str, int]]
+
+    def mean_loss(self, first: int, last: int) -> float:
+        """Over the steps from ``first`` to ``last`` whose loss was finite."""
+        finite = [loss for loss in self.losses[first:last] if math.isfinite(loss)]
+        return sum(finite) / max(len(finite), 1)
+
+
+def endure(
+    model: nn.Module,
+    opt: KBFGS,
+    batch: Callable[[torch.Generator], Tensor],
+    loss_of: Loss,
+    wild_steps: int,
+    sane_steps: int,
+    seed: int = 0,
+    steps: Callable[[range], Any] = iter,
+) -> Outcome:
+    """Train an autoencoder at `WILD`, then at `SANE`; ``batch`` draws its (m, d) pixels."""
+    random = torch.Generator().manual_seed(seed)
+    losses, broken = [], torch.zeros((), dtype=torch.int64, device=opt.device)
+    for k in steps(range(wild_steps + sane_steps)):
+        wild = k < wild_steps
+        for group in opt.param_groups:
+            group.update(WILD if wild else SANE)
+        pixels = batch(random)
+        inputs = pixels * (INPUT_SCALE if wild and 2 * k >= wild_steps else 1.0)
+        if wild and torch.rand((), generator=random) < POISONED:
+            inputs[0, 0] = math.nan
+
+        def closure(inputs: Tensor = inputs, pixels: Tensor = pixels) -> Tensor:
+            opt.zero_grad()
+            loss = loss_of(model(inputs), pixels)
+            loss.backward()
+            return loss
+
+        losses.append(opt.step(closure).detach())
+        broken += ~_finite(model, opt)
+    return Outcome(
+        torch.stack(losses).tolist(),
+        int(broken),
+        {name: value.item() for name, value in opt.counters().items()},
+        {
+            layer: {name: int(value) for name, value in counts.items()}
+            for layer, counts in opt.diagnostics().items()
+        },
+    )
+
+
+def _finite(model: nn.Module, opt: KBFGS) -> Tensor:
+    """Whether every weight and every kept tensor is finite; a bool scalar on the device."""
+    state = (t for kept in opt.state.values() for t in kept.values())
+    tensors = [*model.parameters(), *(t for t in state if t.is_floating_point())]
+    return torch.stack([torch.isfinite(t).all() for t in tensors]).all()
+
+
+def measure(
+    name: str,
+    hessian_action: str,
+    restart_after: int | None,
+    wild_steps: int,
+    sane_steps: int,
+    seed: int,
+    console: Console,
+) -> dict[str, Any]:
+    """The row of a run."""
+    images, task = embedded_digits().train, AUTOENCODERS["mnist"]
+    torch.manual_seed(seed)
+    model = task.build()
+    opt = METHODS[name](model, hessian_action=hessian_action, restart_after=restart_after, **WILD)
+    started = time.perf_counter()
+    done = endure(
+        model,
+        opt,
+        lambda random: images[torch.randint(len(images), (200,), generator=random)],
+        task.loss,
+        wild_steps,
+        sane_steps,
+        seed,
+        lambda steps: track(steps, f"{name}, {hessian_action}", console=console),
+    )
+    half, total = wild_steps // 2, wild_steps + sane_steps
+    return {
+        "kind": "endurance",
+        "optimizer": name,
+        "hessian_action": hessian_action,
+        "restart_after": restart_after,
+        "seed": seed,
+        "batch_size": 200,
+        "wild_steps": wild_steps,
+        "sane_steps": sane_steps,
+        "wild": WILD,
+        "sane": SANE,
+        "input_scale": INPUT_SCALE,
+        "poisoned": POISONED,
+        "broken_steps": done.broken,
+        "loss": {
+            "first": done.mean_loss(0, 10),
+            "wild": done.mean_loss(half - 50, half),
+            "wild_scaled": done.mean_loss(wild_steps - 50, wild_steps),
+            "sane": done.mean_loss(total - 50, total),
+        },
+        "counters": done.counters,
+        "diagnostics": done.diagnostics,
+        "seconds": time.perf_counter() - started,
+        **environment(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.endurance", description=__doc__)
+    parser.add_argument("--steps", type=int, default=10_000, help="at the wild setting")
+    parser.add_argument("--sane-steps", type=int, default=1_000, help="at the sane one, after it")
+    parser.add_argument("--optimizer", choices=METHODS, nargs="+", default=["kbfgs"])
+    parser.add_argument(
+        "--hessian-action", choices=("ema", "minibatch"), nargs="+", default=["minibatch"]
+    )
+    parser.add_argument("--restart-after", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=OUT, help="append the rows to this file")
+    args = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for name in args.optimizer:
+        for action in args.hessian_action:
+            row = measure(
+                name, action, args.restart_after, args.steps, args.sane_steps, args.seed, console
+            )
+            console.print(f"{name}, {action}: broken {row['broken_steps']}, loss {row['loss']}")
+            with args.json.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            failed |= row["broken_steps"] > 0
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
