@@ -25,9 +25,12 @@ from benchmarks.models import Loss, cross_entropy, half_squared_error
 
 
 def bernoulli(logits: Tensor) -> Tensor:
-    """Gradients (m, d) of the cross-entropy with targets drawn from Bernoulli(sigmoid(logits))."""
+    """Gradients (m, d) of the cross-entropy with targets drawn from Bernoulli(sigmoid(logits)).
+
+    NaN stays NaN, so that a run that has diverged ends as one.
+    """
     p = logits.sigmoid()
-    return p - p.bernoulli()
+    return p - p.nan_to_num(0.5).bernoulli()
 
 
 def gaussian(outputs: Tensor) -> Tensor:

@@ -23,16 +23,15 @@ REPEATS = 5
 _chosen: dict[tuple, Any] = {}
 
 
-def choose(
-    op: str, candidates: Sequence[Config], run: Callable[..., None], args: tuple, *key: Any
-) -> Config:
-    """The configuration for ``run(config, *args)``; ``key`` is what matters beside the shapes."""
+def choose(op: str, candidates: Sequence[Config], run: Callable[..., None], args: tuple) -> Config:
+    """The configuration for ``run(config, *args)``, by shapes, dtypes and precision of products."""
     if not environment.autotune():
         return candidates[0]
     tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
     tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
     device = tensors[0].device
-    case = (op, device, *((t.shape, t.dtype) for t in tensors), *key)
+    shapes = ((t.shape, t.dtype) for t in tensors)
+    case = (op, device, torch.get_float32_matmul_precision(), *shapes)
     if case not in _chosen:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return candidates[0]

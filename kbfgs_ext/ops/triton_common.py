@@ -149,8 +149,16 @@ def input_type(tensors: Sequence[torch.Tensor]) -> tl.dtype:
 
 
 def operand_type(given: tl.dtype, T: tl.dtype) -> tl.dtype:
-    """What a product's operands are: 16-bit inputs stay (their products are exact in fp32)."""
-    return given if given.primitive_bitwidth == 16 and T is tl.float32 else T
+    """What a product's operands are rounded to; sums are in T whatever they are.
+
+    16-bit inputs stay (their products are exact in fp32). fp32 becomes bf16 where
+    `torch.set_float32_matmul_precision("medium")` asks for it.
+    """
+    if T is not tl.float32:
+        return T
+    if given.primitive_bitwidth == 16:
+        return given
+    return tl.bfloat16 if torch.get_float32_matmul_precision() == "medium" else T
 
 
 def warps(fp32: int, T: tl.dtype) -> int:

@@ -129,6 +129,12 @@ def test_draws_have_the_models_moments() -> None:
         assert S.var() == pytest.approx(float(var), rel=5 * math.sqrt(2 / n) + 0.05)
 
 
+def test_a_diverged_network_is_not_an_error() -> None:
+    drawn = kfac.bernoulli(torch.tensor([[float("nan"), 0.0]]))
+    assert torch.isnan(drawn[0, 0])
+    assert abs(drawn[0, 1]) == 0.5
+
+
 def test_models_with_other_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="linear layers alone"):
         KFAC(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), half_squared_error)

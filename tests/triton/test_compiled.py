@@ -99,16 +99,17 @@ PRODUCTS = ("_squares", "_left", "_right")
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
-@pytest.mark.parametrize("kind", ["tf32", "bfloat16"])
-def test_tensor_cores_where_asked_for(arch, kind, tmp_path):
-    """TF32 where torch's own products may use it; 16-bit activations as they are."""
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_tensor_cores_where_asked_for(arch, precision, tmp_path):
+    """TF32 at "high", bf16 operands at "medium"; 16-bit activations as they are at any."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    torch.set_float32_matmul_precision(precision)
     try:
-        found = launches.__wrapped__(torch.float32, torch.bfloat16 if kind == "bfloat16" else None)
+        inputs = torch.bfloat16 if precision == "highest" else None
+        found = launches.__wrapped__(torch.float32, inputs)
     finally:
         torch.set_float32_matmul_precision(before)
-    wanted = PRODUCTS if kind == "tf32" else ("_squares",)
+    wanted = ("_squares",) if precision == "highest" else PRODUCTS
     seen = set()
     for what, launch in found:
         name = launch.kernel.__name__

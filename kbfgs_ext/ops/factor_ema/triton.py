@@ -233,12 +233,13 @@ def launch_partials(table, at_launch: int, parts: torch.Tensor, X, words: int, T
 def factor_ema_(A, a_bar, X, decay, ok) -> None:
     """(1) for all layers: two launches, or one for the means alone.
 
-    fp32 products are fp32 throughout, unless `torch.set_float32_matmul_precision` allows TF32.
+    fp32 products are fp32 throughout, unless `torch.set_float32_matmul_precision` allows TF32
+    ("high") or bf16 operands ("medium"); sums are fp32.
     """
     if not X:
         return
     args = (A, a_bar, by_rows(X), decay, ok)
-    tiles = choose("factor_ema_", TILES, _factor_ema, args, precision(real_type(*a_bar)))
+    tiles = choose("factor_ema_", TILES, _factor_ema, args)
     _factor_ema(tiles, *args)
 
 

@@ -34,6 +34,7 @@ from kbfgs_ext.ops.triton_common import (
     locate,
     matrix,
     number,
+    operand_type,
     pointer,
     precision,
     real_type,
@@ -124,7 +125,8 @@ def place(row, t, ROWS: tl.constexpr, COLS: tl.constexpr):
 def _left(
     starts, rows, ok, mu: tl.float64, decay: tl.float64, FUSED: tl.constexpr,
     WORDS: tl.constexpr, ENTRIES: tl.constexpr, WT: tl.constexpr, GT: tl.constexpr,
-    T: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    T: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
     entry, t = locate(starts, ENTRIES)
     row = rows + entry * WORDS
@@ -138,7 +140,7 @@ def _left(
             m = new_M(row, k, j, mu, decay, WT, GT, T)  # (2)
         else:
             m = tile_of(row, MOMENTUM, k, j, n_g, n_a, T)
-        total = tl.dot(h, m, total, input_precision=PRECISION, out_dtype=T)
+        total = tl.dot(h.to(OPERAND), m.to(OPERAND), total, input_precision=PRECISION, out_dtype=T)
     work = at(row, WORK, T) + i[:, None] * tl.load(row + WORK + 1) + j[None, :]
     tl.store(work, total, mask=(i < n_g)[:, None] & (j < n_a)[None, :])
 
@@ -147,7 +149,8 @@ def _left(
 def _right(
     starts, rows, ok, mu: tl.float64, decay: tl.float64, FUSED: tl.constexpr, LEFT: tl.constexpr,
     WORDS: tl.constexpr, ENTRIES: tl.constexpr, WT: tl.constexpr, GT: tl.constexpr,
-    T: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    T: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
     entry, t = locate(starts, ENTRIES)
     row = rows + entry * WORDS
@@ -158,7 +161,9 @@ def _right(
         k = k0 + tl.arange(0, DEPTH)
         left = tile_of(row, LEFT, i, k, n_g, n_a, T)
         h = tile_of(row, H_A, k, j, n_a, n_a, T)
-        total = tl.dot(left, h, total, input_precision=PRECISION, out_dtype=T)  # (3)
+        total = tl.dot(
+            left.to(OPERAND), h.to(OPERAND), total, input_precision=PRECISION, out_dtype=T
+        )  # (3)
     inside = (i < n_g)[:, None] & (j < n_a)[None, :]
     if FUSED:
         m = new_M(row, i, j, mu, decay, WT, GT, T)  # (2), before W changes
@@ -242,7 +247,8 @@ def _table(like, TILE, TILE_COLS, H_g=(), H_a=(), M=(), P=(), work=(), W=(), b=(
 def _by_products(kernel, product, table, device, **constants) -> None:
     launch(
         kernel, table.programs[0], table.starts[0], table.rows, WORDS=WORDS, ENTRIES=table.entries,
-        PRECISION=precision(constants["T"]), TILE=product.tile, DEPTH=product.depth,
+        PRECISION=precision(constants["T"]), OPERAND=operand_type(constants["T"], constants["T"]),
+        TILE=product.tile, DEPTH=product.depth,
         num_warps=product.warps, num_stages=product.stages, device=device, **constants,
     )  # fmt: skip
 
@@ -264,7 +270,8 @@ def _shared(work) -> bool:
 def kron_precondition_(P, H_g, M, H_a, work) -> None:
     """(3) for all layers: two launches, or one without H_g.
 
-    fp32 products are fp32 throughout, unless `torch.set_float32_matmul_precision` allows TF32.
+    fp32 products are fp32 throughout, unless `torch.set_float32_matmul_precision` allows TF32
+    ("high") or bf16 operands ("medium"); sums are fp32.
     """
     if H_g and _shared(work):
         for i in range(len(P)):
@@ -274,8 +281,7 @@ def kron_precondition_(P, H_g, M, H_a, work) -> None:
     if not P:
         return
     args = (P, by_rows(H_g), by_rows(M), by_rows(H_a), work)
-    exact = precision(real_type(*P))
-    _precondition(choose("kron_precondition_", PRODUCTS, _precondition, args, exact), *args)
+    _precondition(choose("kron_precondition_", PRODUCTS, _precondition, args), *args)
 
 
 def _precondition(product: Product, P, H_g, M, H_a, work) -> None:
@@ -330,8 +336,7 @@ def kron_step_(
         return
     dW, db, H_g, H_a = by_rows(dW), by_rows(db), by_rows(H_g), by_rows(H_a)
     args = (W, b, M, P, work, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok)
-    exact = precision(real_type(*M, *P))
-    _step(choose("kron_step_", PRODUCTS, _step, args, exact), *args)
+    _step(choose("kron_step_", PRODUCTS, _step, args), *args)
 
 
 def _step(

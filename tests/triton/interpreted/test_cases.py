@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import triton.language as tl
 
 from kbfgs_ext.ops import registry
+from kbfgs_ext.ops.kron_precondition import triton as kron_precondition
 from tests.helpers import calls, cases, compare
 
 DTYPES = (torch.float32, torch.float64)
@@ -79,6 +81,24 @@ def test_16_bit_parameters_and_inputs(op, inputs, dtype):
         for name, arg in zip(names, cases.first(op).build(torch.float32), strict=True)
     ]
     compared(op, args, calls.run(op, args, "triton"))
+
+
+def test_rounded_operands_are_summed_in_fp32(monkeypatch):
+    """With fp16 in bf16's place, whose bits the interpreter multiplies: the direction is right to
+    the operands' rounding, and no better."""
+    args = cases.first("kron_precondition_").build(torch.float32)
+    exact = calls.flat("kron_precondition_", calls.run("kron_precondition_", args, "triton"), True)
+    monkeypatch.setattr(kron_precondition, "operand_type", lambda given, T: tl.float16)
+    rounded = calls.flat(
+        "kron_precondition_", calls.run("kron_precondition_", args, "triton"), True
+    )
+    errors = [
+        ((r - e).norm() / e.norm()).item()
+        for (name, r), (_, e) in zip(rounded, exact, strict=True)
+        if name.startswith("P[") and e.numel() > 100
+    ]
+    assert errors
+    assert all(2**-14 < error < 2**-9 for error in errors)
 
 
 VOID = {
