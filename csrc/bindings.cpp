@@ -1,5 +1,5 @@
 // kbfgs_ext._C: the CPU kernels, called with the arguments of the op of the same name (schemas in
-// kbfgs_ext/ops/library.py). The one file that knows Python: it unpacks lists of tensors to pointers.
+// kbfgs_ext/ops/library.py): lists of tensors unpacked to pointers (common/arguments.h).
 // Whatever the kernels do not take raises Unsupported, always before anything is written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -27,25 +27,27 @@ namespace kbfgs {
 
 namespace {
 
-// Calls run(T{}) with the dtype of the op's first list; an empty list has nothing to run.
-template <class Run>
-void by_dtype(const Tensors& lead, const Run& run) {
-  if (lead.empty()) return;
-  switch (lead[0].scalar_type()) {
-    case at::kFloat: return run(float{});
-    case at::kDouble: return run(double{});
-    default: break;
+template <typename T>
+struct CpuArguments : Arguments<T> {
+  CpuArguments() : Arguments<T>("cpu", at::kCPU) {}
+
+  double number(const char* name, const Tensors& list, size_t i) const {
+    return *this->scalar(name, list, i);
   }
-  throw Unsupported(
-      std::string("the cpu kernels take float32 and float64, not ") +
-      c10::toString(lead[0].scalar_type()));
-}
+  Rows<T> rows(const char* name, const Tensors& list, size_t i, int64_t n) {
+    const Strided<T> found = Arguments<T>::rows(name, list, i, n);
+    return {found.data, found.m, found.columns, found.stride, n};
+  }
+  bool read(const char* name, const Flag& given) const {
+    return !given || *this->flag(name, given);
+  }
+};
 
 void factor_ema_cpu(
     const Tensors& A, const Tensors& a_bar, const Tensors& X, double decay, const Flag& ok) {
-  by_dtype(a_bar, [&](auto zero) {
+  by_dtype("cpu", a_bar, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args;
+    CpuArguments<T> args;
     std::vector<FactorEma<T>> layers;
     for (size_t i = 0; i < a_bar.size(); ++i) {
       const int64_t n = a_bar[i].numel();
@@ -53,21 +55,21 @@ void factor_ema_cpu(
           {A.empty() ? nullptr : args.state("A", A, i, n * n), args.state("a_bar", a_bar, i, n),
            args.rows("X", X, i, n)});
     }
-    factor_ema(layers, decay, read("ok", ok));
+    factor_ema(layers, decay, args.read("ok", ok));
   });
 }
 
 void hessian_action_cpu(
     const Tensors& y, const Tensors& X, const Tensors& s, const Tensors& lam) {
-  by_dtype(y, [&](auto zero) {
+  by_dtype("cpu", y, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args;
+    CpuArguments<T> args;
     std::vector<HessianAction<T>> layers;
     for (size_t i = 0; i < y.size(); ++i) {
       const int64_t n = y[i].numel();
       layers.push_back(
           {args.state("y", y, i, n), args.rows("X", X, i, n), args.input("s", s, i, n),
-           args.template scalar<double>("lam", lam, i)});
+           args.number("lam", lam, i)});
     }
     hessian_action(layers);
   });
@@ -75,7 +77,7 @@ void hessian_action_cpu(
 
 template <typename T>
 PairEma<T> pair_of(
-    Arguments<T>& args, size_t i, const Tensors& s, const Tensors& y, const Tensors& h_bar,
+    CpuArguments<T>& args, size_t i, const Tensors& s, const Tensors& y, const Tensors& h_bar,
     const Tensors& h_bar_next, const Tensors& g_bar, const Tensors& g_bar_next) {
   const int64_t n = s[i].numel();
   return {n, args.state("s", s, i, n), args.state("y", y, i, n), args.input("h_bar", h_bar, i, n),
@@ -86,49 +88,49 @@ PairEma<T> pair_of(
 void pair_ema_cpu(
     const Tensors& s, const Tensors& y, const Tensors& h_bar, const Tensors& h_bar_next,
     const Tensors& g_bar, const Tensors& g_bar_next, double decay, const Flag& ok) {
-  by_dtype(s, [&](auto zero) {
-    Arguments<decltype(zero)> args;
+  by_dtype("cpu", s, [&](auto zero) {
+    CpuArguments<decltype(zero)> args;
     std::vector<PairEma<decltype(zero)>> layers;
     for (size_t i = 0; i < s.size(); ++i)
       layers.push_back(pair_of(args, i, s, y, h_bar, h_bar_next, g_bar, g_bar_next));
-    if (read("ok", ok)) pair_ema(layers, decay);
+    if (args.read("ok", ok)) pair_ema(layers, decay);
   });
 }
 
 void double_damping_cpu(
     const Tensors& s, const Tensors& y, const Tensors& Hy, const Tensors& counts, const Tensors& H,
     const Tensors& lam, double mu1, const Flag& ok) {
-  by_dtype(s, [&](auto zero) {
+  by_dtype("cpu", s, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args;
+    CpuArguments<T> args;
     std::vector<DoubleDamping<T>> layers;
     for (size_t i = 0; i < s.size(); ++i) {
       const int64_t n = s[i].numel();
       layers.push_back(
           {n, args.state("s", s, i, n), args.state("y", y, i, n),
            H.empty() ? args.input("Hy", Hy, i, n) : args.state("Hy", Hy, i, n),
-           H.empty() ? nullptr : args.state("H", H, i, n * n), args.counts("counts", counts, i),
-           args.template scalar<double>("lam", lam, i)});
+           H.empty() ? nullptr : args.state("H", H, i, n * n),
+           args.integers("counts", counts, i, 4), args.number("lam", lam, i)});
     }
-    double_damping(layers, mu1, read("ok", ok));
+    double_damping(layers, mu1, args.read("ok", ok));
   });
 }
 
 void bfgs_update_cpu(
     const Tensors& H, const Tensors& counts, const Tensors& s, const Tensors& y, const Tensors& Hy,
     const Tensors& c, const Flag& ok) {
-  by_dtype(H, [&](auto zero) {
+  by_dtype("cpu", H, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args;
+    CpuArguments<T> args;
     std::vector<BfgsUpdate<T>> layers;
     for (size_t i = 0; i < H.size(); ++i) {
       const int64_t n = s.at(i).numel();
       layers.push_back(
           {n, args.state("H", H, i, n * n), args.input("s", s, i, n), args.input("y", y, i, n),
            Hy.empty() ? args.scratch(n) : args.input("Hy", Hy, i, n), args.scratch(n),
-           args.input("c", c, i, n), args.counts("counts", counts, i)});
+           args.input("c", c, i, n), args.integers("counts", counts, i, 4)});
     }
-    if (read("ok", ok)) bfgs_update(layers, !Hy.empty());
+    if (args.read("ok", ok)) bfgs_update(layers, !Hy.empty());
   });
 }
 
@@ -138,9 +140,9 @@ void curvature_update_cpu(
     const Tensors& X, const Tensors& a_bar, const Tensors& h_bar, const Tensors& h_bar_next,
     const Tensors& g_bar, const Tensors& g_bar_next, const Tensors& lam_a, const Tensors& lam_g,
     double pair_decay, double mu1, const Flag& ok, const Flag& ok_pair) {
-  by_dtype(work, [&](auto zero) {
+  by_dtype("cpu", work, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args;
+    CpuArguments<T> args;
     std::vector<CurvatureA<T>> a_side;
     std::vector<CurvatureG<T>> g_side;
     for (size_t i = 0; i < work.size(); ++i) {
@@ -150,10 +152,10 @@ void curvature_update_cpu(
       T *s_a = args.state("work", work, i, work[i].numel()), *y_a = s_a + n_a, *Hy_a = y_a + n_a;
       T *s_g = Hy_a + n_a, *y_g = s_g + n_g, *Hy_g = y_g + n_g;
       if (!H_a.empty()) {
-        const double lam = args.template scalar<double>("lam_a", lam_a, i);
+        const double lam = args.number("lam_a", lam_a, i);
         CurvatureA<T> a{
             {n_a, args.state("H_a", H_a, i, n_a * n_a), s_a, y_a, Hy_a, y_a,
-             args.input("a_bar", a_bar, i, n_a), args.counts("counts_a", counts_a, i)},
+             args.input("a_bar", a_bar, i, n_a), args.integers("counts_a", counts_a, i, 4)},
             nullptr, {}, s_a, y_a, lam};
         if (A.empty())
           a.action = {y_a, args.rows("X", X, i, n_a), s_a, lam};
@@ -163,16 +165,16 @@ void curvature_update_cpu(
       }
       if (!H_g.empty()) {
         T* H = args.state("H_g", H_g, i, n_g * n_g);
-        int64_t* counts = args.counts("counts_g", counts_g, i);
+        int64_t* counts = args.integers("counts_g", counts_g, i, 4);
         const PairEma<T> pair = pair_of(args, i, s, y, h_bar, h_bar_next, g_bar, g_bar_next);
-        const double lam = args.template scalar<double>("lam_g", lam_g, i);
+        const double lam = args.number("lam_g", lam_g, i);
         g_side.push_back(
             {{n_g, H, s_g, y_g, Hy_g, y_g, pair.g_bar, counts},
              pair, {n_g, s_g, y_g, Hy_g, H, counts, lam}});
       }
     }
     curvature_update(
-        a_side, g_side, pair_decay, mu1, read("ok", ok), read("ok_pair", ok_pair));
+        a_side, g_side, pair_decay, mu1, args.read("ok", ok), args.read("ok_pair", ok_pair));
   });
 }
 
@@ -182,16 +184,16 @@ void lbfgs_two_loop_cpu(
   const Form wanted = form == "compact"     ? Form::compact
                       : form == "recursion" ? Form::recursion
                                             : Form::automatic;
-  by_dtype(out, [&](auto zero) {
+  by_dtype("cpu", out, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args;
+    CpuArguments<T> args;
     std::vector<TwoLoop<T>> layers;
     for (size_t i = 0; i < out.size(); ++i) {
       const Tensor q = Q.at(i).dim() == 2 ? Q[i] : Q[i].unsqueeze(1);
       const int64_t n = q.size(0), p = S.at(i).size(0);
       const Rows<T> rows = args.rows("Q", {q}, 0, q.size(1));
       layers.push_back(
-          {{n, p, args.template scalar<int64_t>("pushed", pushed, i), args.state("S", S, i, p * n),
+          {{n, p, *args.integers("pushed", pushed, i, 1), args.state("S", S, i, p * n),
             args.state("Y", Y, i, p * n), args.input("rho", rho, i, p)},
            rows.cols, args.state("out", out, i, n * rows.cols), rows.X, rows.stride});
     }
@@ -202,28 +204,27 @@ void lbfgs_two_loop_cpu(
 void lbfgs_push_cpu(
     const Tensors& S, const Tensors& Y, const Tensors& rho, const Tensors& pushed,
     const Tensors& counts, const Tensors& s, const Tensors& y, const Tensors& c, const Flag& ok) {
-  by_dtype(S, [&](auto zero) {
+  by_dtype("cpu", S, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args;
+    CpuArguments<T> args;
     std::vector<Push<T>> layers;
     for (size_t i = 0; i < S.size(); ++i) {
       const int64_t n = s.at(i).numel(), p = rho.at(i).numel();
       if (p == 0) throw std::invalid_argument("a ring without rows cannot take a pair");
-      args.template scalar<int64_t>("pushed", pushed, i);
       layers.push_back(
           {n, p, args.state("S", S, i, p * n), args.state("Y", Y, i, p * n),
-           args.state("rho", rho, i, p), pushed[i].data_ptr<int64_t>(),
-           args.counts("counts", counts, i), args.input("s", s, i, n), args.input("y", y, i, n),
-           args.input("c", c, i, n)});
+           args.state("rho", rho, i, p), args.integers("pushed", pushed, i, 1),
+           args.integers("counts", counts, i, 4), args.input("s", s, i, n),
+           args.input("y", y, i, n), args.input("c", c, i, n)});
     }
-    if (read("ok", ok)) push(layers);
+    if (args.read("ok", ok)) push(layers);
   });
 }
 
 // W and b, or dW and db, n_g x n_a together; an empty b stands for none.
 template <typename T>
 Parameters<T> parameters(
-    Arguments<T>& args, bool written, const char* name, const Tensors& W, const Tensors& b,
+    CpuArguments<T>& args, bool written, const char* name, const Tensors& W, const Tensors& b,
     size_t i, const Tensor& joined) {
   const int64_t n_g = joined.size(0), d_in = joined.size(1) - (b.at(i).numel() > 0);
   const auto pointer = [&](const Tensors& list, int64_t elements) {
@@ -234,7 +235,7 @@ Parameters<T> parameters(
 
 template <typename T>
 Precondition<T> precondition_of(
-    Arguments<T>& args, size_t i, const Tensors& P, const Tensors& H_g, const Tensors& M,
+    CpuArguments<T>& args, size_t i, const Tensors& P, const Tensors& H_g, const Tensors& M,
     const Tensors& H_a, const Tensors& work) {
   const int64_t n_g = M[i].size(0), n_a = M[i].size(1), N = n_g * n_a;
   return {n_g, n_a, args.state("P", P, i, N),
@@ -245,8 +246,8 @@ Precondition<T> precondition_of(
 void kron_precondition_cpu(
     const Tensors& P, const Tensors& H_g, const Tensors& M, const Tensors& H_a,
     const Tensors& work) {
-  by_dtype(M, [&](auto zero) {
-    Arguments<decltype(zero)> args;
+  by_dtype("cpu", M, [&](auto zero) {
+    CpuArguments<decltype(zero)> args;
     std::vector<Precondition<decltype(zero)>> layers;
     for (size_t i = 0; i < M.size(); ++i)
       layers.push_back(precondition_of(args, i, P, H_g, M, H_a, work));
@@ -257,42 +258,41 @@ void kron_precondition_cpu(
 void momentum_cpu(
     const Tensors& M, const Tensors& dW, const Tensors& db, const Tensors& W, const Tensors& b,
     double mu, double weight_decay, const Flag& ok) {
-  by_dtype(M, [&](auto zero) {
-    Arguments<decltype(zero)> args;
+  by_dtype("cpu", M, [&](auto zero) {
+    CpuArguments<decltype(zero)> args;
     std::vector<Momentum<decltype(zero)>> layers;
     for (size_t i = 0; i < M.size(); ++i)
       layers.push_back(
           {args.state("M", M, i, M[i].numel()),
            parameters(args, false, "dW or db", dW, db, i, M[i]),
            parameters(args, false, "W or b", W, b, i, M[i])});
-    if (read("ok", ok)) momentum(layers, mu, weight_decay);
+    if (args.read("ok", ok)) momentum(layers, mu, weight_decay);
   });
 }
 
 void descend_cpu(
     const Tensors& W, const Tensors& b, const Tensors& P, const Tensors& step_size,
     const Flag& ok) {
-  by_dtype(P, [&](auto zero) {
-    Arguments<decltype(zero)> args;
+  by_dtype("cpu", P, [&](auto zero) {
+    CpuArguments<decltype(zero)> args;
     std::vector<Descend<decltype(zero)>> layers;
     for (size_t i = 0; i < P.size(); ++i)
       layers.push_back(
           {parameters(args, true, "W or b", W, b, i, P[i]), args.state("P", P, i, P[i].numel()),
-           args.template scalar<double>("step_size", step_size, i)});
-    descend(layers, read("ok", ok));
+           args.number("step_size", step_size, i)});
+    descend(layers, args.read("ok", ok));
   });
 }
 
 void restore_cpu(const Tensors& W, const Tensors& b, const Tensors& saved, const Tensor& undo) {
-  by_dtype(saved, [&](auto zero) {
-    Arguments<decltype(zero)> args;
+  by_dtype("cpu", saved, [&](auto zero) {
+    CpuArguments<decltype(zero)> args;
     std::vector<Descend<decltype(zero)>> layers;
-    if (!read("undo", undo)) return;
     for (size_t i = 0; i < saved.size(); ++i)
       layers.push_back(
           {parameters(args, true, "W or b", W, b, i, saved[i]),
            args.input("saved", saved, i, saved[i].numel()), 0});
-    restore(layers);
+    if (args.read("undo", undo)) restore(layers);
   });
 }
 
@@ -300,9 +300,9 @@ void kron_step_cpu(
     const Tensors& W, const Tensors& b, const Tensors& M, const Tensors& P, const Tensors& work,
     const Tensors& dW, const Tensors& db, const Tensors& H_g, const Tensors& H_a,
     const Tensors& step_size, double mu, double weight_decay, const Flag& ok) {
-  by_dtype(M, [&](auto zero) {
+  by_dtype("cpu", M, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args;
+    CpuArguments<T> args;
     std::vector<KronStep<T>> layers;
     for (size_t i = 0; i < M.size(); ++i) {
       const Parameters<T> weights = parameters(args, true, "W or b", W, b, i, M[i]);
@@ -311,9 +311,9 @@ void kron_step_cpu(
           {{args.state("M", M, i, M[i].numel()),
             parameters(args, false, "dW or db", dW, db, i, M[i]), weights},
            direction,
-           {weights, direction.P, args.template scalar<double>("step_size", step_size, i)}});
+           {weights, direction.P, args.number("step_size", step_size, i)}});
     }
-    kron_step(layers, mu, weight_decay, read("ok", ok));
+    kron_step(layers, mu, weight_decay, args.read("ok", ok));
   });
 }
 
@@ -335,14 +335,7 @@ void use_instruction_set(const std::string& name) {
 
 PYBIND11_MODULE(_C, module) {
   using namespace kbfgs;
-  py::register_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const Unsupported& reason) {
-      const py::object type = py::module_::import("kbfgs_ext.ops.registry").attr("Unsupported");
-      PyErr_SetString(type.ptr(), reason.what());
-    }
-  });
+  translate_unsupported();
 #define KBFGS_DEF(op) module.def(#op, &op, py::call_guard<py::gil_scoped_release>())
   KBFGS_DEF(factor_ema_cpu);
   KBFGS_DEF(hessian_action_cpu);

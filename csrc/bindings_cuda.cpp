@@ -1,7 +1,7 @@
 // The CUDA half of kbfgs_ext._C: functions <op>_cuda with the arguments of the op of the same name
-// (schemas in kbfgs_ext/ops/library.py). As bindings.cpp does for the CPU, it unpacks lists of tensors
-// to pointers and checks what the kernels rely on; whatever they do not take raises Unsupported before
-// anything is written. Shapes are checked by the ops' api.py. Nothing here reads from the device.
+// (schemas in kbfgs_ext/ops/library.py), as bindings.cpp does it for the CPU: lists of tensors unpacked
+// to pointers (common/arguments.h). Whatever the kernels do not take raises Unsupported before anything
+// is written. Nothing here reads from the device.
 #include <ATen/ops/mm.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -22,21 +22,27 @@ namespace kbfgs::cuda {
 
 namespace {
 
-int side(const Tensor& t, int64_t dimension) { return static_cast<int>(t.size(dimension)); }
+// X of a layer: rows, columns, and an implied one of ones where n_a is a column more.
+template <typename T, typename Layer>
+void set_X(CudaArguments<T>& args, Layer& l, const Tensors& X, size_t i, int64_t n_a) {
+  const Strided<T> rows = args.rows("X", X, i, n_a);
+  l.X = rows.data, l.ld = rows.stride, l.m = int(rows.m), l.d_in = int(rows.columns);
+}
 
 void factor_ema_cuda(
     const Tensors& A, const Tensors& a_bar, const Tensors& X, double decay, const Flag& ok) {
-  by_dtype(a_bar, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", a_bar, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
-    std::vector<FactorLayer<T>> layers(X.size());
+    CudaArguments<T> args(a_bar[0]);
+    std::vector<FactorLayer<T>> layers(a_bar.size());
     int64_t spoiled = 0;
-    for (size_t i = 0; i < X.size(); ++i) {
+    for (size_t i = 0; i < a_bar.size(); ++i) {
       FactorLayer<T>& l = layers[i];
-      l.A = A.empty() ? nullptr : args.state("A", A[i]);
-      l.a_bar = args.state("a_bar", a_bar[i]);
-      l.X = args.rows("X", X[i], &l.ld);
-      l.m = side(X[i], 0), l.d_in = side(X[i], 1), l.n_a = side(a_bar[i], 0);
+      const int64_t n = a_bar[i].numel();
+      l.A = A.empty() ? nullptr : args.state("A", A, i, n * n);
+      l.a_bar = args.state("a_bar", a_bar, i, n);
+      set_X(args, l, X, i, n);
+      l.n_a = int(n);
       spoiled += spoiled_elements(l.n_a);
     }
     const bool* flag = args.flag("ok", ok);
@@ -46,17 +52,18 @@ void factor_ema_cuda(
 
 void hessian_action_cuda(
     const Tensors& y, const Tensors& X, const Tensors& s, const Tensors& lam) {
-  by_dtype(y, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", y, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(y[0]);
     std::vector<ActionLayer<T>> layers(y.size());
     for (size_t i = 0; i < y.size(); ++i) {
       ActionLayer<T>& l = layers[i];
-      l.y = args.state("y", y[i]);
-      l.X = args.rows("X", X[i], &l.ld);
-      l.s = args.input("s", s[i]);
-      l.lam = args.scalar("lam", lam[i]);
-      l.m = side(X[i], 0), l.d_in = side(X[i], 1), l.n_a = side(s[i], 0);
+      const int64_t n = y[i].numel();
+      l.y = args.state("y", y, i, n);
+      set_X(args, l, X, i, n);
+      l.s = args.input("s", s, i, n);
+      l.lam = args.scalar("lam", lam, i);
+      l.n_a = int(n);
       l.z = args.scratch(l.m);
     }
     hessian_action(layers, args.stream());
@@ -66,15 +73,17 @@ void hessian_action_cuda(
 void pair_ema_cuda(
     const Tensors& s, const Tensors& y, const Tensors& h_bar, const Tensors& h_bar_next,
     const Tensors& g_bar, const Tensors& g_bar_next, double decay, const Flag& ok) {
-  by_dtype(s, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", s, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(s[0]);
     std::vector<PairLayer<T>> layers;
-    for (size_t i = 0; i < s.size(); ++i)
+    for (size_t i = 0; i < s.size(); ++i) {
+      const int64_t n = s[i].numel();
       layers.push_back(
-          {args.state("s", s[i]), args.state("y", y[i]), args.input("h_bar", h_bar[i]),
-           args.input("h_bar_next", h_bar_next[i]), args.input("g_bar", g_bar[i]),
-           args.input("g_bar_next", g_bar_next[i]), side(s[i], 0)});
+          {args.state("s", s, i, n), args.state("y", y, i, n), args.input("h_bar", h_bar, i, n),
+           args.input("h_bar_next", h_bar_next, i, n), args.input("g_bar", g_bar, i, n),
+           args.input("g_bar_next", g_bar_next, i, n), int(n)});
+    }
     pair_ema(layers, decay, args.flag("ok", ok), args.stream());
   });
 }
@@ -82,16 +91,18 @@ void pair_ema_cuda(
 void double_damping_cuda(
     const Tensors& s, const Tensors& y, const Tensors& Hy, const Tensors& counts, const Tensors& H,
     const Tensors& lam, double mu1, const Flag& ok) {
-  by_dtype(s, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", s, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(s[0]);
     std::vector<DampingLayer<T>> layers;
-    for (size_t i = 0; i < s.size(); ++i)
+    for (size_t i = 0; i < s.size(); ++i) {
+      const int64_t n = s[i].numel();
       layers.push_back(
-          {args.state("s", s[i]), args.state("y", y[i]),
-           H.empty() ? args.input("Hy", Hy[i]) : args.state("Hy", Hy[i]),
-           H.empty() ? nullptr : args.state("H", H[i]), args.integers("counts", counts[i]),
-           args.scalar("lam", lam[i]), side(s[i], 0)});
+          {args.state("s", s, i, n), args.state("y", y, i, n),
+           H.empty() ? args.input("Hy", Hy, i, n) : args.state("Hy", Hy, i, n),
+           H.empty() ? nullptr : args.state("H", H, i, n * n),
+           args.integers("counts", counts, i, 4), args.scalar("lam", lam, i), int(n)});
+    }
     double_damping(layers, mu1, args.flag("ok", ok), args.stream());
   });
 }
@@ -99,15 +110,17 @@ void double_damping_cuda(
 void bfgs_update_cuda(
     const Tensors& H, const Tensors& counts, const Tensors& s, const Tensors& y, const Tensors& Hy,
     const Tensors& c, const Flag& ok) {
-  by_dtype(H, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", H, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(H[0]);
     std::vector<BfgsLayer<T>> layers;
-    for (size_t i = 0; i < H.size(); ++i)
+    for (size_t i = 0; i < H.size(); ++i) {
+      const int64_t n = s.at(i).numel();
       layers.push_back(
-          {args.state("H", H[i]), args.input("s", s[i]), args.input("y", y[i]),
-           Hy.empty() ? args.scratch(s[i].size(0)) : args.input("Hy", Hy[i]),
-           args.input("c", c[i]), args.integers("counts", counts[i]), side(s[i], 0), 0});
+          {args.state("H", H, i, n * n), args.input("s", s, i, n), args.input("y", y, i, n),
+           Hy.empty() ? args.scratch(n) : args.input("Hy", Hy, i, n), args.input("c", c, i, n),
+           args.integers("counts", counts, i, 4), int(n), 0});
+    }
     bfgs_update(layers, !Hy.empty(), args.flag("ok", ok), args.stream());
   });
 }
@@ -118,41 +131,43 @@ void curvature_update_cuda(
     const Tensors& X, const Tensors& a_bar, const Tensors& h_bar, const Tensors& h_bar_next,
     const Tensors& g_bar, const Tensors& g_bar_next, const Tensors& lam_a, const Tensors& lam_g,
     double pair_decay, double mu1, const Flag& ok, const Flag& ok_pair) {
-  by_dtype(work, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", work, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(work[0]);
     if (!H_a.empty() && !H_g.empty() && H_a.size() != H_g.size())
       throw Unsupported("the cuda kernels take as many H_a as H_g, or none of one side");
     std::vector<CurvatureLayer<T>> layers(work.size());
     for (size_t i = 0; i < work.size(); ++i) {
       CurvatureLayer<T>& l = layers[i];
-      l.work_a = args.state("work", work[i]);
+      const int64_t n_a = H_a.empty() ? 0 : a_bar.at(i).numel();
+      const int64_t n_g = H_g.empty() ? 0 : s.at(i).numel();
+      if (work[i].numel() < 3 * (n_a + n_g)) throw std::invalid_argument("work is too small");
+      l.work_a = args.state("work", work, i, work[i].numel());
       if (!H_a.empty()) {
-        l.H_a = args.state("H_a", H_a[i]);
-        l.a_bar = args.input("a_bar", a_bar[i]);
-        l.counts_a = args.integers("counts_a", counts_a[i]);
-        l.lam_a = args.scalar("lam_a", lam_a[i]);
-        l.n_a = side(H_a[i], 0);
+        l.H_a = args.state("H_a", H_a, i, n_a * n_a);
+        l.a_bar = args.input("a_bar", a_bar, i, n_a);
+        l.counts_a = args.integers("counts_a", counts_a, i, 4);
+        l.lam_a = args.scalar("lam_a", lam_a, i);
+        l.n_a = int(n_a);
         if (X.empty()) {
-          l.A = args.state("A", A[i]);
+          l.A = args.state("A", A, i, n_a * n_a);
         } else {
-          l.X = args.rows("X", X[i], &l.ld);
-          l.m = side(X[i], 0), l.d_in = side(X[i], 1);
+          set_X(args, l, X, i, n_a);
           l.z = args.scratch(l.m);
         }
       }
       if (!H_g.empty()) {
-        l.H_g = args.state("H_g", H_g[i]);
-        l.s = args.state("s", s[i]), l.y = args.state("y", y[i]);
-        l.h_bar = args.input("h_bar", h_bar[i]);
-        l.h_next = args.input("h_bar_next", h_bar_next[i]);
-        l.g_bar = args.input("g_bar", g_bar[i]);
-        l.g_next = args.input("g_bar_next", g_bar_next[i]);
-        l.counts_g = args.integers("counts_g", counts_g[i]);
-        l.lam_g = args.scalar("lam_g", lam_g[i]);
-        l.n_g = side(H_g[i], 0);
-        l.fresh = args.scratch(fresh_elements(l.n_g));
-        l.work_g = l.work_a + 3 * int64_t(l.n_a);
+        l.H_g = args.state("H_g", H_g, i, n_g * n_g);
+        l.s = args.state("s", s, i, n_g), l.y = args.state("y", y, i, n_g);
+        l.h_bar = args.input("h_bar", h_bar, i, n_g);
+        l.h_next = args.input("h_bar_next", h_bar_next, i, n_g);
+        l.g_bar = args.input("g_bar", g_bar, i, n_g);
+        l.g_next = args.input("g_bar_next", g_bar_next, i, n_g);
+        l.counts_g = args.integers("counts_g", counts_g, i, 4);
+        l.lam_g = args.scalar("lam_g", lam_g, i);
+        l.n_g = int(n_g);
+        l.fresh = args.scratch(fresh_elements(n_g));
+        l.work_g = l.work_a + 3 * n_a;
       }
     }
     const bool *first = args.flag("ok", ok), *second = args.flag("ok_pair", ok_pair);
@@ -163,21 +178,22 @@ void curvature_update_cuda(
 void lbfgs_two_loop_cuda(
     const Tensors& out, const Tensors& Q, const Tensors& S, const Tensors& Y, const Tensors& rho,
     const Tensors& pushed) {
-  by_dtype(out, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", out, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(out[0]);
     std::vector<RingLayer<T>> layers(out.size());
     for (size_t i = 0; i < out.size(); ++i) {
       RingLayer<T>& l = layers[i];
-      l.n = side(Q[i], 0);
-      l.columns = Q[i].dim() == 2 ? side(Q[i], 1) : 1;
-      l.p = side(S[i], 0);
-      l.out = args.state("out", out[i]);
-      l.ld = l.ld_out = l.columns;
-      l.Q = Q[i].dim() == 2 ? args.rows("Q", Q[i], &l.ld) : args.input("Q", Q[i]);
-      l.S = args.input("S", S[i]), l.Y = args.input("Y", Y[i]);
-      l.rho = args.input("rho", rho[i]);
-      l.pushed = args.integers("pushed", pushed[i]);
+      const Tensor q = Q.at(i).dim() == 2 ? Q[i] : Q[i].unsqueeze(1);
+      const Strided<T> rows = args.rows("Q", {q}, 0, q.size(1));
+      const int64_t p = S.at(i).size(0), n = rows.m;
+      l.Q = rows.data, l.ld = rows.stride, l.n = int(n), l.columns = int(rows.columns);
+      l.out = args.state("out", out, i, n * rows.columns);
+      l.ld_out = rows.columns;
+      l.S = args.input("S", S, i, p * n), l.Y = args.input("Y", Y, i, p * n);
+      l.rho = args.input("rho", rho, i, p);
+      l.pushed = args.integers("pushed", pushed, i, 1);
+      l.p = int(p);
       if (!two_loop_fits(l.n, l.columns, l.p, sizeof(T)))
         throw Unsupported("the recursion's kernel holds columns of up to 8192 and their memory");
     }
@@ -188,45 +204,50 @@ void lbfgs_two_loop_cuda(
 void lbfgs_push_cuda(
     const Tensors& S, const Tensors& Y, const Tensors& rho, const Tensors& pushed,
     const Tensors& counts, const Tensors& s, const Tensors& y, const Tensors& c, const Flag& ok) {
-  by_dtype(S, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", S, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(S[0]);
     std::vector<PushLayer<T>> layers;
-    for (size_t i = 0; i < S.size(); ++i)
+    for (size_t i = 0; i < S.size(); ++i) {
+      const int64_t n = s.at(i).numel(), p = rho.at(i).numel();
+      if (p == 0) throw std::invalid_argument("a ring without rows cannot take a pair");
       layers.push_back(
-          {args.state("S", S[i]), args.state("Y", Y[i]), args.state("rho", rho[i]),
-           args.integers("pushed", pushed[i]), args.integers("counts", counts[i]),
-           args.input("s", s[i]), args.input("y", y[i]), args.input("c", c[i]), side(S[i], 1),
-           side(S[i], 0)});
+          {args.state("S", S, i, p * n), args.state("Y", Y, i, p * n),
+           args.state("rho", rho, i, p), args.integers("pushed", pushed, i, 1),
+           args.integers("counts", counts, i, 4), args.input("s", s, i, n),
+           args.input("y", y, i, n), args.input("c", c, i, n), int(n), int(p)});
+    }
     push(layers, args.flag("ok", ok), args.stream());
   });
 }
 
-// [W, b] of a layer beside `joined` (M, P or what was saved); dW, db where `gradients` are given.
+// [W, b] of a layer beside `joined` (M, P or what was saved, n_g x n_a); dW, db where they are given.
 template <typename T>
 ParameterLayer<T> parameters(
-    Arguments<T>& args, size_t i, T* joined, const Tensors& W, const Tensors& b,
-    const Tensors* dW = nullptr, const Tensors* db = nullptr) {
-  const bool bias = b[i].numel() > 0;
+    CudaArguments<T>& args, size_t i, const Tensor& joined, T* pointer, const Tensors& W,
+    const Tensors& b, const Tensors* dW = nullptr, const Tensors* db = nullptr) {
+  const bool bias = b.at(i).numel() > 0;
+  const int64_t n_g = joined.size(0), d_in = joined.size(1) - bias;
   ParameterLayer<T> l{};
-  l.joined = joined;
-  l.W = args.state("W", W[i]);
-  l.b = bias ? args.state("b", b[i]) : nullptr;
-  if (dW) l.dW = args.input("dW", (*dW)[i]);
-  if (db && bias) l.db = args.input("db", (*db)[i]);
-  l.n_g = side(W[i], 0), l.d_in = side(W[i], 1), l.n_a = l.d_in + bias;
+  l.joined = pointer;
+  l.W = args.state("W", W, i, n_g * d_in);
+  l.b = bias ? args.state("b", b, i, n_g) : nullptr;
+  if (dW) l.dW = args.input("dW", *dW, i, n_g * d_in);
+  if (db && bias) l.db = args.input("db", *db, i, n_g);
+  l.n_g = int(n_g), l.d_in = int(d_in), l.n_a = int(d_in + bias);
   return l;
 }
 
 void momentum_cuda(
     const Tensors& M, const Tensors& dW, const Tensors& db, const Tensors& W, const Tensors& b,
     double mu, double weight_decay, const Flag& ok) {
-  by_dtype(M, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", M, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(M[0]);
     std::vector<ParameterLayer<T>> layers;
     for (size_t i = 0; i < M.size(); ++i)
-      layers.push_back(parameters<T>(args, i, args.state("M", M[i]), W, b, &dW, &db));
+      layers.push_back(parameters<T>(
+          args, i, M[i], args.state("M", M, i, M[i].numel()), W, b, &dW, &db));
     momentum(layers, mu, weight_decay, args.flag("ok", ok), args.stream());
   });
 }
@@ -234,25 +255,26 @@ void momentum_cuda(
 void descend_cuda(
     const Tensors& W, const Tensors& b, const Tensors& P, const Tensors& step_size,
     const Flag& ok) {
-  by_dtype(P, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", P, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(P[0]);
     std::vector<ParameterLayer<T>> layers;
     for (size_t i = 0; i < P.size(); ++i) {
-      layers.push_back(parameters<T>(args, i, args.state("P", P[i]), W, b));
-      layers.back().step_size = args.scalar("step_size", step_size[i]);
+      layers.push_back(parameters<T>(args, i, P[i], args.state("P", P, i, P[i].numel()), W, b));
+      layers.back().step_size = args.scalar("step_size", step_size, i);
     }
     descend(layers, args.flag("ok", ok), args.stream());
   });
 }
 
 void restore_cuda(const Tensors& W, const Tensors& b, const Tensors& saved, const Tensor& undo) {
-  by_dtype(saved, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", saved, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(saved[0]);
     std::vector<ParameterLayer<T>> layers;
     for (size_t i = 0; i < saved.size(); ++i)
-      layers.push_back(parameters<T>(args, i, args.input("saved", saved[i]), W, b));
+      layers.push_back(parameters<T>(
+          args, i, saved[i], args.input("saved", saved, i, saved[i].numel()), W, b));
     restore(layers, args.flag("undo", undo), args.stream());
   });
 }
@@ -266,16 +288,18 @@ struct Directions {
 
 template <typename T>
 Directions<T> directions(
-    Arguments<T>& args, const Tensors& P, const Tensors& H_g, const Tensors& M, const Tensors& H_a,
-    const Tensors& work) {
+    CudaArguments<T>& args, const Tensors& P, const Tensors& H_g, const Tensors& M,
+    const Tensors& H_a, const Tensors& work) {
   Directions<T> out;
-  for (size_t i = 0; i < P.size(); ++i) {
-    const int n_g = side(M[i], 0), n_a = side(M[i], 1);
-    T *p = args.state("P", P[i]), *m = args.state("M", M[i]), *a = args.state("H_a", H_a[i]);
-    T* g = H_g.empty() ? nullptr : args.state("H_g", H_g[i]);
-    args.state("work", work[i]);
+  for (size_t i = 0; i < M.size(); ++i) {
+    const int64_t n_g = M[i].size(0), n_a = M[i].size(1), N = n_g * n_a;
+    T *p = args.state("P", P, i, N), *m = args.state("M", M, i, N);
+    T* a = args.state("H_a", H_a, i, n_a * n_a);
+    T* g = H_g.empty() ? nullptr : args.state("H_g", H_g, i, n_g * n_g);
+    args.state("work", work, i, N);
     if (small_step_fits(n_g, n_a, sizeof(T)))
-      out.small.push_back({p, g, m, a, nullptr, nullptr, nullptr, n_g, n_a, n_a, 0});
+      out.small.push_back(
+          {p, g, m, a, nullptr, nullptr, nullptr, int(n_g), int(n_a), int(n_a), 0});
     else
       out.large.push_back(i);
   }
@@ -300,9 +324,9 @@ void multiply_large(
 void kron_precondition_cuda(
     const Tensors& P, const Tensors& H_g, const Tensors& M, const Tensors& H_a,
     const Tensors& work) {
-  by_dtype(P, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", M, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(M[0]);
     const Directions<T> split = directions(args, P, H_g, M, H_a, work);
     small_step(split.small, nullptr, args.stream());
     multiply_large(split.large, P, H_g, M, H_a, work);
@@ -314,18 +338,20 @@ void kron_step_cuda(
     const Tensors& W, const Tensors& b, const Tensors& M, const Tensors& P, const Tensors& work,
     const Tensors& dW, const Tensors& db, const Tensors& H_g, const Tensors& H_a,
     const Tensors& step_size, double mu, double weight_decay, const Flag& ok) {
-  by_dtype(M, [&](auto zero, const Tensor& lead) {
+  by_dtype("cuda", M, [&](auto zero) {
     using T = decltype(zero);
-    Arguments<T> args(lead);
+    CudaArguments<T> args(M[0]);
     Directions<T> split = directions(args, P, H_g, M, H_a, work);
     std::vector<ParameterLayer<T>> averages, steps;
     size_t small = 0, large = 0;
     for (size_t i = 0; i < M.size(); ++i) {
-      averages.push_back(parameters<T>(args, i, args.state("M", M[i]), W, b, &dW, &db));
+      const int64_t N = M[i].numel();
+      averages.push_back(
+          parameters<T>(args, i, M[i], args.state("M", M, i, N), W, b, &dW, &db));
       ParameterLayer<T> l = averages.back();
-      l.step_size = args.scalar("step_size", step_size[i]);
+      l.step_size = args.scalar("step_size", step_size, i);
       if (large < split.large.size() && split.large[large] == i) {
-        l.joined = args.state("P", P[i]);
+        l.joined = args.state("P", P, i, N);
         steps.push_back(l);
         ++large;
       } else {
@@ -347,14 +373,6 @@ void kron_step_cuda(
 
 void register_cuda(py::module_& module) {
   using namespace kbfgs::cuda;
-  py::register_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const Unsupported& reason) {
-      const py::object type = py::module_::import("kbfgs_ext.ops.registry").attr("Unsupported");
-      PyErr_SetString(type.ptr(), reason.what());
-    }
-  });
   const auto def = [&](const char* name, auto function) {
     module.def(name, function, py::call_guard<py::gil_scoped_release>());
   };

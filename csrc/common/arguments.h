@@ -1,17 +1,18 @@
-// The tensors of an op's call as pointers, checked for what the CPU kernels rely on: device, layout,
+// The tensors of an op's call as pointers, checked for what the kernels rely on: device, layout,
 // dtype, contiguity, number of elements. (Shapes are checked by the ops' api.py, with better words;
 // the number of elements again, so that no call can reach past a tensor.)
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
-
-#include "../factor_ema/factor_ema.h"
 
 namespace kbfgs {
 
@@ -24,72 +25,120 @@ struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The tensors of one call as pointers to T, each checked to hold `elements`; copies of read-only ones
-// live as long as this.
+inline void translate_unsupported() {
+  pybind11::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const Unsupported& reason) {
+      const auto registry = pybind11::module_::import("kbfgs_ext.ops.registry");
+      PyErr_SetString(registry.attr("Unsupported").ptr(), reason.what());
+    }
+  });
+}
+
+template <typename T>
+struct Strided {
+  T* data;  // m x columns, unit column stride
+  int64_t m;
+  int64_t columns;
+  int64_t stride;  // of the rows
+};
+
+// The tensors of one call as pointers to T, each checked to be on `device` and to hold `elements`;
+// copies of read-only ones live as long as this.
 template <typename T>
 class Arguments {
  public:
+  // `kernels` is "cpu" or "cuda", for messages; `most`: elements that a tensor may have.
+  Arguments(const char* kernels, at::Device device, int64_t most = INT64_MAX)
+      : kernels_(kernels), device_(device), most_(most) {}
+
   // Written, or a matrix of the state: used in place.
   T* state(const char* name, const Tensors& list, size_t i, int64_t elements) const {
     return in_place<T>(name, list.at(i), elements);
   }
-  int64_t* counts(const char* name, const Tensors& list, size_t i) const {
-    return in_place<int64_t>(name, list.at(i), 4);
+  int64_t* integers(const char* name, const Tensors& list, size_t i, int64_t elements) const {
+    return in_place<int64_t>(name, list.at(i), elements);
   }
   // Read only: made contiguous where it is not.
   T* input(const char* name, const Tensors& list, size_t i, int64_t elements) {
     check<T>(name, list.at(i), elements);
-    copies_.push_back(list[i].contiguous());
-    return copies_.back().template data_ptr<T>();
+    return keep(list[i].contiguous()).template data_ptr<T>();
   }
   // Read only: any row stride, unit column stride; n columns, or n - 1 and one of ones implied.
-  Rows<T> rows(const char* name, const Tensors& list, size_t i, int64_t n) {
-    Tensor t = list.at(i);
-    check<T>(name, t, t.dim() == 2 && t.size(1) == n ? t.numel() : t.size(0) * (n - 1));
-    if ((t.stride(1) != 1 && t.size(1) > 1) || t.stride(0) < t.size(1)) t = t.contiguous();
-    copies_.push_back(t);
-    return {t.data_ptr<T>(), t.size(0), t.size(1), t.stride(0), n};
+  Strided<T> rows(const char* name, const Tensors& list, size_t i, int64_t n) {
+    const Tensor& t = list.at(i);
+    check<T>(name, t, t.numel());
+    if (t.dim() != 2 || (t.size(1) != n && t.size(1) != n - 1))
+      throw std::invalid_argument(
+          std::string(name) + " must have rows of " + std::to_string(n) + " elements or one less");
+    const bool fits = (t.stride(1) == 1 || t.size(1) <= 1) &&
+                      (t.stride(0) >= t.size(1) || t.size(0) <= 1);
+    const Tensor& used = keep(fits ? t : t.contiguous());
+    return {used.data_ptr<T>(), used.size(0), used.size(1), used.stride(0)};
   }
-  template <typename Number>
-  Number scalar(const char* name, const Tensors& list, size_t i) const {
-    return *in_place<Number>(name, list.at(i), 1);
+  const double* scalar(const char* name, const Tensors& list, size_t i) const {
+    return in_place<double>(name, list.at(i), 1);
+  }
+  // Null where there is none.
+  const bool* flag(const char* name, const Flag& given) const {
+    return given ? in_place<bool>(name, *given, 1) : nullptr;
   }
   // Uninitialised, as long as this lives.
-  T* scratch(int64_t elements) {
-    copies_.push_back(at::empty({elements}, at::CppTypeToScalarType<T>::value));
-    return copies_.back().template data_ptr<T>();
+  template <typename U = T>
+  U* scratch(int64_t elements) {
+    const auto type = at::CppTypeToScalarType<U>::value;
+    return keep(at::empty({elements}, at::TensorOptions().device(device_).dtype(type)))
+        .template data_ptr<U>();
   }
 
  private:
+  const Tensor& keep(Tensor t) {
+    kept_.push_back(std::move(t));
+    return kept_.back();
+  }
   template <typename Number>
-  static void check(const char* name, const Tensor& t, int64_t elements) {
+  void check(const char* name, const Tensor& t, int64_t elements) const {
     constexpr at::ScalarType wanted = at::CppTypeToScalarType<Number>::value;
-    if (!t.device().is_cpu() || t.layout() != at::kStrided || t.is_neg())
-      throw Unsupported(std::string(name) + " is not a plain tensor on the CPU");
+    if (t.device() != device_ || t.layout() != at::kStrided || t.is_neg())
+      throw Unsupported(std::string(name) + " is not a plain tensor on " + device_.str());
     if (t.scalar_type() != wanted)
       throw Unsupported(
-          std::string(name) + " is " + c10::toString(t.scalar_type()) + ", the cpu kernels take " +
-          c10::toString(wanted));
+          std::string(name) + " is " + c10::toString(t.scalar_type()) + ", the " + kernels_ +
+          " kernels take " + c10::toString(wanted));
     if (t.numel() != elements)
       throw std::invalid_argument(
           std::string(name) + " must have " + std::to_string(elements) + " elements, got " +
           std::to_string(t.numel()));
+    if (t.numel() > most_)
+      throw Unsupported(
+          std::string(name) + " has more than " + std::to_string(most_) + " elements");
   }
   template <typename Number>
-  static Number* in_place(const char* name, const Tensor& t, int64_t elements) {
+  Number* in_place(const char* name, const Tensor& t, int64_t elements) const {
     check<Number>(name, t, elements);
     if (!t.is_contiguous()) throw Unsupported(std::string(name) + " is not contiguous");
     return t.data_ptr<Number>();
   }
 
-  Tensors copies_;
+  const char* kernels_;
+  at::Device device_;
+  int64_t most_;
+  Tensors kept_;
 };
 
-inline bool read(const char* name, const Flag& flag) {
-  if (!flag) return true;
-  if (flag->scalar_type() != at::kBool || !flag->device().is_cpu() || flag->numel() != 1)
-    throw Unsupported(std::string(name) + " is not a bool scalar on the CPU");
-  return *flag->data_ptr<bool>();
+// Calls run(T{}) with the dtype of the op's first list; an empty list has nothing to run.
+template <class Run>
+void by_dtype(const char* kernels, const Tensors& lead, const Run& run) {
+  if (lead.empty()) return;
+  switch (lead[0].scalar_type()) {
+    case at::kFloat: return run(float{});
+    case at::kDouble: return run(double{});
+    default: break;
+  }
+  throw Unsupported(
+      std::string("the ") + kernels + " kernels take float32 and float64, not " +
+      c10::toString(lead[0].scalar_type()));
 }
 
 }  // namespace kbfgs

@@ -26,7 +26,8 @@ HEADERS = sorted(
     [
         *(ROOT / "csrc").rglob("*.cuh"),
         *(ROOT / "csrc").rglob("*_cuda.h"),
-        *(ROOT / "csrc" / "common" / name for name in ("cuda_arguments.h", "launch_shape.h")),
+        *(ROOT / "csrc" / "common").glob("*arguments.h"),
+        ROOT / "csrc" / "common" / "launch_shape.h",
         *HERE.rglob("*.h"),
     ]
 )

@@ -8,6 +8,7 @@ from kbfgs_ext.ops.registry import Unsupported
 from tests.cuda_host.oncpu import check, run
 from tests.helpers import calls, cases, compare
 from tests.helpers.cases import Case
+from tests.ops import test_native_contract as contract
 
 DTYPES = (torch.float32, torch.float64)
 # What the shared case list leaves out: every boundary of packs, warps and tiles, in one call.
@@ -174,6 +175,21 @@ def test_what_the_kernels_do_not_take_is_declined_before_anything_is_written(hos
     v, counts = torch.ones(3), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(Unsupported, match="H is not contiguous"):
         registry.implementation("bfgs_update_", "cuda").run([H], [counts], [v], [v], [], [v], None)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in sorted(registry.ops()) for name in contract.lists(op)]
+)
+def test_a_call_cannot_reach_past_a_tensor(host, op, name):
+    for short in contract.shortened(op, name):
+        before = calls.apply(short, calls.copy)
+        with pytest.raises((ValueError, IndexError, Unsupported)):
+            registry.implementation(op, "cuda").run(*short)
+        for (argument, g), (_, b) in zip(
+            calls.flat(op, short), calls.flat(op, before), strict=True
+        ):
+            compare.assert_same_bits(g, b, argument)
+    assert host.launches() == []
 
 
 def test_empty_lists_do_nothing(host):

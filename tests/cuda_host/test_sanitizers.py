@@ -50,11 +50,11 @@ def test_no_access_out_of_bounds_and_nothing_undefined():
 @pytest.mark.slow
 @pytest.mark.skipif(runtime() is None, reason="needs g++ with libasan: a Linux machine with gcc")
 def test_the_sanitizer_would_see_it():
-    """The same set-up finds a vector that is one element short."""
+    """The same set-up finds a vector whose memory is one element short of its size."""
     build.library("asan")
     code = (
         "import torch; from tests.cuda_host import build; m = build.load('asan')\n"
-        "s = torch.ones(33); v = torch.ones(32)\n"
+        "s, v = torch.ones(33), torch.ones(33); v.untyped_storage().resize_(32 * 4)\n"
         "m.pair_ema_cuda([s], [v], [s], [s], [s], [s], 0.5, None)\n"
     )
     done = run_python("-c", code)

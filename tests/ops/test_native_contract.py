@@ -227,20 +227,35 @@ def lists(op):
     ]  # fmt: skip
 
 
+def shortened(op, name):
+    """Calls of the op with the list's last tensor an element too short, or left out."""
+    args = cases.first(op).build(torch.float32)
+    value = dict(zip(names(op), args, strict=True))[name]
+    yield with_argument(op, args, name, [*value[:-1], value[-1].flatten()[:-1].clone()])
+    if name != LEADING.get(op, names(op)[0]):
+        yield with_argument(op, args, name, value[:-1])
+
+
 @pytest.mark.parametrize(
     ("op", "name"), [(op, name) for op in sorted(registry.ops()) for name in lists(op)]
 )
 def test_a_call_cannot_reach_past_a_tensor(op, name):
     """api.py checks shapes; the bare op must not read or write out of bounds either."""
-    args = cases.first(op).build(torch.float32)
-    value = dict(zip(names(op), args, strict=True))[name]
-    short = with_argument(op, args, name, [*value[:-1], value[-1].flatten()[:-1].clone()])
-    before = calls.apply(short, calls.copy)
-    with pytest.raises((ValueError, IndexError)):
-        getattr(torch.ops.kbfgs_ext, op)(*short, "cpu")
-    fewer = with_argument(op, args, name, value[:-1])
-    if name != LEADING.get(op, names(op)[0]):
+    for short in shortened(op, name):
+        before = calls.apply(short, calls.copy)
         with pytest.raises((ValueError, IndexError)):
-            getattr(torch.ops.kbfgs_ext, op)(*fewer, "cpu")
-    for (argument, g), (_, b) in zip(calls.flat(op, short), calls.flat(op, before), strict=True):
-        compare.assert_same_bits(g, b, argument)
+            getattr(torch.ops.kbfgs_ext, op)(*short, "cpu")
+        for (argument, g), (_, b) in zip(
+            calls.flat(op, short), calls.flat(op, before), strict=True
+        ):
+            compare.assert_same_bits(g, b, argument)
+
+
+def test_too_few_elements_are_said_by_name():
+    v, c = torch.ones(3), torch.zeros(4, dtype=torch.int64)
+    args = ([torch.eye(3)], [c], [v], [v], [], [v[:2]], None)
+    with pytest.raises(ValueError, match="c must have 3 elements, got 2"):
+        torch.ops.kbfgs_ext.bfgs_update_(*args, "cpu")
+    args = ([torch.eye(3)], [v.clone()], [torch.ones(5, 4)], 0.5, None)
+    with pytest.raises(ValueError, match="X must have rows of 3 elements or one less"):
+        torch.ops.kbfgs_ext.factor_ema_(*args, "cpu")
