@@ -237,12 +237,15 @@ class CoveredOptimizer(torch.optim.Optimizer):
             checkpoint.copy_into(self._guard.tensors(), saved["safeguard"])
         self._iteration = saved["iteration"]
         self._generation += 1
+        own_groups = [dict(group) for group in self.param_groups]
         groups = copy.deepcopy(state_dict["param_groups"])  # an lr may be a tensor
         for group, values in zip(self.param_groups, groups, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
         if self._fallback is not None:
             self._fallback.optimizer.load_state_dict(saved["fallback"])
             self.param_groups[len(self._covered) :] = self._fallback.optimizer.param_groups
+        for group, own in zip(self.param_groups, own_groups, strict=True):
+            checkpoint.keep_devices(group, own)
         self._publish_state()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

@@ -88,8 +88,20 @@ def load_layers(
             layer.allocate(plan)
             for name, tensor in layer.kept.items():
                 tensor.copy_(entry["tensors"][name])
+        else:  # saved before the first step
+            layer.clear()
         layer.started = entry["started"]
         layer.warm_batches = entry["warm_batches"]
+
+
+def keep_devices(group: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Tensors of a loaded param group go where the group had its ``own``.
+
+    A checkpoint read with map_location="cpu" would leave an lr there, which no graph can follow.
+    """
+    for name, value in group.items():
+        if isinstance(value, torch.Tensor) and isinstance(own.get(name), torch.Tensor):
+            group[name] = value.to(own[name].device)
 
 
 def copy_into(own: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:

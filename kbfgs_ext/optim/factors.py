@@ -126,13 +126,19 @@ class LayerFactors:
         device = self.weight.device
         if not self.kept:
             for name, (shape, dtype) in self.kept_shapes(plan).items():
-                self.kept[name] = torch.zeros(shape, dtype=dtype, device=device)
-            if "H_g" in self.kept:
-                self.kept["H_g"].fill_diagonal_(1.0)
+                self.kept[name] = torch.empty(shape, dtype=dtype, device=device)
+            self.clear()
         if not self.scratch:
             for name, shape in self.scratch_shapes(plan).items():
                 self.scratch[name] = torch.zeros(shape, dtype=self.dtype, device=device)
             self._no_bias = torch.empty(0, dtype=self.weight.dtype, device=device)
+
+    def clear(self) -> None:
+        """What is kept is as before the first step."""
+        for tensor in self.kept.values():
+            tensor.zero_()
+        if "H_g" in self.kept:
+            self.kept["H_g"].fill_diagonal_(1.0)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self.kept.get(name)

@@ -141,8 +141,14 @@ class CapturedStep:
         self._baked = self._present()
         steps = self._optimizer._iteration
         closure = self._closure(self._inputs)
-        self._graph = Graph(lambda: self._optimizer._step(closure).detach(), self._optimizer.device)
-        self._optimizer._iteration = steps  # a capture runs nothing
+        self._optimizer._capturing = True
+        try:
+            self._graph = Graph(
+                lambda: self._optimizer._step(closure).detach(), self._optimizer.device
+            )
+        finally:
+            self._optimizer._capturing = False
+            self._optimizer._iteration = steps  # a capture runs nothing
 
     def _replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         assert self._graph is not None

@@ -128,16 +128,15 @@ class DeviceScalars:
         self.lr, self.lam_a, self.lam_g, self.step_size = self._values.unbind()
         self._known: dict[str, float] = {}
 
-    def update(self, group: Mapping[str, Any], scale: torch.Tensor) -> None:
-        """Bring the scalars up to date; step_size = lr * scale."""
-        self.refresh(group)
-        torch.mul(self.lr, scale, out=self.step_size)
-
     def refresh(self, group: Mapping[str, Any]) -> None:
         """lr, lam_a and lam_g as the group has them."""
         self._set("lr", self.lr, group["lr"])
         self._set("lam_a", self.lam_a, _lam(group, "damping_a"))
         self._set("lam_g", self.lam_g, _lam(group, "damping_g"))
+
+    def set_step_size(self, scale: torch.Tensor) -> None:
+        """step_size = lr * scale."""
+        torch.mul(self.lr, scale, out=self.step_size)
 
     def _set(self, name: str, tensor: torch.Tensor, value: float | torch.Tensor) -> None:
         if isinstance(value, torch.Tensor):

@@ -55,6 +55,7 @@ class SteppingOptimizer(CoveredOptimizer):
     pair_every: int
     factor_every: int
     _flight: Flight | None = None
+    _capturing = False  # a graph must not write the lr and dampings of its capture
 
     # ------------------------------------------------------------------ the calls
 
@@ -181,7 +182,9 @@ class SteppingOptimizer(CoveredOptimizer):
                 and all(layer.slot.inputs or not layer.has("H_a") for layer in active)
             )
             for group, layers, scalars in self._split(active):
-                scalars.update(group, self._guard.scale)
+                if not self._capturing:
+                    scalars.refresh(group)
+                scalars.set_step_size(self._guard.scale)
                 seen = [layer for layer in layers if layer.slot.inputs]
                 if seen:
                     self._method.statistics(seen, group, scalars, ok)

@@ -8,7 +8,8 @@ import torch
 from kbfgs_ext import KBFGS, KBFGSL, CapturedStep
 from tests.helpers import compare
 from tests.optim import test_trajectories as trajectories
-from tests.optim.models import closure_of, mlp, rows
+from tests.optim.captured import CapturedRun
+from tests.optim.models import assert_same, closure_of, mlp, rows
 
 pytestmark = pytest.mark.gpu
 METHODS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
@@ -108,3 +109,19 @@ def test_a_resumed_run_continues_bit_for_bit(backend, method):
         twin_opt.step(twin_closure)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         compare.assert_same_bits(p.detach().cpu(), q.detach().cpu())
+
+
+@METHODS
+@pytest.mark.parametrize("fallback", [False, True], ids=["linear only", "fallback"])
+@pytest.mark.parametrize("at", [2, 6], ids=["in the warm-up", "after the capture"])
+def test_a_resumed_captured_run_continues_bit_for_bit(backend, method, fallback, at):
+    """With a schedule, read back by way of the CPU; without a GPU: test_captured_step.py."""
+    through, resumed = (
+        CapturedRun(method, fallback, "cuda", torch.float32, backend=backend) for _ in range(2)
+    )
+    through(range(at))
+    resumed.load(through.save(), map_location="cpu")
+    rest = range(at, at + WARM_UP + 3)
+    assert through(rest) == resumed(rest)
+    assert through.step.captured and resumed.step.captured
+    assert_same(through.everything(), resumed.everything())

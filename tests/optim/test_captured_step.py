@@ -1,8 +1,10 @@
 """CapturedStep without a GPU: an ordinary step on the CPU, and what it does around a capture.
 
-The capture itself is stood in for by a graph that runs on replay what it was given; on a GPU
+The capture itself is stood in for by a tape of the step's ops (tests/helpers/tape.py); on a GPU
 tests/gpu/test_step.py takes the real one.
 """
+
+import importlib
 
 import pytest
 import torch
@@ -10,29 +12,29 @@ from torch import nn
 from torch.nn import functional as F
 
 from kbfgs_ext import KBFGS, KBFGSL, CapturedStep
-from kbfgs_ext.optim import graph
+from kbfgs_ext.optim import graph, hyper
+from tests.helpers.tape import Tape
+from tests.optim.captured import CapturedRun
 from tests.optim.models import assert_same, mlp, rows, snapshot
 
 METHODS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
 BATCHES = [(rows(16, 5, seed=i), rows(16, 3, seed=100 + i)) for i in range(8)]
 
 
-class FakeGraph:
-    """Runs nothing when made, as a capture, and everything on replay."""
-
-    def __init__(self, run, device):
-        self._run = run
-        self.result = torch.zeros((), dtype=torch.float64)
-
-    def replay(self):
-        self.result.copy_(self._run())
+@pytest.fixture
+def as_if_cuda(monkeypatch):
+    monkeypatch.setattr(graph, "Graph", Tape)
+    monkeypatch.setattr(KBFGS, "device", torch.device("cuda"))
+    monkeypatch.setattr(CapturedStep, "_on_the_side", CapturedStep._ordinary)
 
 
 @pytest.fixture
-def as_if_cuda(monkeypatch):
-    monkeypatch.setattr(graph, "Graph", FakeGraph)
-    monkeypatch.setattr(KBFGS, "device", torch.device("cuda"))
-    monkeypatch.setattr(CapturedStep, "_on_the_side", CapturedStep._ordinary)
+def scalars_too(as_if_cuda, monkeypatch):
+    """Tensors of the param groups pass for tensors on the device, in torch's AdamW as well."""
+    monkeypatch.setattr(graph, "_on_host", lambda value: False)
+    monkeypatch.setattr(hyper, "check_group", lambda group: None)  # looks at values on the host
+    adam = importlib.import_module("torch.optim.adam")
+    monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda **_: ["cpu"])
 
 
 def made(method=KBFGS, model=None, **options):
@@ -87,18 +89,34 @@ def test_captured_steps_are_the_ordinary_ones(method, as_if_cuda, monkeypatch):
     assert_same(snapshot(model, opt), snapshot(plain, plain_opt))
 
 
-def test_lr_and_damping_change_between_replays(as_if_cuda, monkeypatch):
-    _, opt, step = made()
-    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
-    for batch in BATCHES:
-        step(*batch)
-        schedule.step()
-        opt.param_groups[0]["damping"] *= 1.5
-        scalars = opt._covered[0].scalars
-        before = scalars.lr.item()
-    assert step.captured
-    assert before == 0.3 * 0.5 ** (len(BATCHES) - 1)
-    assert scalars.lam_a.item() == pytest.approx((0.3 * 1.5 ** (len(BATCHES) - 1)) ** 0.5)
+def numbers(group, k):
+    group["lr"], group["damping"] = 0.3 * 0.5**k, 0.3 * 1.5**k
+
+
+def tensors_in_place(group, k):
+    group["lr"].fill_(0.3 * 0.5**k)
+    group["damping"].fill_(0.3 * 1.5**k)
+
+
+def new_tensors(group, k):
+    group["lr"], group["damping"] = torch.tensor(0.3 * 0.5**k), torch.tensor(0.3 * 1.5**k)
+
+
+@METHODS
+@pytest.mark.parametrize("change", [numbers, tensors_in_place, new_tensors])
+def test_lr_and_damping_change_between_calls(method, change, scalars_too):
+    """Before every call: so also before the one that captures, which must not keep them."""
+    ends = []
+    for captured in (True, False):
+        model, opt, step = made(method, lr=torch.tensor(0.3), damping=torch.tensor(0.3))
+        losses = []
+        for k, batch in enumerate(BATCHES):
+            change(opt.param_groups[0], k)
+            losses.append((step(*batch) if captured else step._ordinary(batch)).item())
+        assert step.captured == captured
+        ends.append((losses, snapshot(model, opt)))
+    assert ends[0][0] == ends[1][0]
+    assert_same(ends[0][1], ends[1][1])
 
 
 def test_what_is_part_of_the_graph_may_not_change(as_if_cuda):
@@ -158,3 +176,39 @@ def test_bad_arguments():
         CapturedStep(opt, 3)
     with pytest.raises(ValueError, match="warm_up must be an int of at least 2, got 1"):
         CapturedStep(opt, lambda: None, warm_up=1)
+
+
+@METHODS
+@pytest.mark.parametrize("fallback", [False, True], ids=["linear only", "fallback"])
+@pytest.mark.parametrize("at", [2, 3, 6], ids=["in the warm-up", "before the capture", "after it"])
+def test_resume(method, fallback, at, scalars_too):
+    """Saved anywhere, a run goes on bit for bit in a new optimizer and a new CapturedStep."""
+    options = {"memory": 3} if method is KBFGSL else {"hessian_action": "ema"}
+    through = CapturedRun(method, fallback, **options)
+    through(range(at))
+    assert through.step.captured == (at > graph.WARM_UP)
+    file = through.save()
+    resumed = CapturedRun(method, fallback, **options)
+    resumed.load(file)
+    rest = range(at, at + graph.WARM_UP + 3)
+    assert through(rest) == resumed(rest)
+    assert through.step.captured and resumed.step.captured
+    assert_same(through.everything(), resumed.everything())
+    assert int(resumed.opt.counters()["steps"]) == resumed.opt._iteration == rest.stop
+
+
+def test_a_failed_capture_counts_no_step(as_if_cuda):
+    model, opt, _ = made()
+    losses = []
+
+    def noisy(x, target):
+        losses.append(F.mse_loss(model(x), target))
+        if len(losses) == 2 * (graph.WARM_UP + 1):  # the second pass of the capture
+            losses[-1].item()
+        return losses[-1]
+
+    step = CapturedStep(opt, noisy)
+    with pytest.raises(RuntimeError, match="reads a value"):
+        several(step)
+    assert not step.captured
+    assert int(opt.counters()["steps"]) == opt._iteration == graph.WARM_UP

@@ -193,6 +193,17 @@ def test_a_loaded_tensor_lr_is_not_shared():
     assert other.param_groups[0]["lr"].item() == pytest.approx(0.2)
 
 
+def test_loaded_tensors_go_where_the_optimizer_has_its_own():
+    """An lr on the device stays there, whatever map_location the checkpoint was read with."""
+    model = mlp(5, 7, 3)
+    state = KBFGS(model, lr=torch.tensor(0.1), damping=torch.tensor(0.2)).state_dict()
+    opt = KBFGS(model, lr=torch.tensor(0.3, device="meta"), damping=0.3)
+    opt.load_state_dict(state)
+    group = opt.param_groups[0]
+    assert group["lr"].device.type == "meta"
+    assert group["damping"].item() == pytest.approx(0.2)
+
+
 # ---------------------------------------------------------------------- keywords of torch
 
 

@@ -121,3 +121,14 @@ def test_resume(method, option, schedule):
     assert_same(through.everything(), resumed.everything())
     assert int(through.opt.counters()["steps"]) == at + 4
     assert int(through.opt.counters()["skipped"]) == 0
+
+
+@METHODS
+def test_back_to_before_the_first_step(method):
+    run = Run(method, "cosine")
+    file = run.save()
+    run(range(3))
+    first = run.everything()
+    run.load(file)
+    run(range(3))
+    assert_same(first, run.everything())
