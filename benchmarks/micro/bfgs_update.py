@@ -22,7 +22,8 @@ def _update_blas(H: list, counts: list, s: list, y: list, Hy: list, c: list, ok:
     for H_i, counts_i, s_i, y_i, c_i in zip(H, counts, s, y, c, strict=True):
         Hy_i = H_i @ y_i
         sy, ss, yHy = s_i @ y_i, s_i @ s_i, y_i @ Hy_i
-        accept = (sy > 0) & (sy > 1e-4 * ss * c_i.norm()) & torch.isfinite(ss * yHy / sy)
+        accept = (sy > 0) & (sy > 1e-4 * ss * c_i.norm()) & (yHy >= 0)
+        accept &= torch.isfinite(ss * yHy / sy)
         rho = 1 / sy
         w = (rho * rho * yHy + rho) / 2 * s_i - rho * Hy_i
         w = torch.where(accept, w, 0)

@@ -20,7 +20,7 @@ def bfgs_update_(
 ) -> None:
     """The BFGS update of inverse factors, for all layers, gated on the device.
 
-    (8)  accept if s'y > 0, s'y > 1e-4*s's*||c||, and all is finite
+    (8)  accept if s'y > 0, s'y > 1e-4*s's*||c||, y'Hy >= 0, and all is finite
     (9)  H <- H - rho*(s (Hy)' + (Hy) s') + (rho^2*y'Hy + rho)*s s',   rho = 1/s'y
 
     Args:

@@ -11,10 +11,13 @@ from kbfgs_ext.ops.registry import register
 CURVATURE_GATE = 1e-4  # of (8), relative to s's*||c||: the authors' value
 
 
-def gate(s, y, c, finite, ok) -> torch.Tensor:
-    """(8): whether the pair may enter the factor; a bool scalar on the device."""
+def gate(s, y, c, sound, ok) -> torch.Tensor:
+    """(8): whether the pair may enter the factor; a bool scalar on the device.
+
+    ``sound``: what depends on how it enters: all is finite, and y'Hy is not negative.
+    """
     sy, ss = s @ y, s @ s
-    accept = (sy > 0) & (sy > CURVATURE_GATE * ss * c.norm()) & torch.isfinite(1 / sy) & finite
+    accept = (sy > 0) & (sy > CURVATURE_GATE * ss * c.norm()) & torch.isfinite(1 / sy) & sound
     return accept if ok is None else accept & ok
 
 
@@ -33,7 +36,7 @@ def bfgs_update_(H, counts, s, y, Hy, c, ok) -> None:
         coefficient = rho * rho * yHy + rho
         # Finite products imply finite vectors: 0 times Inf or NaN is NaN.
         finite = torch.isfinite(coefficient * (s[i] @ s[i])) & torch.isfinite(rho * (Hy_i @ Hy_i))
-        accept = gate(s[i], y[i], c[i], finite, ok)
+        accept = gate(s[i], y[i], c[i], finite & (yHy >= 0), ok)  # y'Hy < 0: H is indefinite
         H_new = H[i] - rho * (torch.outer(s[i], Hy_i) + torch.outer(Hy_i, s[i]))  # (9)
         H_new += coefficient * torch.outer(s[i], s[i])  # (9)
         H[i].copy_(torch.where(accept, H_new, H[i]))
