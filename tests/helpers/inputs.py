@@ -55,8 +55,8 @@ def transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 def random_ring(p: int, n: int, pushed: int, condition: float, seed: int) -> tuple:
     """S, Y, rho, pushed after ``pushed`` pairs with s'y > 0 went through a ring of p rows."""
-    S, Y = torch.zeros(2, p, n, dtype=torch.float64)
-    rho = torch.zeros(p, dtype=torch.float64)
+    S, Y = torch.full((2, p, n), NAN, dtype=torch.float64)  # a row without a pair is not read
+    rho = torch.full((p,), NAN, dtype=torch.float64)
     B = spd(n, condition, seed) * condition  # eigenvalues 1 to condition
     for k in range(pushed):
         s = randn(n, seed=seed + 100 + k)
