@@ -15,6 +15,7 @@ import torch
 from kbfgs_ext.ops import library as library
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
 from tests.helpers.inputs import (
+    NAN,
     in_dtype,
     nan_filled,
     random_ring,
@@ -156,6 +157,32 @@ def curvature_update(
             h_next, g_bar, g_next, scalars(0.3, len(n_a)), scalars(lam, len(n_g)), 0.9, 0.2, ok,
             ok_pair,
         ]  # fmt: skip
+
+    return build
+
+
+def restart(sizes, side, bias=True, force=None, layout=lambda t: t):
+    """After 3; ``side``: a letter, "A" or "X" for the source of the trace, "g", or "ring".
+
+    Layers in turn have a streak of 3 (and numbers in H that are not), of 2, one that an accepted
+    pair has ended, and one of 5.
+    """
+
+    def build(dtype):
+        count = len(sizes)
+        marks = [torch.tensor([7, 2, 1]) for _ in sizes]
+        streaks = [(7, 5), (7, 4), (8, 9), (7, 7)]
+        counts = [torch.tensor([*streaks[i % 4], 0, 0]) for i in range(count)]
+        if side == "ring":
+            return [[], [torch.tensor(5 + i) for i in range(count)], marks, counts, [], [], [], 3,
+                    force]  # fmt: skip
+        H = random_spds(sizes, 20)
+        H[0][-1] = NAN
+        A = random_spds(sizes, 30) if side == "A" else []
+        X = [randn(20, n - bias, seed=i) for i, n in enumerate(sizes)] if side == "X" else []
+        H, A, X = in_dtype(dtype, [H, A, X])
+        lam = [] if side == "g" else scalars(0.3, count)
+        return [H, [], marks, counts, lam, A, [layout(x) for x in X], 3, force]
 
     return build
 
@@ -306,6 +333,17 @@ ALL = [
     Case("curvature_update_", ":void-pair", curvature_update(LAYERS, ok=YES, ok_pair=NO)),
     Case("bfgs_update_", ":indefinite", bfgs_update(MIXED, "indefinite")),
     Case("curvature_update_", ":indefinite", curvature_update(LAYERS, "indefinite")),
+    Case("restart_", ":from-A", restart(MIXED, "A")),
+    Case("restart_", ":from-X", restart(MIXED, "X")),
+    Case("restart_", ":from-X-no-bias", restart(MIXED, "X", bias=False)),
+    Case("restart_", ":from-X-sliced", restart((63, 300), "X", layout=row_strided)),
+    Case("restart_", ":from-X-transposed", restart((63, 17), "X", layout=transposed)),
+    Case("restart_", ":identity", restart((*MIXED, 127), "g")),
+    Case("restart_", ":ring", restart((*MIXED, 127), "ring")),
+    Case("restart_", ":forced", restart(MIXED, "A", force=YES)),
+    Case("restart_", ":forced-ring", restart(MIXED, "ring", force=YES)),
+    Case("restart_", ":not-forced", restart(MIXED, "X", force=NO)),
+    Case("restart_", ":1024", restart((1024, 513), "A")),
     Case("lbfgs_two_loop_", ":empty", two_loop(TINY, 5, 0, 3, "recursion")),
     Case("lbfgs_two_loop_", ":empty-compact", two_loop(TINY, 5, 0, 3, "compact")),
     Case("lbfgs_two_loop_", ":partial", two_loop(MIXED, 10, 3, 70, "recursion")),

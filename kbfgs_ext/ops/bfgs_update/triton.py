@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from kbfgs_ext.ops.bfgs_update.reference import CURVATURE_GATE
+from kbfgs_ext.ops.bfgs_update.restart_triton import restart_ as restart_
 from kbfgs_ext.ops.double_damping.triton import (
     LIVE,
     REDO,
