@@ -60,6 +60,8 @@ def _read_share(op: str, name: str, named: Arguments) -> float:
 
 
 def _bytes(op: str, name: str, value: Any) -> int:
+    if op == "restart_" and name not in ("marks", "counts"):
+        return 0  # of a call that restarts nothing: all but a few in a run
     tensors = [value] if isinstance(value, torch.Tensor) else value
     if name == "work" or not isinstance(tensors, list):
         return 0
@@ -125,6 +127,7 @@ _FLOPS: dict[str, Callable[[Arguments], int]] = {
     "bfgs_update_": _bfgs_update,
     "curvature_update_": _curvature_update,
     "lbfgs_two_loop_": _lbfgs_two_loop,
+    "restart_": lambda a: 0,
     "lbfgs_push_": lambda a: 8 * _sum(len, a["s"]),
     "kron_precondition_": _kron_precondition,
     "momentum_": _momentum,

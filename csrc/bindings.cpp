@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bfgs_update/bfgs_update.h"
+#include "bfgs_update/restart_arguments.h"
 #include "common/arguments.h"
 #include "common/isa.h"
 #include "double_damping/double_damping.h"
@@ -178,6 +179,16 @@ void curvature_update_cpu(
   });
 }
 
+void restart_cpu(
+    const Tensors& H, const Tensors& pushed, const Tensors& marks, const Tensors& counts,
+    const Tensors& lam, const Tensors& A, const Tensors& X, int64_t after, const Flag& force) {
+  by_dtype_or_float("cpu", H, marks, [&](auto zero) {
+    CpuArguments<decltype(zero)> args;
+    const auto layers = restart_layers(args, H, pushed, marks, counts, lam, A, X);
+    restart(layers, after, force && args.read("force", force));
+  });
+}
+
 void lbfgs_two_loop_cpu(
     const Tensors& out, const Tensors& Q, const Tensors& S, const Tensors& Y, const Tensors& rho,
     const Tensors& pushed, const std::string& form) {
@@ -343,6 +354,7 @@ PYBIND11_MODULE(_C, module) {
   KBFGS_DEF(double_damping_cpu);
   KBFGS_DEF(bfgs_update_cpu);
   KBFGS_DEF(curvature_update_cpu);
+  KBFGS_DEF(restart_cpu);
   KBFGS_DEF(lbfgs_two_loop_cpu);
   KBFGS_DEF(lbfgs_push_cpu);
   KBFGS_DEF(kron_precondition_cpu);

@@ -1,7 +1,5 @@
-// The CUDA half of kbfgs_ext._C: functions <op>_cuda with the arguments of the op of the same name
-// (schemas in kbfgs_ext/ops/library.py), as bindings.cpp does it for the CPU: lists of tensors unpacked
-// to pointers (common/arguments.h). Whatever the kernels do not take raises Unsupported before anything
-// is written. Nothing here reads from the device.
+// The CUDA half of kbfgs_ext._C: functions <op>_cuda with the arguments of the op of the same name, as
+// bindings.cpp has them for the CPU. Nothing here reads from the device.
 #include <ATen/ops/mm.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,6 +8,7 @@
 #include <vector>
 
 #include "bfgs_update/bfgs_update_cuda.h"
+#include "bfgs_update/restart_arguments.h"
 #include "common/cuda_arguments.h"
 #include "double_damping/double_damping_cuda.h"
 #include "factor_ema/factor_ema_cuda.h"
@@ -61,10 +60,8 @@ void hessian_action_cuda(
       const int64_t n = y[i].numel();
       l.y = args.state("y", y, i, n);
       set_X(args, l, X, i, n);
-      l.s = args.input("s", s, i, n);
-      l.lam = args.scalar("lam", lam, i);
-      l.n_a = int(n);
-      l.z = args.scratch(l.m);
+      l.s = args.input("s", s, i, n), l.lam = args.scalar("lam", lam, i);
+      l.n_a = int(n), l.z = args.scratch(l.m);
     }
     hessian_action(layers, args.stream());
   });
@@ -175,6 +172,16 @@ void curvature_update_cuda(
   });
 }
 
+void restart_cuda(
+    const Tensors& H, const Tensors& pushed, const Tensors& marks, const Tensors& counts,
+    const Tensors& lam, const Tensors& A, const Tensors& X, int64_t after, const Flag& force) {
+  by_dtype_or_float("cuda", H, marks, [&](auto zero) {
+    CudaArguments<decltype(zero)> args(marks[0]);
+    const auto layers = restart_layers(args, H, pushed, marks, counts, lam, A, X);
+    restart(layers, after, args.flag("force", force), args.stream());
+  });
+}
+
 void lbfgs_two_loop_cuda(
     const Tensors& out, const Tensors& Q, const Tensors& S, const Tensors& Y, const Tensors& rho,
     const Tensors& pushed) {
@@ -192,8 +199,7 @@ void lbfgs_two_loop_cuda(
       l.ld_out = rows.columns;
       l.S = args.input("S", S, i, p * n), l.Y = args.input("Y", Y, i, p * n);
       l.rho = args.input("rho", rho, i, p);
-      l.pushed = args.integers("pushed", pushed, i, 1);
-      l.p = int(p);
+      l.pushed = args.integers("pushed", pushed, i, 1), l.p = int(p);
       if (!two_loop_fits(l.n, l.columns, l.p, sizeof(T)))
         throw Unsupported("the recursion's kernel holds columns of up to 8192 and their memory");
     }
@@ -382,6 +388,7 @@ void register_cuda(py::module_& module) {
   def("double_damping_cuda", &double_damping_cuda);
   def("bfgs_update_cuda", &bfgs_update_cuda);
   def("curvature_update_cuda", &curvature_update_cuda);
+  def("restart_cuda", &restart_cuda);
   def("lbfgs_two_loop_cuda", &lbfgs_two_loop_cuda);
   def("lbfgs_push_cuda", &lbfgs_push_cuda);
   def("kron_precondition_cuda", &kron_precondition_cuda);

@@ -22,7 +22,8 @@ def _update_blas(H: list, counts: list, s: list, y: list, Hy: list, c: list, ok:
     for H_i, counts_i, s_i, y_i, c_i in zip(H, counts, s, y, c, strict=True):
         Hy_i = H_i @ y_i
         sy, ss, yHy = s_i @ y_i, s_i @ s_i, y_i @ Hy_i
-        accept = (sy > 0) & (sy > 1e-4 * ss * c_i.norm()) & torch.isfinite(ss * yHy / sy)
+        accept = (sy > 0) & (sy > 1e-4 * ss * c_i.norm()) & (yHy >= 0)
+        accept &= torch.isfinite(ss * yHy / sy)
         rho = 1 / sy
         w = (rho * rho * yHy + rho) / 2 * s_i - rho * Hy_i
         w = torch.where(accept, w, 0)
@@ -48,6 +49,13 @@ def _curvature(layers: Layers, make: Numbers, from_X: bool) -> list[Any]:
     ]  # fmt: skip
 
 
+def _restart(layers: Layers, make: Numbers) -> list[Any]:
+    """Of a step that restarts nothing."""
+    H, A = [make.spd(x.n_a) for x in layers], [make.spd(x.n_a) for x in layers]
+    marks, counts = ([make.counts()[:k] + 20 for _ in layers] for k in (3, 4))
+    return [H, [], marks, counts, [make.scalar(0.3) for _ in layers], A, [], 10, None]
+
+
 _ema = functools.partial(_curvature, from_X=False)
 _minibatch = functools.partial(_curvature, from_X=True)
 
@@ -55,4 +63,5 @@ KERNELS = (
     Kernel("bfgs_update_", "bfgs_update_", _update, _update_blas),
     Kernel("curvature_update_, ema", "curvature_update_", _ema),
     Kernel("curvature_update_, minibatch", "curvature_update_", _minibatch),
+    Kernel("restart_", "restart_", _restart),
 )

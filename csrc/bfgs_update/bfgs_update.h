@@ -1,4 +1,5 @@
-// bfgs_update: gate (8), rank-2 update (9) and the whole curvature update of a step, (5) to (10).
+// bfgs_update: gate (8), rank-2 update (9), the whole curvature update of a step, (5) to (10), and
+// restarts (12).
 // Equations are those of kbfgs_ext/ops/README.md. One entry of a list per layer.
 #pragma once
 
@@ -7,6 +8,7 @@
 
 #include "../double_damping/double_damping.h"
 #include "../factor_ema/factor_ema.h"
+#include "restart.h"
 
 namespace kbfgs {
 
@@ -60,5 +62,9 @@ template <typename T>
 void curvature_update(
     const std::vector<CurvatureA<T>>& a_side, const std::vector<CurvatureG<T>>& g_side,
     double pair_decay, double mu1, bool ok, bool ok_pair);
+
+// (12) after `after` rejected pairs in a row, or where `force`.
+template <typename T>
+void restart(const std::vector<Restart<T>>& layers, int64_t after, bool force);
 
 }  // namespace kbfgs

@@ -88,18 +88,19 @@ Gate<T> gate(int64_t n, const T* s, const T* y, const T* Hy, const T* c) {
   // Rounded to T where the reference rounds, so that both overflow in the same place.
   const T sy = static_cast<T>(dot(s, y, n)), ss = static_cast<T>(dot(s, s, n));
   const T rho = 1 / sy;
-  bool finite = std::isfinite(rho);
+  bool sound = std::isfinite(rho);
   T coefficient = 0;
   // Finite products imply finite vectors: 0 times Inf or NaN is NaN.
   if (Hy != nullptr) {
-    coefficient = rho * rho * static_cast<T>(dot(y, Hy, n)) + rho;
-    finite = finite && std::isfinite(coefficient * ss) &&
-             std::isfinite(rho * static_cast<T>(dot(Hy, Hy, n)));
+    const T yHy = static_cast<T>(dot(y, Hy, n));
+    coefficient = rho * rho * yHy + rho;
+    sound = sound && yHy >= 0 && std::isfinite(coefficient * ss) &&
+            std::isfinite(rho * static_cast<T>(dot(Hy, Hy, n)));
   } else {
-    finite = finite && std::isfinite(ss) && std::isfinite(static_cast<T>(dot(y, y, n)));
+    sound = sound && std::isfinite(ss) && std::isfinite(static_cast<T>(dot(y, y, n)));
   }
   const T c_norm = static_cast<T>(norm(c, n));
-  const bool accept = finite && sy > 0 && sy > static_cast<T>(kCurvatureGate) * ss * c_norm;
+  const bool accept = sound && sy > 0 && sy > static_cast<T>(kCurvatureGate) * ss * c_norm;
   return {accept, static_cast<double>(rho), static_cast<double>(coefficient)};
 }
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "restart.h"
+
 #ifndef KBFGS_CUDA_HOST
 #include <cuda_runtime_api.h>
 #endif
@@ -66,5 +68,10 @@ template <typename T>
 void curvature_update(
     std::vector<CurvatureLayer<T>> layers, double pair_decay, double mu1, const bool* ok,
     const bool* ok_pair, cudaStream_t stream);
+
+// (12) after `after` rejected pairs in a row, or where `force`, which may be null.
+template <typename T>
+void restart(
+    std::vector<Restart<T>> layers, int64_t after, const bool* force, cudaStream_t stream);
 
 }  // namespace kbfgs::cuda

@@ -37,11 +37,13 @@ __device__ Gate<T> gate(
   const T c_norm = static_cast<T>(sqrt(sums[2]));
   Gate<T> g{};
   g.rho = T(1) / sy;
-  g.coefficient = g.rho * g.rho * static_cast<T>(sums[3]) + g.rho;
+  const T yHy = static_cast<T>(sums[3]);
+  g.coefficient = g.rho * g.rho * yHy + g.rho;
   // Finite products imply finite vectors: 0 times Inf or NaN is NaN.
-  const bool fine = Hy ? finite(g.coefficient * ss) && finite(g.rho * static_cast<T>(sums[4]))
-                       : finite(ss) && finite(static_cast<T>(sums[4]));
-  g.accept = ok && fine && finite(g.rho) && sy > T(0) &&
+  const bool sound =
+      Hy ? yHy >= 0 && finite(g.coefficient * ss) && finite(g.rho * static_cast<T>(sums[4]))
+         : finite(ss) && finite(static_cast<T>(sums[4]));
+  g.accept = ok && sound && finite(g.rho) && sy > T(0) &&
              sy > static_cast<T>(kCurvatureGate) * ss * c_norm;
   return g;
 }

@@ -141,4 +141,12 @@ void by_dtype(const char* kernels, const Tensors& lead, const Run& run) {
       c10::toString(lead[0].scalar_type()));
 }
 
+// The same for an op whose numbers may all be integers; without those there is nothing to run.
+template <class Run>
+void by_dtype_or_float(
+    const char* kernels, const Tensors& lead, const Tensors& integers, const Run& run) {
+  if (integers.empty()) return;
+  lead.empty() ? run(float{}) : by_dtype(kernels, lead, run);
+}
+
 }  // namespace kbfgs

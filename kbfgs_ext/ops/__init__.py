@@ -5,7 +5,7 @@ this folder for symbols and equations, `library.py` for the schemas, `registry.p
 """
 
 from kbfgs_ext.ops import library as library
-from kbfgs_ext.ops.bfgs_update import bfgs_update_, curvature_update_
+from kbfgs_ext.ops.bfgs_update import bfgs_update_, curvature_update_, restart_
 from kbfgs_ext.ops.double_damping import double_damping_, pair_ema_
 from kbfgs_ext.ops.factor_ema import factor_ema_, hessian_action_
 from kbfgs_ext.ops.kron_precondition import (
@@ -33,5 +33,6 @@ __all__ = [
     "lbfgs_two_loop_",
     "momentum_",
     "pair_ema_",
+    "restart_",
     "restore_",
 ]

@@ -33,6 +33,9 @@ SCHEMAS = (
     " Tensor[] a_bar, Tensor[] h_bar, Tensor[] h_bar_next, Tensor[] g_bar, Tensor[] g_bar_next,"
     " Tensor[] lam_a, Tensor[] lam_g, float pair_decay, float mu1, Tensor? ok=None,"
     ' Tensor? ok_pair=None, str backend="auto") -> ()',
+    "restart_(Tensor(a!)[] H, Tensor(b!)[] pushed, Tensor(c!)[] marks, Tensor[] counts,"
+    " Tensor[] lam, Tensor[] A, Tensor[] X, int after, Tensor? force=None,"
+    ' str backend="auto") -> ()',
     # lbfgs_two_loop
     "lbfgs_two_loop_(Tensor(a!)[] out, Tensor[] Q, Tensor[] S, Tensor[] Y, Tensor[] rho,"
     ' Tensor[] pushed, str form="auto", str backend="auto") -> ()',

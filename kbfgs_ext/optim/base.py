@@ -72,7 +72,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         )
         for group, (_, part) in zip(self.param_groups, divided, strict=True):
             self._covered.append(Covered(group, part, hyper.DeviceScalars(device)))
-        self._guard = Safeguard(rule, device)
+        self._guard = Safeguard(rule, device, plan.restart_after)
         self._say_what_is_left_out(layers)
         self._fallback = self._make_fallback(rest, fallback)
         self._watch(layers)
@@ -158,7 +158,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         """Per layer, how often its pairs were accepted, rejected and damped so far.
 
         Keys: accepted, rejected, powell_damped, lm_damped of H_g; accepted_a, rejected_a of H_a;
-        with ``restart_after`` also restarts and restarts_a.
+        and restarts and restarts_a, unless ``restart_after`` is None.
         Values are int64 scalars on the device; reading one waits for the device. A side larger than
         ``max_factor_dim`` has no pairs: its counts stay zero.
         """
@@ -181,9 +181,10 @@ class CoveredOptimizer(torch.optim.Optimizer):
         return report
 
     def counters(self) -> dict[str, torch.Tensor]:
-        """Of the whole optimizer: steps, skipped (void: non-finite), undone (by the safeguard), and
-        the safeguard's present scale; scalars on the device."""
-        return {name: tensor.clone() for name, tensor in self._guard.tensors().items()}
+        """Of the whole optimizer: steps, skipped (void: non-finite), undone (by the safeguard),
+        restarts (of all factors at once, ordered by it) and its present scale; scalars on the
+        device."""
+        return {name: tensor.clone() for name, tensor in self._guard.counters().items()}
 
     def memory_usage(self) -> dict[str, int]:
         """Bytes by kind and in "total", the same before training starts and after, but for the

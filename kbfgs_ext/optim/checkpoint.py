@@ -9,7 +9,7 @@ import torch
 
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 
-FORMAT = 2
+FORMAT = 3
 
 
 def describe(plan: Plan, layers: list[LayerFactors]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class Plan:
     keep_A: bool  # hessian_action="ema"
     memory: int | None  # pairs of K-BFGS(L); None keeps H_g
     max_factor_dim: int | None = None  # a larger side has no matrix factor: the identity
-    restart_after: int | None = None  # rejected pairs in a row
+    restart_after: int | None = None  # rejected pairs, or undone steps, in a row
 
     def keeps_a(self, layer: LayerFactors) -> bool:
         """Whether the layer's activation side has a factor."""
@@ -53,7 +53,7 @@ class LayerFactors:
     S, Y       p x n_g        ring of pairs (K-BFGS(L)), with rho (p) and pushed (scalar)
     s, y       n_g            moving averages of the pair
     counts_a/g 4              accepted, rejected, Powell-damped, LM-damped
-    marks_a/g  3              accepted, rejected at a streak's begin, restarts (restart_after only)
+    marks_a/g  3              accepted, rejected at a streak's begin, restarts
     ========== ============== ==================================================================
 
     A side larger than ``max_factor_dim`` has none of its own but the counts, which stay zero.

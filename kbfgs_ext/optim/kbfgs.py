@@ -64,8 +64,9 @@ class KBFGS(SteppingOptimizer):
         factor_every: update the activation side (A and H_a) in every factor_every-th step.
         max_factor_dim: a side of a layer (n_a or n_g) that is larger keeps no factor: the identity
             takes its place, and a warning names it once. K-BFGS(L) keeps its pairs all the same.
-        restart_after: put an H back to its start, on the device, after so many rejected pairs in a
-            row. None never does, and saves a pass over the factors in every step.
+        restart_after: put a factor back to its start, on the device, after so many rejected pairs
+            in a row; and all of them after so many steps in a row that the safeguard has undone at
+            its smallest scale. None never does.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
             nothing, for every step is all that; maximize and differentiable are refused.
 
@@ -105,7 +106,7 @@ class KBFGS(SteppingOptimizer):
         pair_every: int = 1,
         factor_every: int = 1,
         max_factor_dim: int | None = None,
-        restart_after: int | None = None,
+        restart_after: int | None = 10,
         **torch_keywords: bool | None,
     ) -> None:
         hyper.check_torch_keywords(torch_keywords)

@@ -7,6 +7,7 @@ docs/algorithm.md. Every call takes all layers of one param group at once.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from kbfgs_ext import ops
 from kbfgs_ext.optim import hyper
 from kbfgs_ext.optim.factors import LayerFactors, Plan
-from kbfgs_ext.optim.restart import restart_a, restart_g
+from kbfgs_ext.optim.restart import Orders, restart
 
 Layers = list[LayerFactors]
 Group = dict[str, Any]
@@ -120,12 +121,17 @@ class KBFGSMethod:
         written(layers)
 
     def curvature_from_activations(
-        self, layers: Layers, group: Group, scalars: hyper.DeviceScalars, ok: torch.Tensor
+        self,
+        layers: Layers,
+        group: Group,
+        scalars: hyper.DeviceScalars,
+        ok: torch.Tensor,
+        orders: Orders,
     ) -> None:
         """Step 9 by itself: before the second pass, so that the activations of the first need not
         outlive it, or without one."""
         X = [] if self.plan.keep_A else [layer.slot.X() for layer in layers]
-        self._curvature(layers, [], X, group, scalars, ok, ok)
+        self._curvature(layers, [], X, group, scalars, ok, ok, orders)
 
     def curvature(
         self,
@@ -135,12 +141,13 @@ class KBFGSMethod:
         scalars: hyper.DeviceScalars,
         ok: torch.Tensor,
         ok_pair: torch.Tensor,
+        orders: Orders,
     ) -> None:
         """Steps 6 to 8, and step 9 in the same call if ``with_activations`` (for "ema" alone)."""
         a_side = layers if with_activations and layers[0].has("H_a") else []
         g_side = layers if layers[0].has("H_g") else []
         if a_side or g_side:
-            self._curvature(a_side, g_side, [], group, scalars, ok, ok_pair)
+            self._curvature(a_side, g_side, [], group, scalars, ok, ok_pair, orders)
 
     def _curvature(
         self,
@@ -151,6 +158,7 @@ class KBFGSMethod:
         scalars: hyper.DeviceScalars,
         ok: torch.Tensor,
         ok_pair: torch.Tensor,
+        orders: Orders,
     ) -> None:
         ops.curvature_update_(
             H_a=_each(a_side, "H_a"),
@@ -175,11 +183,20 @@ class KBFGSMethod:
             ok_pair=ok_pair,
             backend=self.backend,
         )
-        if self.plan.restart_after is not None:
-            if a_side:
-                restart_a(a_side, X, scalars.lam_a, self.plan.restart_after)
-            if g_side:
-                restart_g(g_side, self.plan.restart_after)
+        self._restart(a_side, "a", orders.a, scalars, X)
+        self._restart(g_side, "g", orders.g, scalars)
+
+    def _restart(
+        self,
+        layers: Layers,
+        side: str,
+        order: torch.Tensor | None,
+        scalars: hyper.DeviceScalars,
+        X: Sequence[torch.Tensor] = (),
+    ) -> None:
+        after = self.plan.restart_after
+        if layers and after is not None:
+            restart(layers, side, after, order, scalars.lam_a, list(X), self.backend)
 
 
 class KBFGSLMethod(KBFGSMethod):
@@ -230,10 +247,11 @@ class KBFGSLMethod(KBFGSMethod):
         scalars: hyper.DeviceScalars,
         ok: torch.Tensor,
         ok_pair: torch.Tensor,
+        orders: Orders,
     ) -> None:
         """Steps 6 to 8 on the ring of pairs, and step 9 if ``with_activations``."""
         if with_activations and layers[0].has("H_a"):
-            self._curvature(layers, [], [], group, scalars, ok, ok)
+            self._curvature(layers, [], [], group, scalars, ok, ok, orders)
         s, y, Hy = (_each(layers, name) for name in ("s_damped", "y_damped", "Hy"))
         counts, g_bar = _each(layers, "counts_g"), _each(layers, "g_bar")
         ops.pair_ema_(
@@ -263,8 +281,7 @@ class KBFGSLMethod(KBFGSMethod):
             ok_pair,
             self.backend,
         )
-        if self.plan.restart_after is not None:
-            restart_g(layers, self.plan.restart_after)
+        self._restart(layers, "g", orders.g, scalars)
 
 
 def written(layers: Layers) -> None:

@@ -9,6 +9,9 @@ numbers, for nothing. `Safeguard.judge` compares it with the first pass's loss, 
 
 and the step of the next iteration is lr*scale*P. The pair of an undone step is kept: it is
 curvature like any other. The evidence: docs/safeguard.md.
+
+Where steps are undone even at the smallest scale, the direction is no descent, and shortening it
+is no help. After `restart_after` of them in a row every factor is ordered to restart (restart.py).
 """
 
 from __future__ import annotations
@@ -41,15 +44,27 @@ class SafeguardRule:
 
 
 class Safeguard:
-    """The scale of the step, and the counters of steps, void steps and undone steps."""
+    """The scale of the step, the counters of steps, and what it orders to restart.
 
-    def __init__(self, rule: SafeguardRule, device: torch.device) -> None:
+    Args:
+        rule: the numbers of the rule.
+        device: where everything is kept.
+        restart_after: undone steps in a row at the smallest scale; None orders nothing.
+    """
+
+    def __init__(
+        self, rule: SafeguardRule, device: torch.device, restart_after: int | None = None
+    ) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.rule = rule
+        self.restart_after = restart_after
         self.scale = torch.ones((), dtype=wide, device=device)
-        self.steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.undone = torch.zeros((), dtype=torch.int64, device=device)
+        self.steps, self.skipped, self.undone, self.restarts, self.stuck = torch.zeros(
+            5, dtype=torch.int64, device=device
+        ).unbind()  # stuck: undone in a row at the smallest scale
+        # The gradient side restarts in the step that orders it, the activation side where it is
+        # updated next: without A it needs the activations, and those are gone by then.
+        self.order_g, self._order_a = torch.zeros(2, dtype=torch.bool, device=device).unbind()
 
     def count(self, ok: torch.Tensor) -> None:
         """Count a step, and whether it is void."""
@@ -59,6 +74,8 @@ class Safeguard:
     def judge(self, loss: torch.Tensor, loss_next: torch.Tensor, ok: torch.Tensor) -> torch.Tensor:
         """Whether to undo the step (bool scalar on the device); adapts the scale."""
         undo = ~(loss_next <= loss)
+        if self.restart_after is not None:
+            self._watch(undo, ok, self.restart_after)
         scale = torch.where(
             undo,
             (self.scale * self.rule.shrink).clamp_(min=self.rule.smallest),
@@ -69,7 +86,25 @@ class Safeguard:
         self.undone.add_(undo)
         return undo
 
+    def _watch(self, undo: torch.Tensor, ok: torch.Tensor, after: int) -> None:
+        """Count the undone step if its scale was the smallest; order a restart if it is time."""
+        stuck = (self.stuck + 1) * (undo & (self.scale <= self.rule.smallest))
+        torch.logical_and(stuck >= after, ok, out=self.order_g)
+        self._order_a.logical_or_(self.order_g)
+        self.restarts.add_(self.order_g)
+        self.stuck.copy_(torch.where(ok, stuck.masked_fill(self.order_g, 0), self.stuck))
+
+    def take_order_a(self, ok: torch.Tensor) -> torch.Tensor:
+        """Whether the activation side, which is updated now, restarts; a void step leaves it."""
+        order = self._order_a & ok
+        self._order_a.logical_and_(~ok)
+        return order
+
+    def counters(self) -> dict[str, torch.Tensor]:
+        """What people look at."""
+        names = ("steps", "skipped", "undone", "restarts", "scale")
+        return {name: getattr(self, name) for name in names}
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds."""
-        names = ("steps", "skipped", "undone", "scale")
-        return {name: getattr(self, name) for name in names}
+        return {**self.counters(), "stuck": self.stuck, "order_a": self._order_a}

@@ -26,6 +26,7 @@ from kbfgs_ext.optim.capture import Pass
 from kbfgs_ext.optim.factors import LayerFactors
 from kbfgs_ext.optim.method import KBFGSMethod
 from kbfgs_ext.optim.passes import RandomState, SecondPass, own_work
+from kbfgs_ext.optim.restart import Orders
 
 Closure = Callable[[], torch.Tensor]
 FIRST, DESCEND, SECOND, FINISH = "first_pass()", "descend(loss)", "second_pass()", "finish(loss)"
@@ -181,6 +182,8 @@ class SteppingOptimizer(CoveredOptimizer):
                 and self._plan.keep_A
                 and all(layer.slot.inputs or not layer.has("H_a") for layer in active)
             )
+            early = not flight.late and any(layer.slot.inputs for layer in active)
+            orders = Orders(a=self._guard.take_order_a(ok)) if early else Orders()
             for group, layers, scalars in self._split(active):
                 if not self._capturing:
                     scalars.refresh(group)
@@ -190,7 +193,7 @@ class SteppingOptimizer(CoveredOptimizer):
                     self._method.statistics(seen, group, scalars, ok)
                 self._method.descend(layers, group, scalars, self._scratch(layers), ok)
                 if seen and not flight.late:
-                    self._method.curvature_from_activations(seen, group, scalars, ok)
+                    self._method.curvature_from_activations(seen, group, scalars, ok, orders)
             for layer in active:
                 layer.slot.inputs.clear()  # the activations need not outlive the first pass
                 layer.started = True
@@ -216,8 +219,10 @@ class SteppingOptimizer(CoveredOptimizer):
                 g_bar_next = [layer["g_bar_next"] for layer in seen_twice]
                 torch._foreach_mul_(g_bar_next, flight.unscale)
                 ok_pair &= gradients.all_finite(g_bar_next)
+            order_a = self._guard.take_order_a(ok) if flight.late else None
+            orders = Orders(order_a, self._guard.order_g)
             for group, layers, scalars in self._split(seen_twice):
-                self._method.curvature(layers, flight.late, group, scalars, ok, ok_pair)
+                self._method.curvature(layers, flight.late, group, scalars, ok, ok_pair, orders)
 
     # ------------------------------------------------------------------ around a replayed step
 

@@ -30,6 +30,7 @@ BY_HAND = {
         4 * (2 * N_A**2 + M * D_IN + 2 * N_G**2 + N_A + 8 * N_G) + 4 * COUNTS + 2 * LAM,
         8 * N_A**2 + 4 * M * D_IN + 6 * N_G**2,
     ),
+    "restart_": Cost(2 * 3 * 8 + COUNTS, 0),
     "lbfgs_two_loop_, p = 10": Cost(4 * (2 * N + 2 * 10 * N_G + 10) + 8, 8 * 10 * N),
     "lbfgs_two_loop_, p = 100": Cost(4 * (2 * N + 2 * 100 * N_G + 100) + 8, 8 * 100 * N),
     "lbfgs_push_": Cost(4 * (2 * N_G + 1 + 3 * N_G) + 2 * 8 + 2 * COUNTS, 8 * N_G),
@@ -66,7 +67,9 @@ def test_every_op_has_its_cost_in_every_way_of_calling(op):
     for case in cases.of(op):
         narrow, wide = (cost(op, case.build(t)) for t in (torch.float32, torch.float64))
         assert narrow.flops == wide.flops >= 0
-        assert 0 < narrow.bytes < wide.bytes <= 2 * narrow.bytes
+        counters = op == "restart_"  # which reads and writes nothing else
+        assert 0 < narrow.bytes < wide.bytes + counters
+        assert wide.bytes <= 2 * narrow.bytes
 
 
 @pytest.mark.parametrize("model", traffic.AUTOENCODERS)

@@ -34,6 +34,8 @@ MORE = [
     Case("lbfgs_two_loop_", ":2049", cases.two_loop((2049,), 3, 4, 2, "recursion")),
     Case("lbfgs_two_loop_", ":2049-vector", cases.two_loop((2049,), 3, 4, None, "recursion")),
     Case("lbfgs_two_loop_", ":8193-compact", cases.two_loop((8193,), 2, 3, 2, "auto")),
+    Case("restart_", ":70-layers", cases.restart((5,) * 70, "A")),
+    Case("restart_", ":sizes", cases.restart(SIZES, "X", force=cases.YES)),
     Case("lbfgs_push_", ":70-layers", cases.push((5,) * 70, 3, 4)),
 ]
 

@@ -21,6 +21,8 @@ LAYERS = [(78, 100), (100, 50), (50, 25), (25, 30), (30, 25), (25, 50), (50, 100
         ("hessian_action_", cases.hessian_action([n for n, _ in LAYERS], 9), 1, True),
         ("bfgs_update_", cases.bfgs_update((78, 100), give_Hy=True), 1, False),
         ("bfgs_update_", cases.bfgs_update((78, 100)), 2, False),
+        ("restart_", cases.restart((78, 100), "A"), 1, False),
+        ("restart_", cases.restart((78, 100), "ring"), 1, False),
         ("pair_ema_", cases.pair_ema((78, 100)), 1, False),
         ("double_damping_", cases.double_damping((78, 100), "both", with_H=False), 1, False),
         ("double_damping_", cases.double_damping((78, 100), "both"), 3, False),

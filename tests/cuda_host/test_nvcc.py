@@ -19,6 +19,7 @@ RESIDENT = {
     "curvature_kernel": (512, 1),
     "update_kernel": (256, 2),
     "product_kernel": (256, 3),
+    "restart_kernel": (256, 4),
     "pair_kernel": (512, 1),
     "damping_kernel": (512, 1),
     "factor_kernel": (256, 2),

@@ -14,10 +14,20 @@ import torch
 
 from kbfgs_ext.ops import library as library
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
-from tests.helpers import calls
-from tests.helpers.oracles import randn, spd
-
-NAN = float("nan")
+from tests.helpers.inputs import (
+    NAN,
+    in_dtype,
+    nan_filled,
+    random_ring,
+    random_spds,
+    random_vectors,
+    row_strided,
+    scalars,
+    some_counts,
+    strided,
+    transposed,
+)
+from tests.helpers.oracles import randn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,62 +40,6 @@ class Case:
         return f"{self.op}{self.id}"
 
 
-def _to(dtype: torch.dtype, args: list) -> list:
-    return calls.apply(args, lambda t: t.to(dtype) if t.dtype == torch.float64 else t)
-
-
-def _scalars(value: float, count: int) -> list[torch.Tensor]:
-    return [torch.tensor(value, dtype=torch.float64) for _ in range(count)]
-
-
-def _counts(count: int) -> list[torch.Tensor]:
-    return [torch.tensor([3, 1, 4, 1]) for _ in range(count)]
-
-
-def _nan(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    return [torch.full(shape, NAN, dtype=torch.float64) for shape in shapes]
-
-
-def _vectors(sizes: tuple[int, ...], seed: int, scale: float = 1.0) -> list[torch.Tensor]:
-    return [scale * randn(n, seed=seed + i) for i, n in enumerate(sizes)]
-
-
-def _spds(sizes: tuple[int, ...], seed: int, condition: float = 10.0) -> list[torch.Tensor]:
-    return [spd(n, condition, seed + i) for i, n in enumerate(sizes)]
-
-
-def _strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers with a gap after every column."""
-    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), NAN, dtype=tensor.dtype)
-    wide[..., ::2] = tensor
-    return wide[..., ::2]
-
-
-def _row_strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers as a slice of a wider matrix."""
-    wide = torch.full((len(tensor), tensor.shape[1] + 5), NAN, dtype=tensor.dtype)
-    wide[:, 2:-3] = tensor
-    return wide[:, 2:-3]
-
-
-def _transposed(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, columns contiguous."""
-    return tensor.T.contiguous().T
-
-
-def _ring(p: int, n: int, pushed: int, condition: float, seed: int) -> tuple:
-    """S, Y, rho, pushed after ``pushed`` pairs with s'y > 0 went through a ring of p rows."""
-    S, Y = torch.zeros(2, p, n, dtype=torch.float64)
-    rho = torch.zeros(p, dtype=torch.float64)
-    B = spd(n, condition, seed) * condition  # eigenvalues 1 to condition
-    for k in range(pushed):
-        s = randn(n, seed=seed + 100 + k)
-        s /= s.norm()
-        y = B @ s
-        S[k % p], Y[k % p], rho[k % p] = s, y, 1 / (s @ y)
-    return S, Y, rho, torch.tensor(pushed)
-
-
 # --- one builder per op -------------------------------------------------------------------------
 
 
@@ -93,9 +47,9 @@ def factor_ema(sizes, m, bias=True, decay=0.9, ok=None, layout=lambda t: t, mean
     def build(dtype):
         X = [0.5 + randn(m, n, seed=i) for i, n in enumerate(sizes)]
         factors = [n + bias for n in sizes]
-        A = [] if mean_only else _spds(tuple(factors), seed=50)
-        a_bar = _nan(*[(n,) for n in factors])
-        A, a_bar, X = _to(dtype, [A, a_bar, X])
+        A = [] if mean_only else random_spds(tuple(factors), seed=50)
+        a_bar = nan_filled(*[(n,) for n in factors])
+        A, a_bar, X = in_dtype(dtype, [A, a_bar, X])
         return [A, a_bar, [layout(x) for x in X], decay, ok]
 
     return build
@@ -104,25 +58,25 @@ def factor_ema(sizes, m, bias=True, decay=0.9, ok=None, layout=lambda t: t, mean
 def hessian_action(sizes, m, bias=True, layout=lambda t: t):
     def build(dtype):
         X = [0.5 + randn(m, n, seed=i) for i, n in enumerate(sizes)]
-        s = _vectors(tuple(n + bias for n in sizes), seed=50)
-        y, X, s = _to(dtype, [_nan(*[v.shape for v in s]), X, s])
-        return [y, [layout(x) for x in X], s, _scalars(0.55, len(sizes))]
+        s = random_vectors(tuple(n + bias for n in sizes), seed=50)
+        y, X, s = in_dtype(dtype, [nan_filled(*[v.shape for v in s]), X, s])
+        return [y, [layout(x) for x in X], s, scalars(0.55, len(sizes))]
 
     return build
 
 
 def pair_ema(sizes, decay=0.9, ok=None, layout=lambda t: t):
     def build(dtype):
-        s, y, *means = _to(dtype, [_vectors(sizes, 10 * k) for k in range(6)])
+        s, y, *means = in_dtype(dtype, [random_vectors(sizes, 10 * k) for k in range(6)])
         return [s, y, *[[layout(v) for v in vectors] for vectors in means], decay, ok]
 
     return build
 
 
 def pairs_for(H: list[torch.Tensor], kind: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """s and y that exercise a branch of the dampings on H."""
+    """s and y that exercise a branch of the dampings or of the gate on H."""
     n = tuple(len(h) for h in H)
-    y = _vectors(n, 70)
+    y = random_vectors(n, 70)
     Hy = [h @ v for h, v in zip(H, y, strict=True)]
     if kind == "accepted":  # s = H y: s'y = y'Hy
         return [1.5 * v for v in Hy], y
@@ -133,10 +87,14 @@ def pairs_for(H: list[torch.Tensor], kind: str) -> tuple[list[torch.Tensor], lis
     if kind == "lm":  # s far longer than y: s'y below lam*s's
         return [50 * v for v in Hy], y
     if kind == "both":
-        s = _vectors(n, 80, 30.0)
+        s = random_vectors(n, 80, 30.0)
         return [
             v - 2 * (v @ w) / (w @ w) * w if v @ w > 0 else v for v, w in zip(s, y, strict=True)
         ], y
+    if kind == "indefinite":  # y'Hy < 0, and no damping needed
+        for h, v in zip(H, y, strict=True):
+            h -= 3 * torch.outer(v, v) / (v @ v)
+        return [2 * v for v in y], y
     if kind == "small":
         return [1e-12 * v for v in Hy], [1e-12 * v for v in y]
     raise ValueError(kind)
@@ -144,23 +102,27 @@ def pairs_for(H: list[torch.Tensor], kind: str) -> tuple[list[torch.Tensor], lis
 
 def double_damping(sizes, kind, condition=10.0, lam=0.55, ok=None, with_H=True):
     def build(dtype):
-        H = _spds(sizes, 20, condition)
+        H = random_spds(sizes, 20, condition)
         s, y = pairs_for(H, kind)
-        Hy = _nan(*[v.shape for v in y]) if with_H else [h @ v for h, v in zip(H, y, strict=True)]
-        s, y, Hy, H = _to(dtype, [s, y, Hy, H])
+        Hy = (
+            nan_filled(*[v.shape for v in y])
+            if with_H
+            else [h @ v for h, v in zip(H, y, strict=True)]
+        )
+        s, y, Hy, H = in_dtype(dtype, [s, y, Hy, H])
         count = len(sizes)
-        return [s, y, Hy, _counts(count), H if with_H else [], _scalars(lam, count), 0.2, ok]
+        return [s, y, Hy, some_counts(count), H if with_H else [], scalars(lam, count), 0.2, ok]
 
     return build
 
 
 def bfgs_update(sizes, kind="accepted", condition=10.0, c_scale=1e-3, ok=None, give_Hy=False):
     def build(dtype):
-        H = _spds(sizes, 20, condition)
+        H = random_spds(sizes, 20, condition)
         s, y = pairs_for(H, kind)
-        H, s, y, c = _to(dtype, [H, s, y, _vectors(sizes, 90, c_scale)])
+        H, s, y, c = in_dtype(dtype, [H, s, y, random_vectors(sizes, 90, c_scale)])
         Hy = [h @ v for h, v in zip(H, y, strict=True)] if give_Hy else []
-        return [H, _counts(len(sizes)), s, y, Hy, c, ok]
+        return [H, some_counts(len(sizes)), s, y, Hy, c, ok]
 
     return build
 
@@ -174,26 +136,53 @@ def curvature_update(
     def build(dtype):
         n_a = tuple(d_in + bias for d_in, _ in layers) if "a" in sides else ()
         n_g = tuple(d_out for _, d_out in layers) if "g" in sides else ()
-        H_a, H_g = _spds(n_a, 10, condition), _spds(n_g, 20, condition)
-        A = [] if from_X else _spds(n_a, 30, condition)
+        H_a, H_g = random_spds(n_a, 10, condition), random_spds(n_g, 20, condition)
+        A = [] if from_X else random_spds(n_a, 30, condition)
         X = [0.5 + randn(m, n - bias, seed=40 + i) for i, n in enumerate(n_a)] if from_X else []
         # Differences such that the averaged pair is the wanted one.
         s_new, y_new = pairs_for(H_g, kind)
-        s, y, h_bar, g_bar = (_vectors(n_g, 100 + 10 * k, 1e-3) for k in range(4))
+        s, y, h_bar, g_bar = (random_vectors(n_g, 100 + 10 * k, 1e-3) for k in range(4))
         h_next = [h + 10 * (v - 0.9 * w) for h, v, w in zip(h_bar, s_new, s, strict=True)]
         g_next = [g + 10 * (v - 0.9 * w) for g, v, w in zip(g_bar, y_new, y, strict=True)]
-        work = _nan(*[
+        work = nan_filled(*[
             (workspace_size(n_a[i] if n_a else 0, n_g[i] if n_g else 0),)
             for i in range(len(layers))
         ])  # fmt: skip
-        H_a, H_g, s, y, work, A, X, a_bar, h_bar, h_next, g_bar, g_next = _to(
+        H_a, H_g, s, y, work, A, X, a_bar, h_bar, h_next, g_bar, g_next = in_dtype(
             dtype,
-            [H_a, H_g, s, y, work, A, X, _vectors(n_a, 60), h_bar, h_next, g_bar, g_next],
+            [H_a, H_g, s, y, work, A, X, random_vectors(n_a, 60), h_bar, h_next, g_bar, g_next],
         )
         return [
-            H_a, H_g, s, y, _counts(len(n_a)), _counts(len(n_g)), work, A, X, a_bar, h_bar, h_next,
-            g_bar, g_next, _scalars(0.3, len(n_a)), _scalars(lam, len(n_g)), 0.9, 0.2, ok, ok_pair,
+            H_a, H_g, s, y, some_counts(len(n_a)), some_counts(len(n_g)), work, A, X, a_bar, h_bar,
+            h_next, g_bar, g_next, scalars(0.3, len(n_a)), scalars(lam, len(n_g)), 0.9, 0.2, ok,
+            ok_pair,
         ]  # fmt: skip
+
+    return build
+
+
+def restart(sizes, side, bias=True, force=None, layout=lambda t: t):
+    """After 3; ``side``: a letter, "A" or "X" for the source of the trace, "g", or "ring".
+
+    Layers in turn have a streak of 3 (and numbers in H that are not), of 2, one that an accepted
+    pair has ended, and one of 5.
+    """
+
+    def build(dtype):
+        count = len(sizes)
+        marks = [torch.tensor([7, 2, 1]) for _ in sizes]
+        streaks = [(7, 5), (7, 4), (8, 9), (7, 7)]
+        counts = [torch.tensor([*streaks[i % 4], 0, 0]) for i in range(count)]
+        if side == "ring":
+            return [[], [torch.tensor(5 + i) for i in range(count)], marks, counts, [], [], [], 3,
+                    force]  # fmt: skip
+        H = random_spds(sizes, 20)
+        H[0][-1] = NAN
+        A = random_spds(sizes, 30) if side == "A" else []
+        X = [randn(20, n - bias, seed=i) for i, n in enumerate(sizes)] if side == "X" else []
+        H, A, X = in_dtype(dtype, [H, A, X])
+        lam = [] if side == "g" else scalars(0.3, count)
+        return [H, [], marks, counts, lam, A, [layout(x) for x in X], 3, force]
 
     return build
 
@@ -202,11 +191,11 @@ def two_loop(sizes, p, pushed, columns, form, condition=10.0, layout=lambda t: t
     """``columns`` None: vectors."""
 
     def build(dtype):
-        rings = [_ring(p, n, pushed, condition, 7 * i) for i, n in enumerate(sizes)]
+        rings = [random_ring(p, n, pushed, condition, 7 * i) for i, n in enumerate(sizes)]
         S, Y, rho, count = (list(column) for column in zip(*rings, strict=True))
         shapes = [(n,) if columns is None else (n, columns) for n in sizes]
         Q = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
-        out, Q, S, Y, rho = _to(dtype, [_nan(*shapes), Q, S, Y, rho])
+        out, Q, S, Y, rho = in_dtype(dtype, [nan_filled(*shapes), Q, S, Y, rho])
         return [out, [layout(q) for q in Q], S, Y, rho, count, form]
 
     return build
@@ -214,11 +203,11 @@ def two_loop(sizes, p, pushed, columns, form, condition=10.0, layout=lambda t: t
 
 def push(sizes, p, pushed, kind="accepted", ok=None):
     def build(dtype):
-        rings = [_ring(p, n, pushed, 10.0, 7 * i) for i, n in enumerate(sizes)]
+        rings = [random_ring(p, n, pushed, 10.0, 7 * i) for i, n in enumerate(sizes)]
         S, Y, rho, count = (list(column) for column in zip(*rings, strict=True))
-        s, y = pairs_for(_spds(sizes, 20), kind)
-        S, Y, rho, s, y, c = _to(dtype, [S, Y, rho, s, y, _vectors(sizes, 90, 1e-3)])
-        return [S, Y, rho, count, _counts(len(sizes)), s, y, c, ok]
+        s, y = pairs_for(random_spds(sizes, 20), kind)
+        S, Y, rho, s, y, c = in_dtype(dtype, [S, Y, rho, s, y, random_vectors(sizes, 90, 1e-3)])
+        return [S, Y, rho, count, some_counts(len(sizes)), s, y, c, ok]
 
     return build
 
@@ -236,10 +225,10 @@ def _joined_shapes(layers, bias):
 def kron_precondition(layers, bias=True, identity=False, condition=10.0):
     def build(dtype):
         shapes = _joined_shapes(layers, bias)
-        H_g = [] if identity else _spds(tuple(g for g, _ in shapes), 20, condition)
-        H_a = _spds(tuple(a for _, a in shapes), 30, condition)
+        H_g = [] if identity else random_spds(tuple(g for g, _ in shapes), 20, condition)
+        H_a = random_spds(tuple(a for _, a in shapes), 30, condition)
         M = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
-        return _to(dtype, [_nan(*shapes), H_g, M, H_a, _nan(*shapes)])
+        return in_dtype(dtype, [nan_filled(*shapes), H_g, M, H_a, nan_filled(*shapes)])
 
     return build
 
@@ -247,7 +236,7 @@ def kron_precondition(layers, bias=True, identity=False, condition=10.0):
 def momentum(layers, bias=True, mu=0.9, decay=1e-2, ok=None, layout=lambda t: t):
     def build(dtype):
         M = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
-        M, dW, db, W, b = _to(
+        M, dW, db, W, b = in_dtype(
             dtype, [M, *_weights(layers, bias, 100), *_weights(layers, bias, 200)]
         )
         return [M, [layout(t) for t in dW], db, W, b, mu, decay, ok]
@@ -258,8 +247,8 @@ def momentum(layers, bias=True, mu=0.9, decay=1e-2, ok=None, layout=lambda t: t)
 def descend(layers, bias=True, ok=None):
     def build(dtype):
         P = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
-        W, b, P = _to(dtype, [*_weights(layers, bias, 100), P])
-        return [W, b, P, _scalars(0.3, len(layers)), ok]
+        W, b, P = in_dtype(dtype, [*_weights(layers, bias, 100), P])
+        return [W, b, P, scalars(0.3, len(layers)), ok]
 
     return build
 
@@ -267,7 +256,7 @@ def descend(layers, bias=True, ok=None):
 def restore(layers, undo, bias=True):
     def build(dtype):
         saved = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
-        W, b, saved = _to(dtype, [*_weights(layers, bias, 100), saved])
+        W, b, saved = in_dtype(dtype, [*_weights(layers, bias, 100), saved])
         return [W, b, saved, torch.tensor(undo)]
 
     return build
@@ -276,9 +265,9 @@ def restore(layers, undo, bias=True):
 def kron_step(layers, bias=True, ok=None, layout=lambda t: t):
     def build(dtype):
         P, H_g, M, H_a, work = kron_precondition(layers, bias)(dtype)
-        W, b, dW, db = _to(dtype, [*_weights(layers, bias, 100), *_weights(layers, bias, 200)])
+        W, b, dW, db = in_dtype(dtype, [*_weights(layers, bias, 100), *_weights(layers, bias, 200)])
         return [
-            W, b, M, P, work, [layout(t) for t in dW], db, H_g, H_a, _scalars(0.3, len(layers)),
+            W, b, M, P, work, [layout(t) for t in dW], db, H_g, H_a, scalars(0.3, len(layers)),
             0.9, 1e-2, ok,
         ]  # fmt: skip
 
@@ -299,21 +288,21 @@ ALL = [
     Case("factor_ema_", ":batch-1", factor_ema((17, 63), 1)),
     Case("factor_ema_", ":start", factor_ema(TINY, 40, decay=0.0)),
     Case("factor_ema_", ":mean-only", factor_ema(MIXED, 40, mean_only=True)),
-    Case("factor_ema_", ":sliced", factor_ema((63, 300), 70, layout=_row_strided)),
-    Case("factor_ema_", ":transposed", factor_ema((63, 17), 70, layout=_transposed)),
-    Case("factor_ema_", ":strided", factor_ema((63, 17), 70, layout=_strided)),
+    Case("factor_ema_", ":sliced", factor_ema((63, 300), 70, layout=row_strided)),
+    Case("factor_ema_", ":transposed", factor_ema((63, 17), 70, layout=transposed)),
+    Case("factor_ema_", ":strided", factor_ema((63, 17), 70, layout=strided)),
     Case("factor_ema_", ":ok", factor_ema(TINY, 40, ok=YES)),
     Case("hessian_action_", ":tiny", hessian_action(TINY, 40)),
     Case("hessian_action_", ":mixed-no-bias", hessian_action(MIXED, 131, bias=False)),
     Case("hessian_action_", ":513", hessian_action((513,), 200)),
     Case("hessian_action_", ":1024", hessian_action((1024,), 66)),
     Case("hessian_action_", ":batch-1", hessian_action((17, 63), 1)),
-    Case("hessian_action_", ":sliced", hessian_action((63,), 70, layout=_row_strided)),
-    Case("hessian_action_", ":transposed", hessian_action((63,), 70, layout=_transposed)),
+    Case("hessian_action_", ":sliced", hessian_action((63,), 70, layout=row_strided)),
+    Case("hessian_action_", ":transposed", hessian_action((63,), 70, layout=transposed)),
     Case("pair_ema_", ":tiny", pair_ema(TINY)),
     Case("pair_ema_", ":mixed-no-decay", pair_ema(MIXED, decay=0.0)),
     Case("pair_ema_", ":1024", pair_ema((1024, 513), ok=YES)),
-    Case("pair_ema_", ":strided-means", pair_ema((63, 17), layout=_strided)),
+    Case("pair_ema_", ":strided-means", pair_ema((63, 17), layout=strided)),
     Case("double_damping_", ":undamped", double_damping(MIXED, "accepted", lam=1e-3)),
     Case("double_damping_", ":powell", double_damping(MIXED, "powell", lam=1e-3)),
     Case("double_damping_", ":negative", double_damping((127, 2), "negative")),
@@ -342,6 +331,19 @@ ALL = [
     Case("curvature_update_", ":a-side-alone", curvature_update(LAYERS, sides="a")),
     Case("curvature_update_", ":g-side-alone", curvature_update(LAYERS, "lm", sides="g")),
     Case("curvature_update_", ":void-pair", curvature_update(LAYERS, ok=YES, ok_pair=NO)),
+    Case("bfgs_update_", ":indefinite", bfgs_update(MIXED, "indefinite")),
+    Case("curvature_update_", ":indefinite", curvature_update(LAYERS, "indefinite")),
+    Case("restart_", ":from-A", restart(MIXED, "A")),
+    Case("restart_", ":from-X", restart(MIXED, "X")),
+    Case("restart_", ":from-X-no-bias", restart(MIXED, "X", bias=False)),
+    Case("restart_", ":from-X-sliced", restart((63, 300), "X", layout=row_strided)),
+    Case("restart_", ":from-X-transposed", restart((63, 17), "X", layout=transposed)),
+    Case("restart_", ":identity", restart((*MIXED, 127), "g")),
+    Case("restart_", ":ring", restart((*MIXED, 127), "ring")),
+    Case("restart_", ":forced", restart(MIXED, "A", force=YES)),
+    Case("restart_", ":forced-ring", restart(MIXED, "ring", force=YES)),
+    Case("restart_", ":not-forced", restart(MIXED, "X", force=NO)),
+    Case("restart_", ":1024", restart((1024, 513), "A")),
     Case("lbfgs_two_loop_", ":empty", two_loop(TINY, 5, 0, 3, "recursion")),
     Case("lbfgs_two_loop_", ":empty-compact", two_loop(TINY, 5, 0, 3, "compact")),
     Case("lbfgs_two_loop_", ":partial", two_loop(MIXED, 10, 3, 70, "recursion")),
@@ -353,8 +355,8 @@ ALL = [
     Case("lbfgs_two_loop_", ":auto-513", two_loop((513,), 20, 25, 129, "auto")),
     Case("lbfgs_two_loop_", ":memory-1", two_loop((17,), 1, 4, 2, "auto")),
     Case("lbfgs_two_loop_", ":condition-1e3", two_loop((127,), 10, 14, 65, "recursion", 1e3)),
-    Case("lbfgs_two_loop_", ":transposed", two_loop((63,), 5, 5, 32, "auto", layout=_transposed)),
-    Case("lbfgs_two_loop_", ":sliced", two_loop((63,), 5, 5, 32, "auto", layout=_row_strided)),
+    Case("lbfgs_two_loop_", ":transposed", two_loop((63,), 5, 5, 32, "auto", layout=transposed)),
+    Case("lbfgs_two_loop_", ":sliced", two_loop((63,), 5, 5, 32, "auto", layout=row_strided)),
     Case("lbfgs_push_", ":empty", push(TINY, 5, 0)),
     Case("lbfgs_push_", ":wrapped", push(MIXED, 5, 13)),
     Case("lbfgs_push_", ":rejected", push(MIXED, 5, 3, "negative")),
@@ -364,7 +366,7 @@ ALL = [
     Case("kron_precondition_", ":condition-1e6", kron_precondition([(63, 32)], condition=1e6)),
     Case("momentum_", ":layers", momentum(LAYERS)),
     Case("momentum_", ":wide-no-bias", momentum(WIDE, bias=False)),
-    Case("momentum_", ":transposed", momentum(LAYERS, layout=_transposed)),
+    Case("momentum_", ":transposed", momentum(LAYERS, layout=transposed)),
     Case("momentum_", ":plain", momentum(LAYERS, mu=0.0, decay=0.0, ok=YES)),
     Case("descend_", ":layers", descend(LAYERS)),
     Case("descend_", ":wide-no-bias", descend(WIDE, bias=False, ok=YES)),
@@ -374,7 +376,7 @@ ALL = [
     Case("restore_", ":keep", restore(LAYERS, False)),
     Case("kron_step_", ":layers", kron_step(LAYERS)),
     Case("kron_step_", ":wide-no-bias", kron_step(WIDE, bias=False)),
-    Case("kron_step_", ":transposed-gradient", kron_step(LAYERS, layout=_transposed)),
+    Case("kron_step_", ":transposed-gradient", kron_step(LAYERS, layout=transposed)),
     Case("kron_step_", ":void", kron_step(LAYERS, ok=NO)),
 ]
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kbfgs_ext import ops
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
 from tests.helpers import backends, calls, cases, compare
-from tests.helpers.oracles import bfgs_inverse, randn, spd
+from tests.helpers.oracles import bfgs_inverse, randn, spd, with_ones
 
 ACCEPTED, REJECTED = 0, 1
 
@@ -117,6 +117,71 @@ def test_layer_whose_own_means_are_not_finite_is_skipped_alone(backend):
         compare.assert_same_bits(got[place][0], args[place][0])
         assert not torch.equal(got[place][1], args[place][1])
     assert not torch.equal(got[0][0], args[0][0])  # its H_a has nothing to do with them
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+@pytest.mark.parametrize("side", ["A", "X", "g", "ring"])
+def test_restart_after_a_streak(backend, side):
+    """Layers with streaks of 3, 2, none and 5, where 3 is the limit."""
+    n = 17
+    args = cases.restart((n,) * 4, side)(torch.float64)
+    got = calls.run("restart_", args, backend)
+    H, pushed, marks = got[:3]
+    assert [m.tolist() for m in marks] == [[7, 5, 2], [7, 2, 1], [8, 9, 1], [7, 7, 2]]
+    if side == "ring":
+        assert [int(p) for p in pushed] == [0, 6, 7, 0]
+        return
+    for i, before in enumerate(args[0]):
+        if i in (1, 2):
+            compare.assert_same_bits(H[i], before)
+            continue
+        divisor = torch.tensor(1.0, dtype=torch.float64)
+        if side != "g":
+            X = with_ones(args[6][i]) if side == "X" else None
+            divisor = 0.3 + (args[5][i] if X is None else X.T @ X / len(X)).trace()
+        compare.assert_equal_to(H[i], torch.eye(n, dtype=torch.float64) / divisor, n, 1.0)
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+def test_restart_that_is_forced_and_one_that_is_put_off(backend):
+    """No streak, and all restart; but where the trace overflows nothing does, until it does not."""
+    args = cases.restart((5, 7), "X", force=torch.tensor(True))(torch.float32)
+    args[7] = 100
+    args[6][1][2, 3] = float("inf")
+    got = calls.run("restart_", args, backend)
+    assert [m[2].item() for m in got[2]] == [2, 1]
+    compare.assert_same_bits(got[0][1], args[0][1])
+    got[6][1][2, 3] = 0.0
+    again = calls.run("restart_", got, backend)
+    assert [m[2].item() for m in again[2]] == [3, 2]
+    assert torch.equal(again[0][1], torch.diag(again[0][1].diagonal()))
+
+
+def test_bad_arguments_of_restart_are_named():
+    H, v = torch.eye(3), torch.tensor(0.5, dtype=torch.float64)
+    marks, counts = torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    pushed = torch.tensor(0)
+
+    def call(H=(), pushed=(), marks=(marks,), counts=(counts,), lam=(), A=(), X=(), after=2):
+        ops.restart_(H, pushed, marks, counts, lam, A, X, after)
+
+    for words, arguments in (
+        ("after must be at least 1, got 0", {"H": [H], "after": 0}),
+        ("give H or pushed, not both: got 1 and 1", {"H": [H], "pushed": [pushed]}),
+        ("one entry per layer, got lengths .*'pushed': 0", {}),
+        ("lam goes with A or X: got 1 lam, 0 A and 0 X", {"H": [H], "lam": [v]}),
+        ("lam goes with A or X: got 0 lam, 1 A and 0 X", {"H": [H], "A": [H]}),
+        ("lam goes with A or X: got 1 lam, 1 A and 1 X", {"lam": [v], "A": [H], "X": [H]}),
+        (r"marks\[0\] must have shape \(3,\)", {"H": [H], "marks": [counts]}),
+        (r"counts\[0\] must have shape \(4,\)", {"H": [H], "counts": [marks]}),
+        (r"pushed\[0\] must have shape \(\)", {"pushed": [marks]}),
+        (r"H\[0\] must have shape \(3, 3\)", {"H": [H[:, :2]]}),
+        (r"A\[0\] must have shape \(3, 3\)", {"H": [H], "lam": [v], "A": [H[:2]]}),
+        (r"A\[0\] must be torch.float32", {"H": [H], "lam": [v], "A": [H.double()]}),
+        (r"X\[0\] must be m x 3 or m x 2", {"H": [H], "lam": [v], "X": [torch.ones(4, 5)]}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call(**arguments)
 
 
 def test_bad_arguments_are_named():

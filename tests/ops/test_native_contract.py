@@ -99,13 +99,14 @@ def gapped(tensor):
 # The list that says how many layers there are.
 LEADING = {
     "factor_ema_": "a_bar", "curvature_update_": "work", "kron_precondition_": "M",
-    "descend_": "P", "restore_": "saved", "kron_step_": "M",
+    "descend_": "P", "restart_": "marks", "restore_": "saved", "kron_step_": "M",
 }  # fmt: skip
 STATE = [
     ("factor_ema_", "A"), ("factor_ema_", "a_bar"), ("hessian_action_", "y"), ("pair_ema_", "s"),
     ("double_damping_", "H"), ("double_damping_", "y"), ("double_damping_", "counts"),
     ("bfgs_update_", "H"), ("curvature_update_", "H_a"), ("curvature_update_", "H_g"),
-    ("curvature_update_", "A"), ("lbfgs_two_loop_", "S"), ("lbfgs_two_loop_", "out"),
+    ("curvature_update_", "A"), ("restart_", "H"), ("restart_", "A"), ("restart_", "marks"),
+    ("lbfgs_two_loop_", "S"), ("lbfgs_two_loop_", "out"),
     ("lbfgs_push_", "Y"), ("kron_precondition_", "H_g"), ("kron_precondition_", "P"),
     ("momentum_", "M"), ("descend_", "W"), ("restore_", "W"), ("kron_step_", "W"),
     ("kron_step_", "H_a"),
@@ -146,7 +147,7 @@ def test_other_dtypes_are_refused(op):
     ("op", "name"),
     [("factor_ema_", "X"), ("hessian_action_", "s"), ("kron_step_", "dW"), ("descend_", "b"),
      ("bfgs_update_", "c"), ("curvature_update_", "g_bar"), ("lbfgs_two_loop_", "rho"),
-     ("descend_", "step_size"), ("double_damping_", "lam")],
+     ("descend_", "step_size"), ("double_damping_", "lam"), ("restart_", "A")],
 )  # fmt: skip
 def test_mixed_dtypes_are_refused(op, name):
     args = cases.first(op).build(torch.float32)
@@ -171,7 +172,7 @@ WIDEST = {
     "bfgs_update_": ":513", "curvature_update_": ":wide-damped", "lbfgs_two_loop_": ":auto-513",
     "pair_ema_": ":1024", "kron_step_": ":wide-no-bias", "kron_precondition_": ":wide-no-bias",
     "momentum_": ":wide-no-bias", "descend_": ":wide-no-bias", "restore_": ":undo-no-bias",
-    "lbfgs_push_": ":wrapped",
+    "lbfgs_push_": ":wrapped", "restart_": ":1024",
 }  # fmt: skip
 
 

@@ -1,12 +1,15 @@
-"""A factor that rejects pair after pair is put back to its start; and H stays symmetric."""
+"""Factors that reject pair after pair, or go nowhere, start again; and H stays symmetric."""
 
+import io
 import math
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kbfgs_ext.optim.restart import restart_a, restart_g
+from kbfgs_ext import KBFGSL
+from kbfgs_ext.optim.restart import restart
+from kbfgs_ext.optim.safeguard import SafeguardRule
 from tests.optim.models import METHODS, assert_same, mlp, problem, snapshot
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
@@ -21,6 +24,11 @@ def started(method, **options):
     return opt, opt._layers()[0]
 
 
+def restart_side(layer, side, X=()) -> None:
+    lam_a = torch.tensor(0.5, dtype=torch.float64)
+    restart([layer], side, 3, None, lam_a, list(X), "auto")
+
+
 def restarts(opt) -> tuple[int, int]:
     report = opt.diagnostics()["0"]
     return int(report["restarts"]), int(report["restarts_a"])
@@ -32,15 +40,14 @@ def test_restarts_after_so_many_rejections_in_a_row(method, action):
     """Two rejected, one accepted, three rejected: the third of those restarts, once."""
     opt, layer = started(method, hessian_action=action)
     X = [] if action == "ema" else [torch.ones(4, 5, dtype=torch.float64)]
-    lam_a = torch.tensor(0.5, dtype=torch.float64)
     due = [(1, 0), (1, 0), (0, 0), (1, 0), (1, 0), (1, 1), (1, 1), (1, 1), (1, 2)]
     for rejected, restarted in due:
         for side in "ag":
             layer["counts_" + side][rejected] += 1
         before = {name: t.clone() for name, t in layer.kept.items()}
         already = restarts(opt)[0]
-        restart_a([layer], X, lam_a, 3)
-        restart_g([layer], 3)
+        restart_side(layer, "a", X)
+        restart_side(layer, "g")
         assert restarts(opt) == (restarted, restarted)
         if restarted == already:
             assert all(torch.equal(before[n], t) for n, t in layer.kept.items() if n[0] in "HSYrp")
@@ -49,7 +56,7 @@ def test_restarts_after_so_many_rejections_in_a_row(method, action):
     if layer.has("H_g"):
         assert torch.equal(layer["H_g"], torch.eye(7, dtype=torch.float64))
     else:
-        assert not any(layer[name].any() for name in ("S", "Y", "rho", "pushed"))
+        assert layer["pushed"] == 0
 
 
 @METHODS
@@ -72,7 +79,7 @@ def test_in_a_step(method, action):
 @ACTIONS
 def test_without_rejections_nothing_changes(method, action):
     a, opt, closure = problem(method, restart_after=1, hessian_action=action)
-    b, plain, again = problem(method, hessian_action=action)
+    b, plain, again = problem(method, hessian_action=action, restart_after=None)
     for _ in range(8):
         opt.step(closure)
         plain.step(again)
@@ -80,19 +87,136 @@ def test_without_rejections_nothing_changes(method, action):
     assert_same(snapshot(b, plain), snapshot(a, opt))
 
 
+def test_an_indefinite_factor_is_refused_and_restarts():
+    """H_g = -I climbs; y'Hy < 0 shows it, and training goes on from the restart."""
+    _, opt, closure = problem(restart_after=3)
+    opt.step(closure)
+    for layer in opt._layers():
+        layer["H_g"].neg_()
+    stuck = [opt.step(closure).item() for _ in range(4)]
+    assert len(set(stuck)) == 1
+    for counts in opt.diagnostics().values():
+        assert int(counts["restarts"]) == 1 and int(counts["rejected"]) == 3
+    freed = [opt.step(closure).item() for _ in range(30)]
+    assert freed[-1] < 0.9 * stuck[0]
+    assert int(opt.counters()["restarts"]) == 0  # no need of the safeguard's
+
+
+def test_an_indefinite_ring_restarts_when_no_step_is_kept():
+    """Its gate has no H y to see it by, and accepts every pair. H = I - 1000 I."""
+    _, opt, closure = problem(KBFGSL, restart_after=3, safeguard=SafeguardRule(smallest=0.25))
+    opt.step(closure)
+    for layer in opt._layers():
+        n = layer.n_g
+        layer["S"][:n], layer["Y"][:n], layer["rho"][:n] = torch.eye(n), 0.0, -1e3
+        layer["pushed"].fill_(n)
+    stuck = [opt.step(closure).item() for _ in range(5)]  # at 1, 1/2 and three times 1/4
+    assert len(set(stuck)) == 1 and opt.counters()["scale"] == 0.25
+    assert int(opt.counters()["restarts"]) == 1
+    for layer in opt._layers():
+        assert layer["pushed"] == 0 and layer["counts_g"][:2].tolist() == [6, 0]
+    freed = [opt.step(closure).item() for _ in range(30)]
+    assert freed[-1] < 0.9 * stuck[0]
+
+
+def uphill(closure):
+    """The same gradients with a loss that only rises: every step is undone."""
+    calls = 0
+
+    def rising():
+        nonlocal calls
+        calls += 1
+        return closure().detach() + 1e3 * calls
+
+    return rising
+
+
+STANDSTILL = {"restart_after": 3, "safeguard": SafeguardRule(smallest=1.0)}
+
+
+@METHODS
+@ACTIONS
+def test_all_factors_restart_when_no_step_is_kept(method, action):
+    """H_a without A in the next step, whose activations it needs; then a new streak begins."""
+    _, opt, closure = problem(method, hessian_action=action, **STANDSTILL)
+    for _ in range(2):
+        opt.step(uphill(closure))
+    opt.step(closure)  # kept: the streak is over
+    late = action == "minibatch"
+    for k in range(1, 8):
+        opt.step(uphill(closure))
+        assert int(opt.counters()["restarts"]) == k // 3
+        assert restarts(opt) == (k // 3, (k - late) // 3)
+        if k % 3 == 0:
+            for layer in opt._layers():
+                if layer.has("H_g"):
+                    assert torch.equal(layer["H_g"], torch.eye(layer.n_g, dtype=torch.float64))
+                else:
+                    assert layer["pushed"] == 0
+    for counts in opt.diagnostics().values():
+        assert int(counts["rejected"]) == int(counts["rejected_a"]) == 0
+
+
+@METHODS
+@ACTIONS
+def test_a_void_step_puts_the_restart_off(method, action):
+    """And is no part of the streak."""
+    _, opt, closure = problem(method, hessian_action=action, **STANDSTILL)
+    void = uphill(lambda: closure() * math.nan)
+    for done in range(4):
+        before = snapshot(opt.model, opt)
+        opt.step(void)
+        assert_same(before, snapshot(opt.model, opt))
+        assert restarts(opt) == (done // 3, 0 if action == "minibatch" else done // 3)
+        opt.step(uphill(closure))
+    assert restarts(opt) == (1, 1)
+
+
+@METHODS
+@ACTIONS
+@pytest.mark.parametrize("at", [1, 2, 3], ids=["in the streak", "before its end", "ordered"])
+def test_resumed_in_a_streak(method, action, at):
+    runs = []
+    for resumed in (False, True):
+        _, opt, closure = problem(method, hessian_action=action, **STANDSTILL)
+        rising = uphill(closure)
+        for k in range(5):
+            if k == at and resumed:
+                file = io.BytesIO()
+                torch.save(opt.state_dict(), file)
+                file.seek(0)
+                weights = opt.model.state_dict()
+                _, opt, closure = problem(method, hessian_action=action, **STANDSTILL)
+                opt.model.load_state_dict(weights)
+                opt.load_state_dict(torch.load(file))
+                rising = uphill(closure)
+            opt.step(rising)
+        assert restarts(opt) == (1, 1)
+        runs.append({**snapshot(opt.model, opt), **opt.counters()})
+    assert_same(*runs)
+
+
 @METHODS
 def test_a_streak_outlives_a_checkpoint(method):
     opt, layer = started(method)
     layer["counts_g"][1] += 2
-    restart_g([layer], 3)
+    restart_side(layer, "g")
     _, other, _ = problem(method, restart_after=3)
     other.load_state_dict(opt.state_dict())
     resumed = other._layers()[0]
     resumed["counts_g"][1] += 1
-    restart_g([resumed], 3)
+    restart_side(resumed, "g")
     assert restarts(other) == (1, 0)
     with pytest.raises(ValueError, match="restart_after = 3, this .* = None"):
-        problem(method)[1].load_state_dict(opt.state_dict())
+        problem(method, restart_after=None)[1].load_state_dict(opt.state_dict())
+
+
+def test_a_checkpoint_of_another_format_is_refused():
+    _, opt, _ = problem()
+    saved = opt.state_dict()
+    saved["kbfgs"]["about"]["format"] = 2
+    with pytest.raises(ValueError, match="has format = 2, this optimizer has format = 3"):
+        opt.load_state_dict(saved)
 
 
 @METHODS

@@ -44,6 +44,19 @@ def test_scale_is_bounded():
     assert guard.scale == SafeguardRule().smallest
 
 
+def test_standstill_counts_at_the_smallest_scale_alone():
+    guard = Safeguard(SafeguardRule(smallest=0.25), torch.device("cpu"), restart_after=2)
+    yes, no = torch.tensor(True), torch.tensor(False)
+    ordered = []
+    for loss_next in (2.0, 2.0, 2.0, 0.0, 2.0, 2.0, 2.0, 2.0, 2.0):
+        guard.judge(scalar(1.0), scalar(loss_next), yes)
+        guard.judge(scalar(1.0), scalar(math.nan), no)  # void: neither a standstill nor its end
+        ordered.append(int(guard.restarts))
+    # At 1, 1/2, 1/4; kept; at 0.275; and then two by two at 1/4.
+    assert ordered == [0, 0, 0, 0, 0, 0, 1, 1, 2]
+    assert [bool(guard.take_order_a(ok)) for ok in (no, yes, yes)] == [False, True, False]
+
+
 @pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
 def test_undone_step_restores_weights_exactly(method):
     torch.manual_seed(0)

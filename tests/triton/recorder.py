@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import re
+import sys
+import types
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
@@ -25,6 +28,13 @@ class Launch:
     options: dict
 
 
+def triton_modules() -> list[types.ModuleType]:
+    """All that launch kernels."""
+    for family in registry.FAMILIES:
+        importlib.import_module(f"kbfgs_ext.ops.{family}.triton")
+    return [m for name, m in sys.modules.items() if re.match(r"kbfgs_ext\.ops\..*triton$", name)]
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Within it launches go into the list that it gives."""
@@ -35,8 +45,7 @@ def recorded() -> Iterator[list[Launch]]:
             launches.append(Launch(kernel, programs, args, options))
 
     with contextlib.ExitStack() as stack:
-        for family in registry.FAMILIES:
-            module = importlib.import_module(f"kbfgs_ext.ops.{family}.triton")
+        for module in triton_modules():
             stack.enter_context(mock.patch.object(module, "launch", record))
         yield launches
 
@@ -87,7 +96,7 @@ def calls_of(
     M, P, work = (empty(*zip(n_g, n_a, strict=True)) for _ in range(3))
     S, Y = (empty(*[(MEMORY, n) for n in n_g]) for _ in range(2))
     rho, pushed = vectors([MEMORY] * count), empty(*[()] * count, like=torch.int64)
-    counts = empty(*[(4,)] * count, like=torch.int64)
+    counts, marks = (empty(*[(k,)] * count, like=torch.int64) for k in (4, 3))
     scalars = empty(*[()] * count, like=torch.float64)
     scratch = vectors([workspace_size(a, g) for a, g in zip(n_a, n_g, strict=True)])
     ok = torch.empty((), dtype=torch.bool)
@@ -116,6 +125,10 @@ def calls_of(
         "bfgs_update_": ("bfgs_update_", [H_g, counts, g[0], g[1], [], g[2], ok]),
         "curvature_update_, ema": curvature(A, []),
         "curvature_update_, minibatch": curvature([], X),
+        "restart_, from A": ("restart_", [H_a, [], marks, counts, scalars, A, [], 10, ok]),
+        "restart_, from X": ("restart_", [H_a, [], marks, counts, scalars, [], X, 10, ok]),
+        "restart_, to I": ("restart_", [H_g, [], marks, counts, [], [], [], 10, None]),
+        "restart_, a ring": ("restart_", [[], pushed, marks, counts, [], [], [], 10, ok]),
         "lbfgs_two_loop_, recursion": two_loop("recursion", P, M),
         "lbfgs_two_loop_, compact": two_loop("compact", P, M),
         "lbfgs_two_loop_, compact, a vector": two_loop("compact", g[0], g[1]),

@@ -1,4 +1,4 @@
-"""bfgs_update: the gated rank-2 update, and the whole curvature update of a step."""
+"""bfgs_update: the gated rank-2 update, the whole curvature update of a step, and restarts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bfgs_update_(
 ) -> None:
     """The BFGS update of inverse factors, for all layers, gated on the device.
 
-    (8)  accept if s'y > 0, s'y > 1e-4*s's*||c||, and all is finite
+    (8)  accept if s'y > 0, s'y > 1e-4*s's*||c||, y'Hy >= 0, and all is finite
     (9)  H <- H - rho*(s (Hy)' + (Hy) s') + (rho^2*y'Hy + rho)*s s',   rho = 1/s'y
 
     Args:
@@ -143,3 +143,66 @@ def curvature_update_(
         H_a, H_g, s, y, counts_a, counts_g, work, A, X, a_bar, h_bar, h_bar_next, g_bar,
         g_bar_next, lam_a, lam_g, pair_decay, mu1, ok, ok_pair, backend,
     )  # fmt: skip
+
+
+def restart_(
+    H: Tensors,
+    pushed: Tensors,
+    marks: Tensors,
+    counts: Tensors,
+    lam: Tensors,
+    A: Tensors,
+    X: Tensors,
+    after: int,
+    force: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Put factors that have gone wrong back to a safe start: one side of all layers in one call.
+
+    (12)  where the last ``after`` pairs or more were rejected, or ``force``:
+          H <- I, or H <- I/(lam + tr A), or pushed <- 0
+
+    Nothing but ``marks`` is written elsewhere, and no matrix is read. tr A bounds the largest
+    eigenvalue of A, so that such an H_a is too large in no direction; one that is not finite
+    puts the restart off.
+
+    Args:
+        H: (n, n) each; or an empty list, and then ``pushed`` is given.
+        pushed: int64 scalar each: the rings of `lbfgs_push_`, which are empty at 0.
+        marks: (3,) int64 each, zero at first: accepted and rejected pairs where the present streak
+            began, and restarts.
+        counts: (4,) int64 each, as `bfgs_update_` and `lbfgs_push_` keep them.
+        lam: float64 scalar each, on the device; an empty list restarts to I.
+        A: (n, n) each, with ``lam``; or empty, and then ``X`` is used.
+        X: (m, d_in) each, as in `factor_ema_`: A is X~'X~/m.
+        after: length of the streak, at least 1.
+        force: bool scalar on the device: restart all of them now.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype, device or ``after`` does not fit.
+    """
+    checks.backend(backend)
+    if after < 1:
+        raise ValueError(f"after must be at least 1, got {after}")
+    if H and pushed:
+        raise ValueError(f"give H or pushed, not both: got {len(H)} and {len(pushed)} of them")
+    if bool(lam) != bool(A or X) or (A and X):
+        raise ValueError(f"lam goes with A or X: got {len(lam)} lam, {len(A)} A and {len(X)} X")
+    lists = {"marks": marks, "counts": counts, **({"H": H} if H or lam else {"pushed": pushed})}
+    given = {"lam": lam, "A": A, "X": X}
+    checks.same_length(**lists, **{name: value for name, value in given.items() if value})
+    for i, mark in enumerate(marks):
+        checks.shape("marks", i, mark, 3)
+        checks.shape("counts", i, counts[i], 4)
+        if not H:
+            checks.shape("pushed", i, pushed[i])
+            continue
+        n = H[i].shape[0]
+        checks.shape("H", i, H[i], n, n)
+        if A:
+            checks.shape("A", i, A[i], n, n)
+            checks.like("A", i, A[i], H[i])
+        if X:
+            checks.rows("X", i, X[i], n)
+    torch.ops.kbfgs_ext.restart_(H, pushed, marks, counts, lam, A, X, after, force, backend)

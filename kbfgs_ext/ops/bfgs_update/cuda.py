@@ -14,3 +14,8 @@ def bfgs_update_(*args) -> None:
 @register("curvature_update_", "bfgs_update", "cuda", environment.cuda_missing)
 def curvature_update_(*args) -> None:
     environment.native().curvature_update_cuda(*args)
+
+
+@register("restart_", "bfgs_update", "cuda", environment.cuda_missing)
+def restart_(*args) -> None:
+    environment.native().restart_cuda(*args)

@@ -14,3 +14,8 @@ def bfgs_update_(*args) -> None:
 @register("curvature_update_", "bfgs_update", "cpu", environment.native_missing)
 def curvature_update_(*args) -> None:
     environment.native().curvature_update_cpu(*args)
+
+
+@register("restart_", "bfgs_update", "cpu", environment.native_missing)
+def restart_(*args) -> None:
+    environment.native().restart_cpu(*args)

@@ -1,4 +1,4 @@
-"""bfgs_update, the mathematics: equations (8) to (10) of kbfgs_ext/ops/README.md."""
+"""bfgs_update, the mathematics: equations (8) to (10) and (12) of kbfgs_ext/ops/README.md."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from kbfgs_ext.ops.registry import register
 CURVATURE_GATE = 1e-4  # of (8), relative to s's*||c||: the authors' value
 
 
-def gate(s, y, c, finite, ok) -> torch.Tensor:
-    """(8): whether the pair may enter the factor; a bool scalar on the device."""
+def gate(s, y, c, sound, ok) -> torch.Tensor:
+    """(8): whether the pair may enter the factor; a bool scalar on the device.
+
+    ``sound``: what depends on how it enters: all is finite, and y'Hy is not negative.
+    """
     sy, ss = s @ y, s @ s
-    accept = (sy > 0) & (sy > CURVATURE_GATE * ss * c.norm()) & torch.isfinite(1 / sy) & finite
+    accept = (sy > 0) & (sy > CURVATURE_GATE * ss * c.norm()) & torch.isfinite(1 / sy) & sound
     return accept if ok is None else accept & ok
 
 
@@ -33,7 +36,7 @@ def bfgs_update_(H, counts, s, y, Hy, c, ok) -> None:
         coefficient = rho * rho * yHy + rho
         # Finite products imply finite vectors: 0 times Inf or NaN is NaN.
         finite = torch.isfinite(coefficient * (s[i] @ s[i])) & torch.isfinite(rho * (Hy_i @ Hy_i))
-        accept = gate(s[i], y[i], c[i], finite, ok)
+        accept = gate(s[i], y[i], c[i], finite & (yHy >= 0), ok)  # y'Hy < 0: H is indefinite
         H_new = H[i] - rho * (torch.outer(s[i], Hy_i) + torch.outer(Hy_i, s[i]))  # (9)
         H_new += coefficient * torch.outer(s[i], s[i])  # (9)
         H[i].copy_(torch.where(accept, H_new, H[i]))
@@ -62,3 +65,26 @@ def curvature_update_(
         s_g, y_g, Hy = s[i].clone(), y[i].clone(), torch.empty_like(y[i])  # damp only copies
         double_damping_([s_g], [y_g], [Hy], [counts_g[i]], [H_g[i]], [lam_g[i]], mu1, fine)
         bfgs_update_([H_g[i]], [counts_g[i]], [s_g], [y_g], [Hy], [g_bar[i]], fine)
+
+
+@register("restart_", "bfgs_update", "reference")
+def restart_(H, pushed, marks, counts, lam, A, X, after, force) -> None:
+    for i in range(len(marks)):
+        accepted, rejected = counts[i][ACCEPTED], counts[i][REJECTED]
+        begin = torch.where(accepted > marks[i][0], rejected, marks[i][1])
+        now = rejected - begin >= after  # (12)
+        now = now if force is None else now | force
+        divisor = torch.ones_like(now, dtype=torch.float32)
+        if A:
+            divisor = lam[i] + A[i].diagonal().sum(dtype=lam[i].dtype)
+        elif X:
+            squares = torch.linalg.vector_norm(X[i], dtype=lam[i].dtype).square()
+            divisor = lam[i] + squares / len(X[i]) + (len(H[i]) - X[i].shape[1])
+        now = now & torch.isfinite(divisor)
+        if H:
+            H[i].masked_fill_(now, 0.0)
+            H[i].diagonal().add_(torch.where(now, 1 / divisor, 0.0))  # (12)
+        else:
+            pushed[i].masked_fill_(now, 0)  # (12)
+        begin = torch.where(now, rejected, begin)
+        marks[i].copy_(torch.stack((accepted, begin, marks[i][2] + now)))

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from kbfgs_ext.ops.bfgs_update.reference import CURVATURE_GATE
+from kbfgs_ext.ops.bfgs_update.restart_triton import restart_ as restart_
 from kbfgs_ext.ops.double_damping.triton import (
     LIVE,
     REDO,
@@ -211,7 +212,7 @@ def _update(
     rho = divide(number(1.0, T), sy)
     coefficient = rho * rho * yHy + rho
     accept = live & (sy > 0) & (sy > number(GATE, T) * ss * root(cc)) & finite(rho)  # (8)
-    accept = accept & finite(coefficient * ss) & finite(rho * HyHy)  # (8)
+    accept = accept & (yHy >= 0) & finite(coefficient * ss) & finite(rho * HyHy)  # (8)
 
     block_i, block_j = triangle(t)
     if accept:

@@ -25,10 +25,10 @@ def lbfgs_two_loop_(
     Args:
         out: like ``Q``, written; it may not overlap Q.
         Q: (n, columns) or (n,) each.
-        S, Y: (p, n) each: the pairs, one a row, in a ring; rows not yet filled are zero.
-        rho: (p,) each: 1/s'y of each row, zero where not yet filled.
-        pushed: int64 scalar each, on the device: pairs accepted so far; the newest is in row
-            ``(pushed - 1) % p``.
+        S, Y: (p, n) each: the pairs, one a row, in a ring.
+        rho: (p,) each: 1/s'y of each row.
+        pushed: int64 scalar each, on the device: pairs accepted so far, or since a restart; the
+            newest is in row ``(pushed - 1) % p``. What is in rows that hold no pair is ignored.
         form: "recursion" (2p sweeps), "compact" (matrix products), or "auto" by size. Both are
             exact in exact arithmetic.
         backend: "auto", "reference", "cpu", "cuda" or "triton".

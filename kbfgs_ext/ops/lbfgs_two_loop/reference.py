@@ -1,7 +1,7 @@
 """lbfgs_two_loop, the mathematics: equation (11) of kbfgs_ext/ops/README.md and of this README.
 
-Rows of S and Y that hold no pair yet are zero, and so is their rho: every formula below then leaves
-them without effect, so that no loop bound has to be read from the device.
+Rows of S and Y that hold no pair are taken as zero, and so is their rho: every formula below then
+leaves them without effect, so that no loop bound has to be read from the device.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from kbfgs_ext.ops.bfgs_update.reference import count, gate
 from kbfgs_ext.ops.registry import register
 
 
-def age_order(pushed: torch.Tensor, p: int) -> torch.Tensor:
-    """Rows of the ring from the oldest pair to the newest; rows not yet filled come first."""
-    return (pushed + torch.arange(p, device=pushed.device)) % p
+def by_age(S, Y, rho, pushed) -> tuple[torch.Tensor, ...]:
+    """The pairs from the oldest to the newest, and what rows hold one; the others come first."""
+    order = (pushed + torch.arange(len(S), device=pushed.device)) % len(S)
+    filled = order < pushed
+    of_rows = filled[:, None]
+    S, Y = torch.where(of_rows, S[order], 0.0), torch.where(of_rows, Y[order], 0.0)
+    return S, Y, torch.where(filled, rho[order], 0.0), filled
 
 
 def two_loop(Q, S, Y, rho, pushed) -> torch.Tensor:
     """H Q by the recursion (Nocedal 1980), H_0 = I."""
-    order = age_order(pushed, S.shape[0])
-    S, Y, rho = S[order], Y[order], rho[order]
+    S, Y, rho, _ = by_age(S, Y, rho, pushed)
     alpha = [None] * len(S)
     for j in reversed(range(len(S))):  # newest to oldest
         alpha[j] = rho[j] * (S[j] @ Q)
@@ -37,9 +40,7 @@ def compact(Q, S, Y, rho, pushed) -> torch.Tensor:
     With R = triu(S Y') and C = diag(S Y') (rows of S and Y are the pairs, oldest first),
     H = I + [S' Y'] [[R^-T (C + Y Y') R^-1, -R^-T], [-R^-1, 0]] [S; Y].
     """
-    order = age_order(pushed, S.shape[0])
-    S, Y = S[order], Y[order]
-    filled = rho[order] != 0
+    S, Y, _, filled = by_age(S, Y, rho, pushed)
     R = torch.triu(S @ Y.T)
     C = torch.diagonal(R).clone()
     R.diagonal().copy_(torch.where(filled, C, 1.0))  # an empty row: R^-1 of it is never used

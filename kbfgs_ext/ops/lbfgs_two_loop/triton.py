@@ -217,11 +217,9 @@ def _solve(
         v = tl.where(here, v_k, v)
         rest -= R_k[:, None] * v_k
 
-    # Rows of the ring without a pair get zeros.
-    mask = (i < p)[:, None] & (j < columns)[None, :]
     UV += tl.load(row + SECOND) + r[:, None] * columns + j[None, :]
-    tl.store(UV, v, mask=mask)
-    tl.store(UV + p * columns, -u, mask=mask)
+    tl.store(UV, v, mask=inside)
+    tl.store(UV + p * columns, -u, mask=inside)
 
 
 @triton.jit
@@ -235,15 +233,18 @@ def _apply(
     across = tl.cdiv(columns, TILE)
     i, j = (t // across) * TILE + tl.arange(0, TILE), (t % across) * TILE + tl.arange(0, TILE)
     UV += tl.load(row + SECOND)
-    of_pairs = tl.cdiv(p, DEPTH)
+    filled = tl.minimum(tl.load(at(row, PUSHED, tl.int64)), p).to(tl.int32)
+    of_pairs = tl.cdiv(filled, DEPTH)
     total = tl.zeros((TILE, TILE), T)
     for turn in tl.range(0, 2 * of_pairs):
         below = turn // of_pairs  # 0: S and v, 1: Y and -u
         word = S + below * (Y - S)
         pairs, stride = tl.load(row + word).to(tl.pointer_type(T)), tl.load(row + word + 1)
         a = (turn % of_pairs) * DEPTH + tl.arange(0, DEPTH)
-        left = tl.trans(tile(pairs, stride, a, i, p, n))
-        right = tile(UV + below.to(tl.int64) * p * columns, columns.to(tl.int64), a, j, p, columns)
+        left = tl.trans(tile(pairs, stride, a, i, filled, n))
+        right = tile(
+            UV + below.to(tl.int64) * p * columns, columns.to(tl.int64), a, j, filled, columns
+        )
         total = tl.dot(left, right, total, input_precision="ieee", out_dtype=T)
     total += tile(at(row, Q, T), tl.load(row + Q + 1), i, j, n, columns)
     out = at(row, OUT, T) + i[:, None] * tl.load(row + OUT + 1) + j[None, :]

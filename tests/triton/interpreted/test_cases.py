@@ -136,7 +136,9 @@ def poisoned(op):
     ]
 
 
-@pytest.mark.parametrize("op", ["factor_ema_", "bfgs_update_", "curvature_update_", "lbfgs_push_"])
+@pytest.mark.parametrize(
+    "op", ["factor_ema_", "bfgs_update_", "curvature_update_", "restart_", "lbfgs_push_"]
+)
 def test_a_number_that_is_not_finite_does_what_it_does_in_the_reference(op):
     """The last layer is spoiled, argument by argument: decisions, and all other layers, agree."""
     for place, value in poisoned(op):

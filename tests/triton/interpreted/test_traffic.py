@@ -1,7 +1,6 @@
 """The bytes that the READMEs' tables reckon with are the ones that the kernels access."""
 
 import contextlib
-import importlib
 from unittest import mock
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from kbfgs_ext.ops import registry
 from tests.helpers import traffic
 from tests.triton import recorder
 
@@ -58,8 +56,7 @@ def counted():
         patch = stack.enter_context
         patch(mock.patch.object(InterpreterBuilder, "create_masked_load", noted_load))
         patch(mock.patch.object(InterpreterBuilder, "create_masked_store", noted_store))
-        for family in registry.FAMILIES:
-            module = importlib.import_module(f"kbfgs_ext.ops.{family}.triton")
+        for module in recorder.triton_modules():
             patch(mock.patch.object(module, "launch", counter.of(module.launch)))
         yield counter
 
