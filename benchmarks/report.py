@@ -21,7 +21,7 @@ from benchmarks.grids import TARGETS as TRAINING_TARGETS
 from benchmarks.micro.cases import APART, BLAS, COMPILED, EAGER, OURS
 from benchmarks.micro.measure import load
 from benchmarks.plots import LOOKS
-from benchmarks.step import PHASES
+from benchmarks.step.clock import PHASES
 from benchmarks.summary import Row, Spread
 
 ROOT = Path(__file__).resolve().parent.parent
