@@ -21,7 +21,8 @@ from benchmarks.grids import TARGETS as TRAINING_TARGETS
 from benchmarks.micro.cases import APART, BLAS, COMPILED, EAGER, OURS
 from benchmarks.micro.measure import load
 from benchmarks.plots import LOOKS
-from benchmarks.step import PHASES
+from benchmarks.step.clock import PHASES
+from benchmarks.step.models import MODELS
 from benchmarks.summary import Row, Spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,24 +85,52 @@ def demo() -> str:
 
 
 def step() -> str:
-    """Milliseconds of a whole step and of its parts."""
-    rows = lines_of("step")
-    heads = ["step", "ms", "ratio", *PHASES]
+    """Milliseconds of a whole step of the MNIST autoencoder, and of its parts."""
+    return _step_tables([row for row in lines_of("step") if row["dataset"] == "mnist"], False)
+
+
+def steps() -> str:
+    """The same of every model, with spread and counts."""
+    return _step_tables(lines_of("step"), True)
+
+
+def _step_tables(rows: list[Row], whole: bool) -> str:
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["dataset"], row["device"], row["threads"]), []).append(row)
+    return "\n".join(_step_table(group, whole) for group in groups.values())
+
+
+def _step_table(rows: list[Row], whole: bool) -> str:
+    """One model on one machine; ``whole`` adds what a front page can do without."""
+    first = rows[0]
+    calls = "launches" if first["device_type"] == "cuda" else "ops"
+    heads = ["step", "ms", *(["20-80 %"] if whole else []), "ratio", *PHASES]
+    heads += [calls, "allocations", "MiB"] if whole else []
     body = []
     for row in rows:
-        phases = row["phases_ms"] or {}
-        body.append(
-            [
-                row["provider"],
-                number(row["ms"]["q50"], 0),
-                number(row["ratio_to_eager"], 2),
-                *(number(phases.get(p)) for p in PHASES),
-            ]
-        )
+        ms, phases = row["ms"], row["phases_ms"] or {}
+        spread = [f"{significant(ms['q20'])}-{significant(ms['q80'])}"] if whole else []
+        cells = [row["provider"], significant(ms["q50"]), *spread, number(row["ratio_to_eager"], 2)]
+        cells += [significant(phases[p]) if p in phases else "–" for p in PHASES]
+        body.append(cells + (_counts(row.get("counts"), calls) if whole else []))
+    means = [f"{r['provider']} of {r['period']}" for r in rows if r.get("period", 1) > 1]
+    note = f" Means over the steps of a period: {', '.join(means)}." if means else ""
     return markdown(heads, body) + (
-        f"\nMedians of {rows[0]['rounds']} interleaved rounds, MNIST autoencoder, batch"
-        f" {rows[0]['batch_size']}, float32; {machine(rows[0])}.\n"
+        f"\nMedians of {first['rounds']} interleaved rounds, {MODELS[first['dataset']].title},"
+        f" batch {first['batch_size']}, {first['dtype']}; {machine(first)}.{note}\n"
     )
+
+
+def _counts(counts: dict[str, float] | None, calls: str) -> list[str]:
+    """Calls, allocations and MiB; rows of before there were counts have none."""
+    if counts is None:
+        return ["–"] * 3
+    return [
+        number(counts[calls], 0),
+        number(counts["allocations"], 0),
+        significant(counts["bytes"] / 2**20),
+    ]
 
 
 def micro() -> str:
@@ -239,6 +268,7 @@ START = 543.4  # loss of a network that says nothing, 784 ln 2: a run that ends 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "step": step,
+    "steps": steps,
     "micro": micro,
     "stability": stability,
     "safeguard": safeguard,

@@ -15,13 +15,15 @@ Curvature", ICML 2015, with the choices of Goldfarb, Ren and Bahamou, NeurIPS 20
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.models import Loss, cross_entropy, half_squared_error
+
+INVERSE_EVERY = 20  # steps, as in the K-BFGS paper's comparison
 
 
 def bernoulli(logits: Tensor) -> Tensor:
@@ -94,6 +96,9 @@ class Layer:
             parameter.sub_(part.reshape(parameter.shape), alpha=lr)
 
 
+Receive = Callable[[Layer, Tensor, Tensor], None]  # takes a layer's new factors
+
+
 class KFAC(torch.optim.Optimizer):
     """K-FAC for a ``model`` of linear layers trained with ``loss``; see the module.
 
@@ -108,7 +113,7 @@ class KFAC(torch.optim.Optimizer):
         damping: float = 3.0,
         momentum: float = 0.9,
         stat_decay: float = 0.9,
-        inverse_every: int = 20,
+        inverse_every: int = INVERSE_EVERY,
         weight_decay: float = 0.0,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -127,25 +132,30 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError("K-FAC is written for models of linear layers alone")
         self.steps = 0
         self._sample = SAMPLED[loss]
-        self._receive: Callable[[Layer, Tensor, Tensor], None] | None = None  # takes new factors
+        self._receive: Receive | None = None
         model.register_forward_hook(self._after_forward)
 
     def _after_forward(self, model: nn.Module, args: tuple[Tensor, ...], outputs: Tensor) -> None:
         """Backward with sampled targets on the graph just built, without weight gradients."""
         if self._receive is None:
             return
-        S = torch.autograd.grad(
+        self.gather(self.sampled_gradients(outputs), self._receive)
+
+    def sampled_gradients(self, outputs: Tensor) -> Sequence[Tensor]:
+        """Each layer's S for targets drawn from the distribution of ``outputs``."""
+        return torch.autograd.grad(
             outputs,
             [layer.h for layer in self.layers],
             self._sample(outputs.detach()),
             retain_graph=True,
         )
-        for layer, gradients in zip(self.layers, S, strict=True):
-            self._receive(layer, *layer.factors(gradients))
 
-    def _forward_with(
-        self, receive: Callable[[Layer, Tensor, Tensor], None], run: Callable[[], Tensor]
-    ) -> Tensor:
+    def gather(self, S: Sequence[Tensor], receive: Receive) -> None:
+        """Make each layer's factors of this batch and hand them over."""
+        for layer, gradients in zip(self.layers, S, strict=True):
+            receive(layer, *layer.factors(gradients))
+
+    def _forward_with(self, receive: Receive, run: Callable[[], Tensor]) -> Tensor:
         self._receive = receive
         try:
             with torch.enable_grad():

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ WINDOW = 5e-4  # seconds of one reading: far above the clock's own cost
 MOST_CALLS = 100  # in one reading
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
 FLUSH_BYTES = 256 * 2**20
+MEMORY = "[memory]"  # the profiler's event for what its allocators give and take back
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines on stderr
 
 
@@ -149,12 +150,21 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
     held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
+    for event in recorded(call, device):
+        if event.name() == MEMORY:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def recorded(call: Call, device: torch.device) -> list[Any]:
+    """The profiler's events of ``call``, those of memory included."""
+    activities = {torch.profiler.ProfilerActivity.CPU}
+    if device.type == "cuda":
+        activities.add(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return profile.profiler.kineto_results.events()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +145,16 @@ def same_machine(row: Row, other: Row) -> bool:
     return all(row[name] == other[name] for name in ("device", "device_type", "threads"))
 
 
-def store(path: Path, rows: list[Row]) -> None:
-    """Write the rows in place of those of the same cases from the same kind of device."""
+def store(path: Path, rows: list[Row], case: Sequence[str] = ("kernel", "shape")) -> None:
+    """Write the rows in place of those of the same cases from the same kind of device.
+
+    ``case`` names the keys that a case's rows have in common.
+    """
 
     def replaced(old: Row) -> bool:
-        return (old["kernel"], old["shape"]) in cases and same_machine(old, rows[0])
+        return tuple(old[key] for key in case) in cases and same_machine(old, rows[0])
 
-    cases = {(row["kernel"], row["shape"]) for row in rows}
+    cases = {tuple(row[key] for key in case) for row in rows}
     kept = [row for row in load(path) if not replaced(row)] if rows else load(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in kept + rows))

@@ -9,6 +9,8 @@ the device: where it is false the op leaves its named outputs as they were. ``ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kbfgs_ext.ops import registry
@@ -56,6 +58,8 @@ SCHEMAS = (
     ' float weight_decay, Tensor? ok=None, str backend="auto") -> ()',
 )
 
+KERNELS: dict[str, Callable[..., None]] = {}  # what the dispatcher calls, by the op's name
+
 _library = torch.library.Library("kbfgs_ext", "DEF")
 
 
@@ -67,7 +71,8 @@ def _define(schema: str) -> None:
         registry.run(name, backend, tuple(op_args))
 
     _library.define(schema)
-    _library.impl(name, _with_defaults(name, dispatch), "CompositeExplicitAutograd")
+    KERNELS[name] = _with_defaults(name, dispatch)
+    _library.impl(name, KERNELS[name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"kbfgs_ext::{name}", lambda *args, **kwargs: None, lib=_library)
 
 

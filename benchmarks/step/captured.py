@@ -1,0 +1,63 @@
+"""Steps as CUDA graphs: ours by `CapturedStep`, ordinary optimizers' by the same graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kbfgs_ext import KBFGS, CapturedStep
+from kbfgs_ext.optim import graph
+
+LossOf = Callable[[Tensor], Tensor]  # the forward alone
+BEFORE_REPLAYS = graph.WARM_UP + 1  # calls: ordinary steps, and the one that captures
+
+
+def captured(opt: torch.optim.Optimizer, loss_of: LossOf, x: Tensor) -> Callable[[], Tensor]:
+    """A step of ``opt`` on ``x`` that becomes a graph after `graph.WARM_UP` calls."""
+    if isinstance(opt, KBFGS):
+        step = CapturedStep(opt, loss_of)
+        return lambda: step(x)
+    return OrdinaryCapture(opt, loss_of, x)
+
+
+class OrdinaryCapture:
+    """The step of one of torch's optimizers, captured as `CapturedStep` captures ours.
+
+    A replay copies its inputs to the graph's first, as training on new batches must.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, loss_of: LossOf, x: Tensor) -> None:
+        self._opt, self._loss_of = opt, loss_of
+        self._given, self._x = x, x.clone()
+        self._calls = 0
+        self._graph: graph.Graph | None = None
+
+    def __call__(self) -> Tensor:
+        self._calls += 1
+        if self._calls <= graph.WARM_UP:
+            return self._on_the_side()
+        if self._graph is None:
+            self._graph = graph.Graph(self._step, self._x.device)
+        self._x.copy_(self._given, non_blocking=True)
+        self._graph.replay()
+        return self._graph.result
+
+    def _step(self) -> Tensor:
+        # Gradients are dropped inside the graph, so that backward makes them in its own memory.
+        self._opt.zero_grad(set_to_none=True)
+        loss = self._loss_of(self._x)
+        loss.backward()
+        self._opt.step()
+        return loss.detach()
+
+    def _on_the_side(self) -> Tensor:
+        """An ordinary step on another stream, as captures want it."""
+        device = self._x.device
+        stream, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            loss = self._step()
+        here.wait_stream(stream)
+        return loss
