@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import warnings
@@ -191,12 +192,23 @@ def test_a_company_fits_in_memory_and_has_its_own_turns_of_eager(
     monkeypatch.setattr(measure, "MODELS", {"mlp": model})
     able = [p for p in EVERYONE if p.period == 1]
     order: list[str] = []
+    alive: list[int] = []  # linear layers after each company has gone
+    free = measure._free
+
+    def freed(device: torch.device) -> None:
+        free(device)
+        alive.append(sum(type(each) is torch.nn.Linear for each in gc.get_objects()) - before)
+
+    monkeypatch.setattr(measure, "_free", freed)
+    gc.collect()
+    before = sum(type(each) is torch.nn.Linear for each in gc.get_objects())
     rows = measure.measure("mlp", able, CPU, tick=order.append)
     assert [row["provider"] for row in rows] == [p.name for p in able]
     assert rows[0]["ratio_to_eager"] == 1.0
     companies = measure.companies(model, able[1:])
     assert max(map(len, companies)) == 2
     assert order.count(EAGER) == 3 + 3 * len(companies)
+    assert alive == [3] * len(companies)  # those of the eager reference
     assert len(order) == measure.length(model, able, 3)
 
 
