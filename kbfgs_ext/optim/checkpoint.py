@@ -21,6 +21,7 @@ def describe(plan: Plan, layers: list[LayerFactors]) -> dict[str, Any]:
         "memory": plan.memory,
         "max_factor_dim": plan.max_factor_dim,
         "restart_after": plan.restart_after,
+        "initial_scale": plan.initial_scale,
         "layers": {layer.name: [layer.n_g, layer.n_a] for layer in layers},
     }
 

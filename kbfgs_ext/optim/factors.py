@@ -22,6 +22,7 @@ class Plan:
     memory: int | None  # pairs of K-BFGS(L); None keeps H_g
     max_factor_dim: int | None = None  # a larger side has no matrix factor: the identity
     restart_after: int | None = None  # rejected pairs, or undone steps, in a row
+    initial_scale: float | None = 1.0  # gamma: H_g starts as gamma*I; None takes 1/lam_g
 
     def keeps_a(self, layer: LayerFactors) -> bool:
         """Whether the layer's activation side has a factor."""
@@ -51,6 +52,7 @@ class LayerFactors:
     H_a        n_a x n_a      inverse activation factor; before the start, the average of X~'X~/m
     H_g        n_g x n_g      inverse gradient factor (K-BFGS)
     S, Y       p x n_g        ring of pairs (K-BFGS(L)), with rho (p) and pushed (scalar)
+    gamma      scalar         H_g is gamma times what the ring says (initial_scale other than 1)
     s, y       n_g            moving averages of the pair
     counts_a/g 4              accepted, rejected, Powell-damped, LM-damped
     marks_a/g  3              accepted, rejected at a streak's begin, restarts
@@ -103,6 +105,8 @@ class LayerFactors:
             shapes["S"] = shapes["Y"] = ((plan.memory, n_g), real)
             shapes["rho"] = ((plan.memory,), real)
             shapes["pushed"] = ((), torch.int64)
+            if plan.initial_scale != 1.0:
+                shapes["gamma"] = ((), real)
         return shapes
 
     def scratch_shapes(self, plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -182,7 +186,16 @@ class LayerFactors:
         """Where X~'X~/m is averaged before the start: A, or the place of H_a without A."""
         return self.kept["A" if plan.keep_A else "H_a"]
 
-    def start(self, lam_a: torch.Tensor, plan: Plan) -> None:
+    def start_g(self, lam_g: torch.Tensor, plan: Plan) -> None:
+        """H_g = gamma*I; a ring of pairs keeps gamma beside it."""
+        if self.has("H_g") or self.has("gamma"):
+            place = self.kept["H_g"].diagonal() if self.has("H_g") else self.kept["gamma"]
+            if plan.initial_scale is None:
+                place.copy_(1 / lam_g)
+            else:
+                place.fill_(plan.initial_scale)
+
+    def start_a(self, lam_a: torch.Tensor, plan: Plan) -> None:
         """H_a = inv(A_0 + lam_a*I), from the average that the warm start or first batch left.
 
         The one O(n^3) operation of a run, in float64: its condition is that of A_0/lam_a.

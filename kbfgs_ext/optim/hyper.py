@@ -84,6 +84,7 @@ def check_options(
     factor_every: Any,
     max_factor_dim: Any,
     restart_after: Any,
+    initial_scale: Any,
 ) -> None:
     """The options of the whole optimizer are in their ranges."""
     if max_grad_norm is not None:
@@ -98,6 +99,8 @@ def check_options(
         _check_count("max_factor_dim", max_factor_dim)
     if restart_after is not None:
         _check_count("restart_after", restart_after)
+    if initial_scale is not None:
+        _number("initial_scale", initial_scale, 0.0, math.inf, closed_low=False)
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -67,6 +67,8 @@ class KBFGS(SteppingOptimizer):
         restart_after: put a factor back to its start, on the device, after so many rejected pairs
             in a row; and all of them after so many steps in a row that the safeguard has undone at
             its smallest scale. None never does.
+        initial_scale: gamma, above 0: H_g starts as gamma*I, the paper's as I. None takes 1/lam_g,
+            the inverse of a curvature of which the damping is all that is known.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
             nothing, for every step is all that; maximize and differentiable are refused.
 
@@ -107,6 +109,7 @@ class KBFGS(SteppingOptimizer):
         factor_every: int = 1,
         max_factor_dim: int | None = None,
         restart_after: int | None = 10,
+        initial_scale: float | None = 1.0,
         **torch_keywords: bool | None,
     ) -> None:
         hyper.check_torch_keywords(torch_keywords)
@@ -133,7 +136,13 @@ class KBFGS(SteppingOptimizer):
         }
         hyper.check_group(defaults)
         hyper.check_options(
-            max_grad_norm, matmul_precision, pair_every, factor_every, max_factor_dim, restart_after
+            max_grad_norm,
+            matmul_precision,
+            pair_every,
+            factor_every,
+            max_factor_dim,
+            restart_after,
+            initial_scale,
         )
         if not isinstance(safeguard, (bool, SafeguardRule)):
             raise TypeError(f"safeguard must be a bool or a SafeguardRule, got {safeguard!r}")
@@ -142,7 +151,9 @@ class KBFGS(SteppingOptimizer):
         self.freeze_second_pass = bool(freeze_second_pass)
         self.max_grad_norm, self.matmul_precision = max_grad_norm, matmul_precision
         self.pair_every, self.factor_every = pair_every, factor_every
-        plan = Plan(hessian_action == "ema", self.memory, max_factor_dim, restart_after)
+        plan = Plan(
+            hessian_action == "ema", self.memory, max_factor_dim, restart_after, initial_scale
+        )
         self._method = (KBFGSMethod if self.memory is None else KBFGSLMethod)(plan, backend)
         super().__init__(model, defaults, groups, plan, fallback, rule)
 

@@ -46,7 +46,7 @@ class KBFGSMethod:
         ops.factor_ema_(A, _each(old, "a_bar"), X, group["stat_decay"], ok, self.backend)
         for layer in layers:
             if not layer.started:
-                layer.start(scalars.lam_a, self.plan)
+                layer.start_a(scalars.lam_a, self.plan)
 
     def descend(
         self,
@@ -70,7 +70,7 @@ class KBFGSMethod:
             db=[layer.db() for layer in layers],
             H_g=_each(layers, "H_g"),
             H_a=_each(layers, "H_a"),
-            step_size=[scalars.step_size] * len(layers),
+            step_size=self._step_sizes(layers, scalars),
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
             ok=ok,
@@ -99,9 +99,12 @@ class KBFGSMethod:
             self.backend,
         )
         self._direction(layers, scratch)
-        step_size = [scalars.step_size] * len(layers)
-        ops.descend_(W, b, _each(layers, "P"), step_size, ok, self.backend)
+        sizes = self._step_sizes(layers, scalars)
+        ops.descend_(W, b, _each(layers, "P"), sizes, ok, self.backend)
         written(layers)
+
+    def _step_sizes(self, layers: Layers, scalars: hyper.DeviceScalars) -> list[torch.Tensor]:
+        return [scalars.step_size] * len(layers)
 
     def _direction(self, layers: Layers, scratch: list[torch.Tensor]) -> None:
         """Step 4's P where a factor is missing, and is the identity."""
@@ -200,7 +203,16 @@ class KBFGSMethod:
 
 
 class KBFGSLMethod(KBFGSMethod):
-    """K-BFGS(L): the gradient factor is the last p pairs, applied without ever being formed."""
+    """K-BFGS(L): the gradient factor is the last p pairs, applied without ever being formed.
+
+    The ring starts from I. To start from gamma*I it holds the pairs (s, gamma*y), and H_g is gamma
+    times what it says: gamma goes into H_g y and the size of the step, and no matrix is scaled.
+    """
+
+    def _step_sizes(self, layers: Layers, scalars: hyper.DeviceScalars) -> list[torch.Tensor]:
+        sizes = super()._step_sizes(layers, scalars)
+        gamma = _gamma(layers)
+        return list(torch._foreach_mul(sizes, gamma)) if gamma else sizes
 
     def _apply_H_g(self, layers: Layers, out: list[torch.Tensor], Q: list[torch.Tensor]) -> None:
         ops.lbfgs_two_loop_(
@@ -253,13 +265,13 @@ class KBFGSLMethod(KBFGSMethod):
         if with_activations and layers[0].has("H_a"):
             self._curvature(layers, [], [], group, scalars, ok, ok, orders)
         s, y, Hy = (_each(layers, name) for name in ("s_damped", "y_damped", "Hy"))
-        counts, g_bar = _each(layers, "counts_g"), _each(layers, "g_bar")
+        counts, c, gamma = _each(layers, "counts_g"), _each(layers, "g_bar"), _gamma(layers)
         ops.pair_ema_(
             _each(layers, "s"),
             _each(layers, "y"),
             _each(layers, "h_bar"),
             _each(layers, "h_bar_next"),
-            g_bar,
+            c,
             _each(layers, "g_bar_next"),
             group["pair_decay"],
             ok_pair,
@@ -267,8 +279,14 @@ class KBFGSLMethod(KBFGSMethod):
         )
         torch._foreach_copy_(s + y, _each(layers, "s") + _each(layers, "y"))
         self._apply_H_g(layers, Hy, y)
+        if gamma:
+            torch._foreach_mul_(Hy, gamma)
         lam_g = [scalars.lam_g] * len(layers)
         ops.double_damping_(s, y, Hy, counts, [], lam_g, group["powell"], ok_pair, self.backend)
+        if gamma:  # c too, so that the gate is that of (s, y); Hy has done its duty
+            torch._foreach_copy_(Hy, c)
+            c = Hy
+            torch._foreach_mul_(y + c, gamma + gamma)
         ops.lbfgs_push_(
             _each(layers, "S"),
             _each(layers, "Y"),
@@ -277,11 +295,15 @@ class KBFGSLMethod(KBFGSMethod):
             counts,
             s,
             y,
-            g_bar,
+            c,
             ok_pair,
             self.backend,
         )
         self._restart(layers, "g", orders.g, scalars)
+
+
+def _gamma(layers: Layers) -> list[torch.Tensor]:
+    return _each(layers, "gamma") if layers[0].has("gamma") else []
 
 
 def written(layers: Layers) -> None:

@@ -188,6 +188,9 @@ class SteppingOptimizer(CoveredOptimizer):
                 if not self._capturing:
                     scalars.refresh(group)
                 scalars.set_step_size(self._guard.scale)
+                for layer in layers:
+                    if not layer.started:
+                        layer.start_g(scalars.lam_g, self._plan)
                 seen = [layer for layer in layers if layer.slot.inputs]
                 if seen:
                     self._method.statistics(seen, group, scalars, ok)
