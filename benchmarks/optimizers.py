@@ -38,6 +38,8 @@ class Settings:
     damping: float | None = None
     damping_a: float | None = None
     damping_g: float | None = None
+    pair_decay: float | None = None
+    initial_scale: float | str | None = None
     memory: int | None = None
     hessian_action: str | None = None
     backend: str | None = None
@@ -163,7 +165,7 @@ def resolved(name: str, optimizer: Any, settings: Settings) -> dict[str, Any]:
 
         # These hold for all parameter groups, so that ``defaults`` does not have them.
         parameters = inspect.signature(kbfgs_ext.KBFGS).parameters
-        for option in ("hessian_action", "safeguard", "backend"):
+        for option in ("hessian_action", "safeguard", "backend", "initial_scale"):
             found[option] = parameters[option].default
     return {k: v for k, v in (found | settings.given()).items() if v is not None}
 

@@ -58,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
     quasi.add_argument("--damping", type=float, help="its square root damps both sides")
     quasi.add_argument("--damping-a", type=float, help="damping of the activation side itself")
     quasi.add_argument("--damping-g", type=float, help="damping of the gradient side itself")
+    quasi.add_argument("--pair-decay", type=float, help="of the averaged pair")
+    quasi.add_argument(
+        "--initial-scale", type=_scale, help="H_g starts as this times I, or from 'damping'"
+    )
     quasi.add_argument("--hessian-action", choices=("ema", "minibatch"))
     quasi.add_argument("--memory", type=int, help="pairs kept by kbfgsl")
     quasi.add_argument("--backend", choices=("auto", "reference", "cpu", "cuda", "triton"))
@@ -71,6 +75,10 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _scale(text: str) -> float | str:
+    return text if text == "damping" else float(text)
+
+
 def config_of(arguments: argparse.Namespace) -> Config:
     """The run that the command line asks for."""
     return Config(
@@ -82,6 +90,8 @@ def config_of(arguments: argparse.Namespace) -> Config:
             damping=arguments.damping,
             damping_a=arguments.damping_a,
             damping_g=arguments.damping_g,
+            pair_decay=arguments.pair_decay,
+            initial_scale=arguments.initial_scale,
             memory=arguments.memory,
             hessian_action=arguments.hessian_action,
             backend=arguments.backend,

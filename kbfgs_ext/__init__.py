@@ -8,10 +8,10 @@ Source: Goldfarb, Ren, Bahamou, "Practical Quasi-Newton Methods for Training Dee
 NeurIPS 2020 (arXiv 2006.08877).
 """
 
-from kbfgs_ext import ops
+from kbfgs_ext import ops, presets
 from kbfgs_ext.ops.registry import explain
 from kbfgs_ext.optim import KBFGS, KBFGSL, CapturedStep, SafeguardRule
 
 __version__ = "0.1.0"
 
-__all__ = ["KBFGS", "KBFGSL", "CapturedStep", "SafeguardRule", "explain", "ops"]
+__all__ = ["KBFGS", "KBFGSL", "CapturedStep", "SafeguardRule", "explain", "ops", "presets"]

@@ -22,7 +22,7 @@ class Plan:
     memory: int | None  # pairs of K-BFGS(L); None keeps H_g
     max_factor_dim: int | None = None  # a larger side has no matrix factor: the identity
     restart_after: int | None = None  # rejected pairs, or undone steps, in a row
-    initial_scale: float | None = 1.0  # gamma: H_g starts as gamma*I; None takes 1/lam_g
+    initial_scale: float | str = 1.0  # gamma: H_g starts as gamma*I; "damping" takes 1/lam_g
 
     def keeps_a(self, layer: LayerFactors) -> bool:
         """Whether the layer's activation side has a factor."""
@@ -190,7 +190,7 @@ class LayerFactors:
         """H_g = gamma*I; a ring of pairs keeps gamma beside it."""
         if self.has("H_g") or self.has("gamma"):
             place = self.kept["H_g"].diagonal() if self.has("H_g") else self.kept["gamma"]
-            if plan.initial_scale is None:
+            if isinstance(plan.initial_scale, str):
                 place.copy_(1 / lam_g)
             else:
                 place.fill_(plan.initial_scale)

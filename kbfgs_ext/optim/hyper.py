@@ -99,7 +99,10 @@ def check_options(
         _check_count("max_factor_dim", max_factor_dim)
     if restart_after is not None:
         _check_count("restart_after", restart_after)
-    if initial_scale is not None:
+    if isinstance(initial_scale, str):
+        if initial_scale != "damping":
+            raise ValueError(f"initial_scale must be a number or 'damping', got {initial_scale!r}")
+    else:
         _number("initial_scale", initial_scale, 0.0, math.inf, closed_low=False)
 
 

@@ -67,8 +67,8 @@ class KBFGS(SteppingOptimizer):
         restart_after: put a factor back to its start, on the device, after so many rejected pairs
             in a row; and all of them after so many steps in a row that the safeguard has undone at
             its smallest scale. None never does.
-        initial_scale: gamma, above 0: H_g starts as gamma*I, the paper's as I. None takes 1/lam_g,
-            the inverse of a curvature of which the damping is all that is known.
+        initial_scale: gamma, above 0: H_g starts as gamma*I, the paper's as I. "damping" takes
+            1/lam_g, the inverse of a curvature of which the damping is all that is known.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
             nothing, for every step is all that; maximize and differentiable are refused.
 
@@ -109,7 +109,7 @@ class KBFGS(SteppingOptimizer):
         factor_every: int = 1,
         max_factor_dim: int | None = None,
         restart_after: int | None = 10,
-        initial_scale: float | None = 1.0,
+        initial_scale: float | str = 1.0,
         **torch_keywords: bool | None,
     ) -> None:
         hyper.check_torch_keywords(torch_keywords)

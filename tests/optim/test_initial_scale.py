@@ -8,7 +8,7 @@ import torch
 from kbfgs_ext import KBFGS, KBFGSL
 from tests.optim.models import METHODS, assert_same, problem, snapshot
 
-SCALES = pytest.mark.parametrize("gamma", [None, 3.0, 0.25])
+SCALES = pytest.mark.parametrize("gamma", ["damping", 3.0, 0.25])
 
 
 def trained(method, steps, **options):
@@ -26,7 +26,7 @@ def test_first_step_is_gamma_times_as_long(method, gamma, backend):
     start = [p.detach().clone() for p in problem(method)[0].parameters()]
     plain, _ = trained(method, 1, **options)
     scaled, _ = trained(method, 1, initial_scale=gamma, **options)
-    wanted = 1 / 0.7 if gamma is None else gamma
+    wanted = 1 / 0.7 if gamma == "damping" else gamma
     for w, p, q in zip(start, plain.parameters(), scaled.parameters(), strict=True):
         torch.testing.assert_close(q - w, wanted * (p - w), rtol=1e-9, atol=1e-15)
 
@@ -54,23 +54,28 @@ def test_the_paper_start_is_the_default_bit_for_bit(method):
 
 @METHODS
 def test_resume(method):
-    model, opt, closure = problem(method, initial_scale=None)
+    model, opt, closure = problem(method, initial_scale="damping")
     for _ in range(3):
         opt.step(closure)
-    other, resumed, again = problem(method, initial_scale=None)
+    other, resumed, again = problem(method, initial_scale="damping")
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(opt.state_dict())
     for _ in range(3):
         opt.step(closure)
         resumed.step(again)
     assert_same(snapshot(model, opt), snapshot(other, resumed))
-    with pytest.raises(ValueError, match="initial_scale = None, this .* = 1.0"):
+    with pytest.raises(ValueError, match="initial_scale = 'damping', this .* = 1.0"):
         problem(method)[1].load_state_dict(opt.state_dict())
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(0.0, "in .* got 0"), (math.inf, "in .* got inf"), ("one", "a number, got 'one'")],
+    [
+        (0.0, "in .* got 0"),
+        (math.inf, "in .* got inf"),
+        ("one", "a number or 'damping', got 'one'"),
+        (None, "a number, got None"),
+    ],
 )
 def test_bad_values(value, message):
     with pytest.raises((ValueError, TypeError), match=f"initial_scale must be {message}"):
