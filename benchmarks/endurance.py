@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--hessian-action", choices=("ema", "minibatch"), nargs="+", default=["minibatch"]
     )
-    parser.add_argument("--restart-after", type=int)
+    parser.add_argument("--restart-after", type=int, default=10, help="0: never")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=OUT, help="append the rows to this file")
     args = parser.parse_args(arguments)
@@ -170,7 +170,13 @@ def main(arguments: list[str] | None = None) -> int:
     for name in args.optimizer:
         for action in args.hessian_action:
             row = measure(
-                name, action, args.restart_after, args.steps, args.sane_steps, args.seed, console
+                name,
+                action,
+                args.restart_after or None,
+                args.steps,
+                args.sane_steps,
+                args.seed,
+                console,
             )
             console.print(f"{name}, {action}: broken {row['broken_steps']}, loss {row['loss']}")
             with args.json.open("a") as file:
