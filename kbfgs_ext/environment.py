@@ -55,8 +55,8 @@ def _load_native() -> tuple[types.ModuleType | None, str | None]:
 
 
 def native() -> Any:
-    """The compiled extension; None where it is missing or switched off."""
-    return None if native_missing() else _load_native()[0]
+    """The compiled extension, where `native_missing` has nothing to say."""
+    return _load_native()[0]
 
 
 def native_missing() -> str | None:

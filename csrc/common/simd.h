@@ -20,12 +20,18 @@ struct Simd {
   }
   static KBFGS_INLINE void store(T* p, V v) { __builtin_memcpy(p, &v, W); }
   static KBFGS_INLINE V all(T x) { return V{} + x; }
+  // Half and half: in registers down to 16 bytes.
   static KBFGS_INLINE T sum(V v) {
     T lane[L];
     __builtin_memcpy(lane, &v, W);
-    for (int width = L / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
+    if constexpr (W > 16) {
+      using Half = Simd<T, W / 2>;
+      return Half::sum(Half::load(lane) + Half::load(lane + L / 2));
+    } else {
+      for (int width = L / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+      return lane[0];
+    }
   }
 };
 

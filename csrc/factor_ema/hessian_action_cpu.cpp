@@ -69,11 +69,11 @@ void hessian_action(const std::vector<HessianAction<T>>& layers) {
       [&](int64_t l, const T* partial, int64_t groups) {
         const T scale = static_cast<T>(1 / static_cast<double>(rows[l].m));
         const T lam = static_cast<T>(layers[l].lam);
-        for (int64_t j = 0; j < rows[l].n; ++j) {
-          T sum = 0;
-          for (int64_t g = 0; g < groups; ++g) sum += partial[g * (rows[l].cols + 1) + j];
-          layers[l].y[j] = sum * scale + lam * layers[l].s[j];
-        }
+        T* y = layers[l].y;
+        std::copy(partial, partial + rows[l].n, y);
+        for (int64_t g = 1; g < groups; ++g)
+          for (int64_t j = 0; j < rows[l].n; ++j) y[j] += partial[g * (rows[l].cols + 1) + j];
+        for (int64_t j = 0; j < rows[l].n; ++j) y[j] = y[j] * scale + lam * layers[l].s[j];
       });
 }
 

@@ -65,28 +65,18 @@ _library = torch.library.Library("kbfgs_ext", "DEF")
 
 def _define(schema: str) -> None:
     name = schema.split("(", 1)[0]
-
-    def dispatch(*args) -> None:
-        *op_args, backend = args
-        registry.run(name, backend, tuple(op_args))
-
     _library.define(schema)
-    KERNELS[name] = _with_defaults(name, dispatch)
-    _library.impl(name, KERNELS[name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kbfgs_ext::{name}", lambda *args, **kwargs: None, lib=_library)
-
-
-def _with_defaults(name: str, dispatch):
-    """The dispatcher hands over only what the caller gave; fill in the schema's defaults."""
     arguments = getattr(torch.ops.kbfgs_ext, name).default._schema.arguments
 
     def call(*args, **kwargs) -> None:
-        full = list(args)
-        for argument in arguments[len(args) :]:
-            full.append(kwargs.get(argument.name, argument.default_value))
-        dispatch(*full)
+        if len(args) < len(arguments):  # the dispatcher hands over only what the caller gave
+            rest = arguments[len(args) :]
+            args += tuple(kwargs.get(given.name, given.default_value) for given in rest)
+        registry.run(name, args[-1], args[:-1])
 
-    return call
+    KERNELS[name] = call
+    _library.impl(name, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kbfgs_ext::{name}", lambda *args, **kwargs: None, lib=_library)
 
 
 for _schema in SCHEMAS:

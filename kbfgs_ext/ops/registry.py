@@ -18,7 +18,7 @@ only then, `auto` tries the next backend. Every other error propagates.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -89,54 +89,52 @@ def available(op: str, backend: str) -> bool:
     return found is not None and found.unavailable() is None
 
 
-def check_device(backend: str, tensors: Sequence[torch.Tensor]) -> None:
-    """Raise `Unsupported` unless ``backend`` runs where ``tensors`` are."""
-    wanted = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}.get(backend)
-    if wanted is None:
-        return
-    if backend == "triton" and environment.triton_interpreted():
-        return
-    for tensor in tensors:
-        if tensor.device.type != wanted:
-            raise Unsupported(f"the {backend} backend needs {wanted} tensors, got {tensor.device}")
-
-
 def run(op: str, backend: str, args: tuple) -> None:
     """Run ``op`` on ``backend``; for "auto" on the first backend that takes the call."""
     if backend == "auto":
         backend = environment.forced_backend() or "auto"
     if backend != "auto":
-        _run_one(implementation(op, backend), args)
+        reason = _run_one(op, backend, args)
+        if reason is not None:
+            raise Unsupported(reason)
         return
     declined = []
     for name in BACKENDS:
-        found = _TABLE[op].get(name)
-        if found is None:
-            continue
-        try:
-            _run_one(found, args)
+        reason = _run_one(op, name, args)
+        if reason is None:
             return
-        except Unsupported as reason:
-            declined.append(f"{name}: {reason}")
+        declined.append(f"{name}: {reason}")
     raise Unsupported(f"no backend takes this call of {op}: " + "; ".join(declined))
 
 
-def _run_one(found: Implementation, args: tuple) -> None:
-    reason = found.unavailable()
+def _run_one(op: str, backend: str, args: tuple) -> str | None:
+    """Run ``op`` on ``backend``, or say why that does not take the call."""
+    found = _TABLE[op].get(backend)
+    if found is None:
+        return f"{op} has no {backend} backend"
+    reason = _wrong_device(backend, args) or found.unavailable()
     if reason is not None:
-        raise Unsupported(reason)
-    check_device(found.backend, _tensors(args))
-    found.run(*args)
+        return reason
+    try:
+        found.run(*args)
+    except Unsupported as error:
+        return str(error)
+    return None
 
 
-def _tensors(args: tuple) -> list[torch.Tensor]:
-    flat: list[torch.Tensor] = []
+def _wrong_device(backend: str, args: tuple) -> str | None:
+    """Why ``backend`` does not run where the tensors of ``args`` are, or None."""
+    if backend == "reference":
+        return None
+    on_cpu = backend == "cpu"
     for arg in args:
-        if isinstance(arg, torch.Tensor):
-            flat.append(arg)
-        elif isinstance(arg, (list, tuple)):
-            flat.extend(item for item in arg if isinstance(item, torch.Tensor))
-    return flat
+        for item in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(item, torch.Tensor) and not (item.is_cpu if on_cpu else item.is_cuda):
+                if backend == "triton" and environment.triton_interpreted():
+                    return None
+                wanted = "cpu" if on_cpu else "cuda"
+                return f"the {backend} backend needs {wanted} tensors, got {item.device}"
+    return None
 
 
 def explain(
@@ -184,12 +182,11 @@ def _explain_call(op: str, args: tuple) -> str:
     chosen, reasons, forced = None, [], environment.forced_backend()
     for name in BACKENDS:
         copies = tuple([t.clone() for t in a] if isinstance(a, (list, tuple)) else a for a in args)
-        try:
-            if forced and name != forced:
-                raise Unsupported(f"KBFGS_BACKEND={forced}")
-            _run_one(implementation(op, name), copies)
+        skipped = forced and name != forced
+        reason = f"KBFGS_BACKEND={forced}" if skipped else _run_one(op, name, copies)
+        if reason is None:
             chosen = chosen or name
-        except Unsupported as reason:
+        else:
             reasons.append(f"not {name}: {reason}")
     return f"{ops()[op]}/{op}: {chosen or 'none'}" + "".join(f"; {r}" for r in reasons)
 
@@ -202,9 +199,6 @@ def _why_not(op: str, backend: str, kind: str) -> str | None:
     if reason is not None:
         return reason
     try:
-        check_device(backend, [torch.empty(0, device=torch.device(kind))])
-    except Unsupported as declined:
-        return str(declined)
+        return _wrong_device(backend, (torch.empty(0, device=torch.device(kind)),))
     except (RuntimeError, AssertionError):  # the device itself is not there
         return f"no {kind} device here"
-    return None
