@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks import summary
 from benchmarks.demo import TARGETS, seconds_to
+from benchmarks.grids import GRIDS
 from benchmarks.grids import TARGETS as TRAINING_TARGETS
 from benchmarks.micro.cases import APART, BLAS, COMPILED, EAGER, OURS
 from benchmarks.micro.measure import load
@@ -233,6 +234,26 @@ def compare() -> str:
     return comparison(summary.read_rows(RESULTS / "compare.jsonl"), "../benchmarks/results/compare")
 
 
+def tuning() -> str:
+    """Training loss of every point of K-BFGS's grid at the end of its tuning run, by data set."""
+    groups = summary.groups(summary.read_rows(RESULTS / "compare.jsonl"))
+    pairs = [(group, summary.tuning(group.rows, "kbfgs")) for group in groups]
+    tuned = [(group, rows) for group, rows in pairs if rows]
+    heads = [
+        "settings",
+        *(f"{group.last['data']}, {rows[0]['budget']:g} s" for group, rows in tuned),
+    ]
+    body = []
+    for point in GRIDS["kbfgs"]:
+        found = [[r for r in rows if r["point"] == point.given()] for _, rows in tuned]
+        losses = [summary.loss_at_budget(rows[-1]) if rows else math.inf for rows in found]
+        cells = [significant(loss) if math.isfinite(loss) else "–" for loss in losses]
+        body.append([summary.point_text(point.given()), *cells])
+    return markdown(heads, body) + "".join(
+        f"\n{group.last['data']}: {machine(rows[0])}.\n" for group, rows in tuned
+    )
+
+
 def comparison(rows: list[Row], figures: str | None = None) -> str:
     """Seconds and epochs to fixed losses, by data set; ``figures`` is the folder to link to."""
     return "\n".join(_comparison(group, figures) for group in summary.groups(rows))
@@ -273,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stability": stability,
     "safeguard": safeguard,
     "compare": compare,
+    "tuning": tuning,
 }
 
 
