@@ -2,12 +2,14 @@
 
 The demo's network on its digits at lr 3 and damping 1e-6, the inputs scaled by 1e3 half-way, and a
 NaN in 1% of the batches; after that at the defaults, with clean inputs. A weight or factor that is
-not finite is counted after every step, and the losses tell whether training recovers.
+not finite is counted after every step, and the losses tell whether training recovers: by itself,
+and, from the same wild end, after ``opt.restart()``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -39,15 +41,15 @@ POISONED = 0.01  # of the wild batches have a NaN
 class Outcome:
     """What a run has shown."""
 
-    losses: list[float]  # of each step's first pass
+    losses: list[float]  # of each step's first pass, wild and sane
+    restarted: list[float]  # of the sane steps after a restart instead
     broken: int  # steps after which a weight or a kept tensor was not finite
     counters: dict[str, float]
     diagnostics: dict[str, dict[str, int]]
 
     def mean_loss(self, first: int, last: int) -> float:
         """Over the steps from ``first`` to ``last`` whose loss was finite."""
-        finite = [loss for loss in self.losses[first:last] if math.isfinite(loss)]
-        return sum(finite) / max(len(finite), 1)
+        return _mean(self.losses[first:last])
 
 
 def endure(
@@ -60,11 +62,21 @@ def endure(
     seed: int = 0,
     steps: Callable[[range], Any] = iter,
 ) -> Outcome:
-    """Train an autoencoder at `WILD`, then at `SANE`; ``batch`` draws its (m, d) pixels."""
+    """Train an autoencoder at `WILD`, then at `SANE`, and from the same wild end at `SANE` after a
+    restart; ``batch`` draws its (m, d) pixels."""
     random = torch.Generator().manual_seed(seed)
     losses, broken = [], torch.zeros((), dtype=torch.int64, device=opt.device)
-    for k in steps(range(wild_steps + sane_steps)):
+    total = wild_steps + sane_steps
+    for k in steps(range(total + sane_steps)):
         wild = k < wild_steps
+        if k == wild_steps:
+            end = copy.deepcopy((model.state_dict(), opt.state_dict(), random.get_state()))
+        if k == total:
+            counters, diagnostics = opt.counters(), opt.diagnostics()
+            model.load_state_dict(end[0])
+            opt.load_state_dict(end[1])
+            random.set_state(end[2])
+            opt.restart()
         for group in opt.param_groups:
             group.update(WILD if wild else SANE)
         pixels = batch(random)
@@ -80,15 +92,22 @@ def endure(
 
         losses.append(opt.step(closure).detach())
         broken += ~_finite(model, opt)
+    values = torch.stack(losses).tolist()
     return Outcome(
-        torch.stack(losses).tolist(),
+        values[:total],
+        values[total:],
         int(broken),
-        {name: value.item() for name, value in opt.counters().items()},
+        {name: value.item() for name, value in counters.items()},
         {
             layer: {name: int(value) for name, value in counts.items()}
-            for layer, counts in opt.diagnostics().items()
+            for layer, counts in diagnostics.items()
         },
     )
+
+
+def _mean(losses: list[float]) -> float:
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite) / max(len(finite), 1)
 
 
 def _finite(model: nn.Module, opt: KBFGS) -> Tensor:
@@ -143,6 +162,7 @@ def measure(
             "wild": done.mean_loss(half - 50, half),
             "wild_scaled": done.mean_loss(wild_steps - 50, wild_steps),
             "sane": done.mean_loss(total - 50, total),
+            "sane_restarted": _mean(done.restarted[-50:]),
         },
         "counters": done.counters,
         "diagnostics": done.diagnostics,

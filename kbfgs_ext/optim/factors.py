@@ -186,6 +186,16 @@ class LayerFactors:
         """Where X~'X~/m is averaged before the start: A, or the place of H_a without A."""
         return self.kept["A" if plan.keep_A else "H_a"]
 
+    def reset(self) -> None:
+        """Back to before the start; what is counted stays."""
+        for name, tensor in self.kept.items():
+            if not name.startswith(("counts", "marks")):
+                tensor.zero_()
+        for side in "ag":
+            if self.has("marks_" + side):  # no streak of rejected pairs goes on
+                self.kept["marks_" + side][:2] = self.kept["counts_" + side][:2]
+        self.started, self.warm_batches = False, 0
+
     def start_g(self, lam_g: torch.Tensor, plan: Plan) -> None:
         """H_g = gamma*I; a ring of pairs keeps gamma beside it."""
         if self.has("H_g") or self.has("gamma"):

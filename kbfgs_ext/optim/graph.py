@@ -155,8 +155,8 @@ class CapturedStep:
         if self._present() != self._baked:
             raise RuntimeError(
                 f"{', '.join(BAKED)} and the fallback's settings are part of the captured step and"
-                " have changed since, or a checkpoint was loaded; make a new CapturedStep"
-                " (a fallback whose lr is a tensor on the device may change it)"
+                " have changed since, or a checkpoint was loaded, or restart() called; make a new"
+                " CapturedStep (a fallback whose lr is a tensor on the device may change it)"
             )
         self._optimizer._begin_replay()
         for mine, given in zip(self._inputs, inputs, strict=True):

@@ -252,6 +252,24 @@ class KBFGS(SteppingOptimizer):
                 else "batches is empty: warm_start needs at least one batch"
             )
 
+    def restart(self) -> None:
+        """Start factors, pairs and momentum anew, from the activations of the next minibatch.
+
+        For a run whose data, loss or dampings have changed for good. Without it the factors follow
+        by themselves, but H_a slowly, since a step shows it one direction. Parameters, fallback,
+        hyperparameters and counts stay, the safeguard's scale is 1 again, and a captured step is
+        void. `warm_start` may follow.
+
+        Raises:
+            RuntimeError: a step is under way.
+        """
+        if self._flight is not None:
+            raise RuntimeError(f"restart() is out of order: {self._flight.next} comes next")
+        for layer in self._layers():
+            layer.reset()
+        self._guard.reset()
+        self._generation += 1
+
     def _warm_batch(self, batch: Any) -> torch.Tensor:
         """Average one batch into the factors; whether its activations are finite."""
         for layer in self._layers():

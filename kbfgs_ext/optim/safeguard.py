@@ -100,6 +100,12 @@ class Safeguard:
         self._order_a.logical_and_(~ok)
         return order
 
+    def reset(self) -> None:
+        """Forget what earlier steps have taught; what is counted stays."""
+        self.scale.fill_(1.0)
+        for tensor in (self.stuck, self.order_g, self._order_a):
+            tensor.zero_()
+
     def counters(self) -> dict[str, torch.Tensor]:
         """What people look at."""
         names = ("steps", "skipped", "undone", "restarts", "scale")

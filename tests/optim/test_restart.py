@@ -1,5 +1,6 @@
 """Factors that reject pair after pair, or go nowhere, start again; and H stays symmetric."""
 
+import copy
 import io
 import math
 
@@ -10,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kbfgs_ext import KBFGSL
 from kbfgs_ext.optim.restart import restart
 from kbfgs_ext.optim.safeguard import SafeguardRule
-from tests.optim.models import METHODS, assert_same, mlp, problem, snapshot
+from tests.optim.models import METHODS, assert_same, mlp, problem, rows, snapshot
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -261,3 +262,67 @@ def test_factors_stay_symmetric_to_the_last_bit(method, action, backend, dtype):
                 continue  # torch's product: as symmetric as the BLAS of the machine makes it
             if layer.has(name):
                 assert torch.equal(layer[name], layer[name].T), f"{layer.name} {name}"
+
+
+@METHODS
+@ACTIONS
+def test_started_anew_it_is_a_new_optimizer(method, action):
+    """But for what is counted; after steps that have filled everything."""
+    options = {"hessian_action": action, "initial_scale": "damping", "restart_after": 3}
+    model, opt, closure = problem(method, **options)
+    for _ in range(5):
+        opt.step(closure)
+    opt._guard.scale.fill_(0.25)
+    opt.restart()
+    assert opt.counters()["scale"] == 1.0 and int(opt.counters()["steps"]) == 5
+    fresh = type(opt)(model, **options)
+    start = copy.deepcopy(model.state_dict())
+    ends = []
+    for one in (opt, fresh):
+        model.load_state_dict(start)
+        for _ in range(4):
+            one.step(lambda one=one: passes(model, one))
+        ends.append(snapshot(model, one))
+    assert_same(*ends, but=["counts_a", "counts_g", "marks_a", "marks_g"])
+    assert int(opt.diagnostics()["0"]["accepted"]) == 5 + 4
+
+
+def passes(model, opt):
+    opt.zero_grad()
+    loss = (model(rows(12, 5)) - rows(12, 3, seed=1)).square().mean()
+    loss.backward()
+    return loss
+
+
+@METHODS
+def test_started_anew_no_streak_goes_on(method):
+    opt, layer = started(method)
+    layer["counts_g"][1] += 2
+    opt.restart()
+    layer["counts_g"][1] += 1
+    restart_side(layer, "g")
+    assert restarts(opt) == (0, 0)
+    layer["counts_g"][1] += 2
+    restart_side(layer, "g")
+    assert restarts(opt) == (1, 0)
+
+
+def test_started_anew_in_the_midst_of_a_step():
+    model, opt, _ = problem()
+    with opt.first_pass():
+        loss = passes(model, opt)
+    opt.descend(loss)
+    with pytest.raises(
+        RuntimeError, match=r"restart\(\) is out of order: second_pass\(\) comes next"
+    ):
+        opt.restart()
+
+
+def test_started_anew_takes_a_warm_start():
+    _, opt, closure = problem()
+    opt.step(closure)
+    with pytest.raises(RuntimeError, match="warm_start must come before"):
+        opt.warm_start([rows(12, 5)])
+    opt.restart()
+    opt.warm_start([rows(12, 5)])
+    assert opt.step(closure).isfinite()
