@@ -20,11 +20,11 @@ _TUNED = {"pair_decay": 0.5, "initial_scale": "damping"}
 QUASI_NEWTON = tuple(
     Settings(lr=lr, damping_a=damping_a, damping_g=0.55, **kind)
     for lr, damping_a, kind in (
-        (0.2, 0.2, _TUNED),
+        (0.2, 0.1, _TUNED),
         (0.3, 0.55, {}),
         (0.2, 0.1, {}),
         (0.3, 0.1, _TUNED),
-        (0.3, 0.3, _TUNED),
+        (0.2, 0.2, _TUNED),
         (0.15, 0.05, _TUNED),
     )
 )

@@ -18,7 +18,7 @@ PUBLISHED: dict[str, Any] = {
 
 TUNED: dict[str, Any] = {
     "lr": 0.2,
-    "damping_a": 0.2,
+    "damping_a": 0.1,
     "damping_g": 0.55,
     "pair_decay": 0.5,
     "initial_scale": "damping",
