@@ -242,7 +242,7 @@ def test_second_pass_non_finite_keeps_pairs_and_takes_the_step_back():
 
     opt.step(closure)
     after = snapshot(model, opt)
-    assert_same(before, after, but=(" M", " H_a", "counts_a"))
+    assert_same(before, after, but=(" M", " H_a", "counts_a", "marks_a"))
     assert opt.counters()["scale"] == 0.5 and int(opt.counters()["undone"]) == 1
 
 
