@@ -48,9 +48,13 @@ SAMPLED: dict[Loss, Callable[[Tensor], Tensor]] = {
 
 
 def damped_inverse(factor: Tensor, lam: float) -> Tensor:
-    """inv(factor + lam*I) of a symmetric positive semidefinite factor (n, n)."""
+    """inv(factor + lam*I) of a symmetric positive semidefinite factor (n, n).
+
+    NaN where rounding has made it indefinite, as it does on the way to divergence.
+    """
     damped = factor + lam * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    root, failed = torch.linalg.cholesky_ex(damped)
+    return torch.cholesky_inverse(root).masked_fill_(failed != 0, math.nan)
 
 
 class Layer:

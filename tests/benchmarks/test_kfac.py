@@ -133,6 +133,11 @@ def test_a_diverged_network_is_not_an_error() -> None:
     drawn = kfac.bernoulli(torch.tensor([[float("nan"), 0.0]]))
     assert torch.isnan(drawn[0, 0])
     assert abs(drawn[0, 1]) == 0.5
+    indefinite = torch.diag(torch.tensor([1.0, -1.0]))
+    assert torch.isnan(kfac.damped_inverse(indefinite, 0.1)).all()
+    torch.testing.assert_close(
+        kfac.damped_inverse(indefinite, 2.0), torch.diag(torch.tensor([1 / 3, 1.0]))
+    )
 
 
 def test_models_with_other_layers_are_refused() -> None:
