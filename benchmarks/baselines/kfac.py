@@ -54,7 +54,7 @@ def damped_inverse(factor: Tensor, lam: float) -> Tensor:
     """
     damped = factor + lam * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     root, failed = torch.linalg.cholesky_ex(damped)
-    return torch.cholesky_inverse(root).masked_fill_(failed != 0, math.nan)
+    return torch.full_like(factor, math.nan) if failed else torch.cholesky_inverse(root)
 
 
 class Layer:
