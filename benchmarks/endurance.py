@@ -65,8 +65,9 @@ def endure(
     """Train an autoencoder at `WILD`, then at `SANE`, and from the same wild end at `SANE` after a
     restart; ``batch`` draws its (m, d) pixels."""
     random = torch.Generator().manual_seed(seed)
-    losses, broken = [], torch.zeros((), dtype=torch.int64, device=opt.device)
+    broken = torch.zeros((), dtype=torch.int64, device=opt.device)
     total = wild_steps + sane_steps
+    losses = torch.zeros(total + sane_steps, dtype=torch.float64, device=opt.device)
     for k in steps(range(total + sane_steps)):
         wild = k < wild_steps
         if k == wild_steps:
@@ -90,9 +91,9 @@ def endure(
             loss.backward()
             return loss
 
-        losses.append(opt.step(closure).detach())
+        losses[k] = opt.step(closure).detach()
         broken += ~_finite(model, opt)
-    values = torch.stack(losses).tolist()
+    values = losses.tolist()
     return Outcome(
         values[:total],
         values[total:],

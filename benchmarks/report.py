@@ -229,6 +229,25 @@ def safeguard() -> str:
     return markdown(heads, body)
 
 
+def endurance() -> str:
+    """What is left of a network after a wild setting, and how it recovers."""
+    heads = ["method", "hessian_action", "steps", "void", "undone", "not finite"]
+    heads += ["loss at first", "wild", "wild, inputs x 1000", "sane again", "after restart()"]
+    rows = lines_of("endurance")
+    body = [
+        [
+            LOOKS[row["optimizer"]].label,
+            row["hessian_action"],
+            str(row["wild_steps"] + row["sane_steps"]),
+            *(f"{row['counters'][name]:.0f}" for name in ("skipped", "undone")),
+            str(row["broken_steps"]),
+            *(significant(loss) for loss in row["loss"].values()),
+        ]
+        for row in rows
+    ]
+    return markdown(heads, body) + "".join(f"\n{machine(row)}.\n" for row in rows[:1])
+
+
 def compare() -> str:
     """The committed rows of ``benchmarks.compare``, a table and a figure per data set."""
     return comparison(summary.read_rows(RESULTS / "compare.jsonl"), "../benchmarks/results/compare")
@@ -293,6 +312,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "micro": micro,
     "stability": stability,
     "safeguard": safeguard,
+    "endurance": endurance,
     "compare": compare,
     "tuning": tuning,
 }

@@ -85,8 +85,8 @@ class Spread:
         return middle if low == high else f"{middle} ({low}–{high})"
 
 
-def _join(counts: list[int]) -> str:
-    return " or ".join(map(str, counts))
+def _join(counts: Sequence[float]) -> str:
+    return " or ".join(f"{count:g}" for count in counts)
 
 
 def _short(value: float) -> str:
@@ -125,7 +125,9 @@ class Group:
         finals = self.finals
         seeds = sorted({len(rows) for rows in finals.values()})
         points = sorted({len(tuning(self.rows, name)) for name in finals})
-        tuned = f"tuned with seed 0 over {_join(points)} points each" if points[-1] else "untuned"
+        spent = sorted({row["budget"] for name in finals for row in tuning(self.rows, name)})
+        tuned = f"tuned with seed 0 over {_join(points)} points each, {_join(spent)} s a point"
+        tuned = tuned if points[-1] else "untuned"
         return (
             f"{self.last['data']}, batch {self.last['batch_size']}, {self.last['budget']:g} s of"
             f" training a run; median (smallest–largest) of {_join(seeds)} seeds, {tuned}"
