@@ -15,7 +15,7 @@ from benchmarks.step.providers import GRAPH, Provider
 from kbfgs_ext import KBFGS, CapturedStep, ops
 from kbfgs_ext.optim import graph
 from tests.helpers.steps import BY_NAME, CPU, CUDA, MLP, Ticking, runner
-from tests.optim.test_captured_step import FakeGraph
+from tests.helpers.tape import Tape
 
 # ------------------------------------------------------------------ the clock
 
@@ -126,7 +126,7 @@ def test_a_gpus_launches_are_its_drivers_calls(monkeypatch: pytest.MonkeyPatch) 
 # ------------------------------------------------------------------ captured steps
 
 
-class CountedGraph(FakeGraph):
+class CountedGraph(Tape):
     """A stand-in for a graph that says how often it was replayed."""
 
     replays = 0
