@@ -9,7 +9,7 @@ import torch
 
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 
-FORMAT = 3
+FORMAT = 4
 
 
 def describe(plan: Plan, layers: list[LayerFactors]) -> dict[str, Any]:

@@ -12,6 +12,9 @@ curvature like any other. The evidence: docs/safeguard.md.
 
 Where steps are undone even at the smallest scale, the direction is no descent, and shortening it
 is no help. After `restart_after` of them in a row every factor is ordered to restart (restart.py).
+Factors may also lead down on every minibatch by itself and up on the next: the loss of the first
+pass is that of a fresh minibatch, and where its running mean has risen to `surge` times the lowest
+it has been, every factor is ordered to restart as well.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class SafeguardRule:
-    """The numbers of the rule: 0 < shrink < 1 <= grow, 0 < smallest <= 1.
+    """The numbers of the rule: 0 < shrink < 1 <= grow, 0 < smallest <= 1 < surge, 1 <= window.
 
     The evidence for the defaults is in docs/safeguard.md.
     """
@@ -32,12 +35,16 @@ class SafeguardRule:
     shrink: float = 0.5
     grow: float = 1.1  # seven kept steps make up for one undone
     smallest: float = 2.0**-20  # keeps a run of bad batches from freezing training for good
+    surge: float = 2.0  # inf: no loss is too high
+    window: int = 50  # steps that the running mean of the loss looks back on
 
     def __post_init__(self) -> None:
         for name, inside in (
             ("shrink", 0 < self.shrink < 1),
             ("grow", 1 <= self.grow < math.inf),
             ("smallest", 0 < self.smallest <= 1),
+            ("surge", self.surge > 1),
+            ("window", self.window >= 1 and self.window == int(self.window)),
         ):
             if not inside:
                 raise ValueError(f"{name} is out of its range: {getattr(self, name)}")
@@ -49,7 +56,8 @@ class Safeguard:
     Args:
         rule: the numbers of the rule.
         device: where everything is kept.
-        restart_after: undone steps in a row at the smallest scale; None orders nothing.
+        restart_after: undone steps in a row at the smallest scale; None orders nothing, nor does
+            a surge then.
     """
 
     def __init__(
@@ -59,9 +67,10 @@ class Safeguard:
         self.rule = rule
         self.restart_after = restart_after
         self.scale = torch.ones((), dtype=wide, device=device)
-        self.steps, self.skipped, self.undone, self.restarts, self.stuck = torch.zeros(
-            5, dtype=torch.int64, device=device
-        ).unbind()  # stuck: undone in a row at the smallest scale
+        self.steps, self.skipped, self.undone, self.restarts, self.stuck, self._seen = torch.zeros(
+            6, dtype=torch.int64, device=device
+        ).unbind()  # stuck: undone in a row at the smallest scale; seen: losses in the mean
+        self._mean, self._lowest = torch.tensor([0.0, math.inf], dtype=wide, device=device).unbind()
         # The gradient side restarts in the step that orders it, the activation side where it is
         # updated next: without A it needs the activations, and those are gone by then.
         self.order_g, self._order_a = torch.zeros(2, dtype=torch.bool, device=device).unbind()
@@ -75,7 +84,7 @@ class Safeguard:
         """Whether to undo the step (bool scalar on the device); adapts the scale."""
         undo = ~(loss_next <= loss)
         if self.restart_after is not None:
-            self._watch(undo, ok, self.restart_after)
+            self._watch(loss, undo, ok, self.restart_after)
         scale = torch.where(
             undo,
             (self.scale * self.rule.shrink).clamp_(min=self.rule.smallest),
@@ -86,13 +95,24 @@ class Safeguard:
         self.undone.add_(undo)
         return undo
 
-    def _watch(self, undo: torch.Tensor, ok: torch.Tensor, after: int) -> None:
-        """Count the undone step if its scale was the smallest; order a restart if it is time."""
+    def _watch(self, loss: torch.Tensor, undo: torch.Tensor, ok: torch.Tensor, after: int) -> None:
+        """Order a restart where a step is stuck too often at the smallest scale, or on a surge."""
         stuck = (self.stuck + 1) * (undo & (self.scale <= self.rule.smallest))
-        torch.logical_and(stuck >= after, ok, out=self.order_g)
+        seen = self._seen + 1
+        mean = self._mean + (loss - self._mean) / seen.clamp(max=self.rule.window)
+        known = seen >= self.rule.window
+        lowest = torch.where(known, torch.minimum(self._lowest, mean), self._lowest)
+        surge = known & (mean > self.rule.surge * lowest) & (lowest > 0)
+        torch.logical_and((stuck >= after) | surge, ok, out=self.order_g)
         self._order_a.logical_or_(self.order_g)
         self.restarts.add_(self.order_g)
-        self.stuck.copy_(torch.where(ok, stuck.masked_fill(self.order_g, 0), self.stuck))
+        for old, new, start in (
+            (self.stuck, stuck, 0),
+            (self._seen, seen, 0),
+            (self._mean, mean, 0.0),
+            (self._lowest, lowest, math.inf),
+        ):
+            old.copy_(torch.where(ok, new.masked_fill(self.order_g, start), old))
 
     def take_order_a(self, ok: torch.Tensor) -> torch.Tensor:
         """Whether the activation side, which is updated now, restarts; a void step leaves it."""
@@ -103,7 +123,8 @@ class Safeguard:
     def reset(self) -> None:
         """Forget what earlier steps have taught; what is counted stays."""
         self.scale.fill_(1.0)
-        for tensor in (self.stuck, self.order_g, self._order_a):
+        self._lowest.fill_(math.inf)
+        for tensor in (self.stuck, self._seen, self._mean, self.order_g, self._order_a):
             tensor.zero_()
 
     def counters(self) -> dict[str, torch.Tensor]:
@@ -113,4 +134,5 @@ class Safeguard:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds."""
-        return {**self.counters(), "stuck": self.stuck, "order_a": self._order_a}
+        watched = ("stuck", "_seen", "_mean", "_lowest", "_order_a")
+        return {**self.counters(), **{name.strip("_"): getattr(self, name) for name in watched}}

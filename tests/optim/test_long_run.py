@@ -39,10 +39,9 @@ def test_wild_setting(method, action):
     assert 0 < poisoned <= done.counters["skipped"]
     for counts in done.diagnostics.values():
         assert counts["accepted_a"] > 0 and counts["accepted"] > 0
-    wild = done.mean_loss(wild_steps - 50, wild_steps)
-    last = done.mean_loss(wild_steps + sane_steps - 50, wild_steps + sane_steps)
-    # Such a run is chaotic: how far it recovers differs with the last bit of a sum.
-    assert last < max(1.5 * untrained, 0.5 * wild)
+    assert done.counters["restarts"] >= 1
+    assert done.mean_loss(wild_steps + sane_steps - 50, wild_steps + sane_steps) < untrained
+    assert sum(done.restarted[-50:]) / 50 < untrained
 
 
 def test_the_script_writes_a_row(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kbfgs_ext import KBFGSL
+from kbfgs_ext.optim.checkpoint import FORMAT
 from kbfgs_ext.optim.restart import restart
 from kbfgs_ext.optim.safeguard import SafeguardRule
 from tests.optim.models import METHODS, assert_same, mlp, problem, rows, snapshot
@@ -120,9 +121,8 @@ def test_an_indefinite_ring_restarts_when_no_step_is_kept():
     assert freed[-1] < 0.9 * stuck[0]
 
 
-def uphill(closure):
+def uphill(closure, calls=0):
     """The same gradients with a loss that only rises: every step is undone."""
-    calls = 0
 
     def rising():
         nonlocal calls
@@ -160,6 +160,26 @@ def test_all_factors_restart_when_no_step_is_kept(method, action):
 
 @METHODS
 @ACTIONS
+def test_all_factors_restart_on_a_surge(method, action):
+    """Every step lowers its own minibatch's loss, and the next minibatch's is higher than ever."""
+    rule = SafeguardRule(surge=2.0, window=2)
+    _, opt, closure = problem(method, hessian_action=action, safeguard=rule)
+    losses = iter(value for loss in (1.0, 1.0, 1.1, 3.1, 3.0) for value in (loss, 0.9 * loss))
+
+    def overfit():
+        return closure().detach() * 0 + next(losses)
+
+    seen = []
+    for _ in range(5):
+        opt.step(overfit)
+        seen.append((int(opt.counters()["restarts"]), *restarts(opt)))
+    at_once = int(action == "ema")  # H_a without A in the next step, whose activations it needs
+    assert seen == [(0, 0, 0)] * 3 + [(1, 1, at_once), (1, 1, 1)]
+    assert int(opt.counters()["undone"]) == 0
+
+
+@METHODS
+@ACTIONS
 def test_a_void_step_puts_the_restart_off(method, action):
     """And is no part of the streak."""
     _, opt, closure = problem(method, hessian_action=action, **STANDSTILL)
@@ -176,10 +196,16 @@ def test_a_void_step_puts_the_restart_off(method, action):
 @METHODS
 @ACTIONS
 @pytest.mark.parametrize("at", [1, 2, 3], ids=["in the streak", "before its end", "ordered"])
-def test_resumed_in_a_streak(method, action, at):
+@pytest.mark.parametrize(
+    "options",
+    [STANDSTILL, {"safeguard": SafeguardRule(surge=1.5, window=2)}],
+    ids=["standstill", "surge"],
+)
+def test_resumed_in_a_streak(method, action, at, options):
+    """Of undone steps, or of losses that rise."""
     runs = []
     for resumed in (False, True):
-        _, opt, closure = problem(method, hessian_action=action, **STANDSTILL)
+        _, opt, closure = problem(method, hessian_action=action, **options)
         rising = uphill(closure)
         for k in range(5):
             if k == at and resumed:
@@ -187,10 +213,10 @@ def test_resumed_in_a_streak(method, action, at):
                 torch.save(opt.state_dict(), file)
                 file.seek(0)
                 weights = opt.model.state_dict()
-                _, opt, closure = problem(method, hessian_action=action, **STANDSTILL)
+                _, opt, closure = problem(method, hessian_action=action, **options)
                 opt.model.load_state_dict(weights)
                 opt.load_state_dict(torch.load(file))
-                rising = uphill(closure)
+                rising = uphill(closure, 2 * k)
             opt.step(rising)
         assert restarts(opt) == (1, 1)
         runs.append({**snapshot(opt.model, opt), **opt.counters()})
@@ -215,8 +241,9 @@ def test_a_streak_outlives_a_checkpoint(method):
 def test_a_checkpoint_of_another_format_is_refused():
     _, opt, _ = problem()
     saved = opt.state_dict()
-    saved["kbfgs"]["about"]["format"] = 2
-    with pytest.raises(ValueError, match="has format = 2, this optimizer has format = 3"):
+    saved["kbfgs"]["about"]["format"] = FORMAT - 1
+    wrong = f"has format = {FORMAT - 1}, this optimizer has format = {FORMAT}"
+    with pytest.raises(ValueError, match=wrong):
         opt.load_state_dict(saved)
 
 

@@ -57,6 +57,41 @@ def test_standstill_counts_at_the_smallest_scale_alone():
     assert [bool(guard.take_order_a(ok)) for ok in (no, yes, yes)] == [False, True, False]
 
 
+def restarts_of(losses: list[float], **rule) -> list[int]:
+    """The restarts ordered after each of the first passes' losses, all their steps kept."""
+    guard = Safeguard(SafeguardRule(**rule), torch.device("cpu"), restart_after=10)
+    seen = []
+    for loss in losses:
+        guard.judge(scalar(loss), scalar(loss - 1e-3), torch.tensor(math.isfinite(loss)))
+        seen.append(int(guard.restarts))
+    return seen
+
+
+def test_surge_of_the_running_mean():
+    """The mean of two: 4, 3, 2.5, then 3.75, 6.4 > 2*2.5; anew from there; a void step is none."""
+    losses = [4.0, 2.0, 2.0, 5.0, math.nan, 9.0, 9.0, 9.0, 10.0]
+    assert restarts_of(losses, window=2) == [0] * 5 + [1] * 4
+    assert restarts_of(losses, window=2, surge=math.inf) == [0] * 9
+
+
+def test_no_surge_without_cause():
+    """A loss that falls from 1e3 to 0, scattered by a quarter; and losses that are not positive."""
+    random = torch.Generator().manual_seed(0)
+    scatter = 1 + 0.25 * torch.randn(2000, generator=random)
+    losses = (1e3 * torch.logspace(0, -6, 2000) * scatter).tolist()
+    assert restarts_of(losses)[-1] == 0
+    assert restarts_of([-1.0] * 100 + [5.0] * 100)[-1] == 0
+    assert restarts_of([1.0] * 100 + [5.0] * 100)[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("surge", 1.0), ("surge", math.nan), ("window", 0), ("window", 1.5)]
+)
+def test_rule_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{name} is out of its range: {value}"):
+        SafeguardRule(**{name: value})
+
+
 @pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
 def test_undone_step_restores_weights_exactly(method):
     torch.manual_seed(0)
