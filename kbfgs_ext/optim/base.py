@@ -302,6 +302,10 @@ class CoveredOptimizer(torch.optim.Optimizer):
             if layer.kept:
                 self.state[layer.weight] = layer.kept
 
+    def _copies(self) -> list[torch.Tensor]:
+        """What a step keeps to put buffers and the fallback's parameters back."""
+        return self._buffers.copies() + (self._fallback.copies() if self._fallback else [])
+
     def _scratch(self, layers: list[LayerFactors]) -> list[torch.Tensor]:
         """Each layer's part of the product scratch, n_g x n_a; none for layers without an H_a."""
         if not layers[0].has("H_a"):

@@ -85,6 +85,10 @@ class Fallback:
             if tensor.device == where.device:
                 tensor.copy_(torch.where(where, saved, tensor))
 
+    def copies(self) -> list[torch.Tensor]:
+        """The copies of what the last step has changed."""
+        return list(self._saved)
+
     def bytes(self) -> int:
         """Bytes of the fallback's state and of the copies."""
         tensors = self._state_tensors() + self._saved

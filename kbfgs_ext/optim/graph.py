@@ -76,6 +76,9 @@ class CapturedStep:
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._graph: Graph | None = None
         self._baked: list[dict[str, Any]] = []
+        # What a replay writes and the optimizer might let go of: an ordinary step between replays
+        # makes other copies when other parameters have gradients.
+        self._held: list[torch.Tensor] = []
 
     @property
     def captured(self) -> bool:
@@ -149,6 +152,7 @@ class CapturedStep:
         finally:
             self._optimizer._capturing = False
             self._optimizer._iteration = steps  # a capture runs nothing
+        self._held = self._optimizer._copies()
 
     def _replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         assert self._graph is not None

@@ -66,7 +66,7 @@ class KBFGS(SteppingOptimizer):
             takes its place, and a warning names it once. K-BFGS(L) keeps its pairs all the same.
         restart_after: put a factor back to its start, on the device, after so many rejected pairs
             in a row; and all of them after so many steps in a row that the safeguard has undone at
-            its smallest scale. None never does.
+            its smallest scale, or when it sees the loss surge. None never does.
         initial_scale: gamma, above 0: H_g starts as gamma*I, the paper's as I. "damping" takes
             1/lam_g, the inverse of a curvature of which the damping is all that is known.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change

@@ -60,6 +60,10 @@ class Buffers:
                     copy.copy_(buffer)
                 self._saved.append((module, name, buffer, copy))
 
+    def copies(self) -> list[torch.Tensor]:
+        """The copies as they stand."""
+        return [copy for *_, copy in self._saved]
+
     def restore(self) -> None:
         """Put every buffer back as `save` found it, replaced ones too."""
         for module, name, buffer, copy in self._saved:

@@ -5,6 +5,7 @@ tests/gpu/test_step.py takes the real one.
 """
 
 import importlib
+import weakref
 
 import pytest
 import torch
@@ -195,6 +196,42 @@ def test_resume(method, fallback, at, scalars_too):
     assert through.step.captured and resumed.step.captured
     assert_same(through.everything(), resumed.everything())
     assert int(resumed.opt.counters()["steps"]) == resumed.opt._iteration == rest.stop
+
+
+class Forgetful:
+    """A capture that keeps no tensor alive, as a graph does not."""
+
+    def __init__(self, run, device):
+        self.result = run()
+
+    def replay(self):
+        pass
+
+
+def test_a_capture_keeps_what_it_writes(as_if_cuda, monkeypatch):
+    """The copies of buffers and of the fallback's parameters, though a later step makes others."""
+    monkeypatch.setattr(graph, "Graph", Forgetful)
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)).double()
+    model, opt, step = made(model=model, fallback=lambda p: torch.optim.SGD(p, lr=0.1))
+    several(step)
+    written = opt._copies()
+    assert len(written) == 2 + 3  # the norm's parameters and buffers
+    alive = [weakref.ref(t) for t in written]
+    norm, written = model[1], None
+    norm.bias.requires_grad_(False)
+    norm.register_buffer("running_mean", torch.zeros(7, dtype=torch.float64))
+    x, target = BATCHES[0]
+
+    def closure():
+        opt.zero_grad()
+        loss = F.mse_loss(model(x), target)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert all(copy() is not None for copy in alive)
+    step._held.clear()
+    assert any(copy() is None for copy in alive)
 
 
 def test_a_failed_capture_counts_no_step(as_if_cuda):
