@@ -67,10 +67,13 @@ class Safeguard:
         self.rule = rule
         self.restart_after = restart_after
         self.scale = torch.ones((), dtype=wide, device=device)
-        self.steps, self.skipped, self.undone, self.restarts, self.stuck, self._seen = torch.zeros(
-            6, dtype=torch.int64, device=device
-        ).unbind()  # stuck: undone in a row at the smallest scale; seen: losses in the mean
-        self._mean, self._lowest = torch.tensor([0.0, math.inf], dtype=wide, device=device).unbind()
+        self.steps, self.skipped, self.undone, self.restarts = torch.zeros(
+            4, dtype=torch.int64, device=device
+        ).unbind()
+        # Steps undone in a row at the smallest scale; losses in their running mean, the mean, and
+        # the lowest that it has been.
+        self._at_first = torch.tensor([0.0, 0.0, 0.0, math.inf], dtype=wide, device=device)
+        self._watched = self._at_first.clone()
         # The gradient side restarts in the step that orders it, the activation side where it is
         # updated next: without A it needs the activations, and those are gone by then.
         self.order_g, self._order_a = torch.zeros(2, dtype=torch.bool, device=device).unbind()
@@ -85,11 +88,8 @@ class Safeguard:
         undo = ~(loss_next <= loss)
         if self.restart_after is not None:
             self._watch(loss, undo, ok, self.restart_after)
-        scale = torch.where(
-            undo,
-            (self.scale * self.rule.shrink).clamp_(min=self.rule.smallest),
-            (self.scale * self.rule.grow).clamp_(max=1.0),
-        )
+        scale = torch.where(undo, self.scale * self.rule.shrink, self.scale * self.rule.grow)
+        scale.clamp_(min=self.rule.smallest, max=1.0)
         self.scale.copy_(torch.where(ok, scale, self.scale))
         undo = undo & ok
         self.undone.add_(undo)
@@ -97,22 +97,19 @@ class Safeguard:
 
     def _watch(self, loss: torch.Tensor, undo: torch.Tensor, ok: torch.Tensor, after: int) -> None:
         """Order a restart where a step is stuck too often at the smallest scale, or on a surge."""
-        stuck = (self.stuck + 1) * (undo & (self.scale <= self.rule.smallest))
-        seen = self._seen + 1
-        mean = self._mean + (loss - self._mean) / seen.clamp(max=self.rule.window)
-        known = seen >= self.rule.window
-        lowest = torch.where(known, torch.minimum(self._lowest, mean), self._lowest)
-        surge = known & (mean > self.rule.surge * lowest) & (lowest > 0)
+        stuck, seen, mean, lowest = self._watched.unbind()
+        stuck = (stuck + 1) * (undo & (self.scale <= self.rule.smallest))
+        seen = (seen + 1).clamp_(max=self.rule.window)
+        mean = torch.lerp(mean, loss, 1 / seen)
+        lowest = torch.where(seen == self.rule.window, torch.minimum(lowest, mean), lowest)
+        surge = (mean > self.rule.surge * lowest) & (lowest > 0)
         torch.logical_and((stuck >= after) | surge, ok, out=self.order_g)
         self._order_a.logical_or_(self.order_g)
         self.restarts.add_(self.order_g)
-        for old, new, start in (
-            (self.stuck, stuck, 0),
-            (self._seen, seen, 0),
-            (self._mean, mean, 0.0),
-            (self._lowest, lowest, math.inf),
-        ):
-            old.copy_(torch.where(ok, new.masked_fill(self.order_g, start), old))
+        watched = torch.where(
+            self.order_g, self._at_first, torch.stack((stuck, seen, mean, lowest))
+        )
+        self._watched.copy_(torch.where(ok, watched, self._watched))
 
     def take_order_a(self, ok: torch.Tensor) -> torch.Tensor:
         """Whether the activation side, which is updated now, restarts; a void step leaves it."""
@@ -123,9 +120,9 @@ class Safeguard:
     def reset(self) -> None:
         """Forget what earlier steps have taught; what is counted stays."""
         self.scale.fill_(1.0)
-        self._lowest.fill_(math.inf)
-        for tensor in (self.stuck, self._seen, self._mean, self.order_g, self._order_a):
-            tensor.zero_()
+        self._watched.copy_(self._at_first)
+        self.order_g.zero_()
+        self._order_a.zero_()
 
     def counters(self) -> dict[str, torch.Tensor]:
         """What people look at."""
@@ -134,5 +131,4 @@ class Safeguard:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds."""
-        watched = ("stuck", "_seen", "_mean", "_lowest", "_order_a")
-        return {**self.counters(), **{name.strip("_"): getattr(self, name) for name in watched}}
+        return {**self.counters(), "watched": self._watched, "order_a": self._order_a}
