@@ -44,7 +44,7 @@ class SafeguardRule:
             ("grow", 1 <= self.grow < math.inf),
             ("smallest", 0 < self.smallest <= 1),
             ("surge", self.surge > 1),
-            ("window", self.window >= 1 and self.window == int(self.window)),
+            ("window", self.window >= 1 and float(self.window).is_integer()),
         ):
             if not inside:
                 raise ValueError(f"{name} is out of its range: {getattr(self, name)}")

@@ -173,6 +173,12 @@ def test_all_factors_restart_on_a_surge(method, action):
     for _ in range(5):
         opt.step(overfit)
         seen.append((int(opt.counters()["restarts"]), *restarts(opt)))
+        for layer in opt._layers():
+            if layer.has("H_g"):
+                start = torch.eye(layer.n_g, dtype=torch.float64)
+                assert torch.equal(layer["H_g"], start) == (len(seen) == 4)
+            else:
+                assert layer["pushed"] == (0 if len(seen) == 4 else len(seen) % 4)
     at_once = int(action == "ema")  # H_a without A in the next step, whose activations it needs
     assert seen == [(0, 0, 0)] * 3 + [(1, 1, at_once), (1, 1, 1)]
     assert int(opt.counters()["undone"]) == 0

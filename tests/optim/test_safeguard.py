@@ -85,7 +85,8 @@ def test_no_surge_without_cause():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("surge", 1.0), ("surge", math.nan), ("window", 0), ("window", 1.5)]
+    ("name", "value"),
+    [("surge", 1.0), ("surge", math.nan), ("window", 0), ("window", 1.5), ("window", math.inf)],
 )
 def test_rule_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} is out of its range: {value}"):
