@@ -233,6 +233,7 @@ def endurance() -> str:
     """What is left of a network after a wild setting, and how it recovers."""
     heads = ["method", "hessian_action", "steps", "void", "undone", "not finite"]
     heads += ["loss at first", "wild", "wild, inputs x 1000", "sane again", "after restart()"]
+    heads += ["commit"]
     rows = lines_of("endurance")
     body = [
         [
@@ -242,10 +243,12 @@ def endurance() -> str:
             *(f"{row['counters'][name]:.0f}" for name in ("skipped", "undone")),
             str(row["broken_steps"]),
             *(significant(loss) for loss in row["loss"].values()),
+            row["commit"][:10],
         ]
         for row in rows
     ]
-    return markdown(heads, body) + "".join(f"\n{machine(row)}.\n" for row in rows[:1])
+    places = dict.fromkeys(machine(row) for row in rows)
+    return markdown(heads, body) + "".join(f"\n{place}.\n" for place in places)
 
 
 def compare() -> str:
