@@ -48,6 +48,7 @@ _READ_SHARE = {
     ("lbfgs_push_", "rho"): 0,
     ("kron_precondition_", "P"): 0,
     ("kron_step_", "P"): 0,
+    ("slope_", "slope"): 0,
     ("restore_", "W"): 0,  # where there is something to undo
     ("restore_", "b"): 0,
 }
@@ -132,6 +133,7 @@ _FLOPS: dict[str, Callable[[Arguments], int]] = {
     "kron_precondition_": _kron_precondition,
     "momentum_": _momentum,
     "descend_": _descend,
+    "slope_": lambda a: 3 * _sum(torch.numel, a["saved"]),
     "restore_": lambda a: 0,
     "kron_step_": lambda a: _momentum(a) + _kron_precondition(a) + _descend(a),
 }

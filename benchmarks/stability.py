@@ -23,11 +23,12 @@ from kbfgs_ext import SafeguardRule
 RULES: dict[str, bool | SafeguardRule] = {
     "off": False,
     "undo alone": SafeguardRule(shrink=1 - 1e-12, grow=1.0),
-    "halve, grow 1.1": SafeguardRule(shrink=0.5, grow=1.1),
-    "halve, grow 1.5": SafeguardRule(shrink=0.5, grow=1.5),
-    "halve, grow 1.02": SafeguardRule(shrink=0.5, grow=1.02),
-    "0.7, grow 1.1": SafeguardRule(shrink=0.7, grow=1.1),
-    "0.25, grow 1.1": SafeguardRule(shrink=0.25, grow=1.1),
+    "halve, grow 1.1": SafeguardRule(shrink=0.5, grow=1.1, sufficient=0),
+    "halve, grow 1.5": SafeguardRule(shrink=0.5, grow=1.5, sufficient=0),
+    "halve, grow 1.02": SafeguardRule(shrink=0.5, grow=1.02, sufficient=0),
+    "0.7, grow 1.1": SafeguardRule(shrink=0.7, grow=1.1, sufficient=0),
+    "0.25, grow 1.1": SafeguardRule(shrink=0.25, grow=1.1, sufficient=0),
+    "halve, grow 1.1, half the slope": SafeguardRule(shrink=0.5, grow=1.1, sufficient=0.5),
 }
 
 

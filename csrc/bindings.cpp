@@ -295,6 +295,22 @@ void descend_cpu(
   });
 }
 
+void slope_cpu(
+    const Tensors& slopes, const Tensors& W, const Tensors& b, const Tensors& saved,
+    const Tensors& dW, const Tensors& db) {
+  by_dtype("cpu", saved, [&](auto zero) {
+    CpuArguments<decltype(zero)> args;
+    std::vector<Slope<decltype(zero)>> layers;
+    for (size_t i = 0; i < saved.size(); ++i)
+      layers.push_back(
+          {args.state("slope", slopes, i, saved[i].size(0)),
+           parameters(args, false, "W or b", W, b, i, saved[i]),
+           args.input("saved", saved, i, saved[i].numel()),
+           parameters(args, false, "dW or db", dW, db, i, saved[i])});
+    slope(layers);
+  });
+}
+
 void restore_cpu(const Tensors& W, const Tensors& b, const Tensors& saved, const Tensor& undo) {
   by_dtype("cpu", saved, [&](auto zero) {
     CpuArguments<decltype(zero)> args;
@@ -360,6 +376,7 @@ PYBIND11_MODULE(_C, module) {
   KBFGS_DEF(kron_precondition_cpu);
   KBFGS_DEF(momentum_cpu);
   KBFGS_DEF(descend_cpu);
+  KBFGS_DEF(slope_cpu);
   KBFGS_DEF(restore_cpu);
   KBFGS_DEF(kron_step_cpu);
 #undef KBFGS_DEF

@@ -273,6 +273,22 @@ void descend_cuda(
   });
 }
 
+void slope_cuda(
+    const Tensors& slopes, const Tensors& W, const Tensors& b, const Tensors& saved,
+    const Tensors& dW, const Tensors& db) {
+  by_dtype("cuda", saved, [&](auto zero) {
+    using T = decltype(zero);
+    CudaArguments<T> args(saved[0]);
+    std::vector<ParameterLayer<T>> layers;
+    for (size_t i = 0; i < saved.size(); ++i) {
+      T* before = args.input("saved", saved, i, saved[i].numel());
+      layers.push_back(parameters<T>(args, i, saved[i], before, W, b, &dW, &db));
+      layers.back().slope = args.state("slope", slopes, i, saved[i].size(0));
+    }
+    slope(layers, args.stream());
+  });
+}
+
 void restore_cuda(const Tensors& W, const Tensors& b, const Tensors& saved, const Tensor& undo) {
   by_dtype("cuda", saved, [&](auto zero) {
     using T = decltype(zero);
@@ -394,6 +410,7 @@ void register_cuda(py::module_& module) {
   def("kron_precondition_cuda", &kron_precondition_cuda);
   def("momentum_cuda", &momentum_cuda);
   def("descend_cuda", &descend_cuda);
+  def("slope_cuda", &slope_cuda);
   def("restore_cuda", &restore_cuda);
   def("kron_step_cuda", &kron_step_cuda);
   module.def("two_loop_fits", &two_loop_fits);

@@ -55,6 +55,11 @@ def _descend(layers: Layers, make: Numbers) -> list[Any]:
     return [*_parameters(layers, make), P, _step_sizes(layers, make), None]
 
 
+def _slope(layers: Layers, make: Numbers) -> list[Any]:
+    out = [make.unset(x.n_g) for x in layers]
+    return [out, *_parameters(layers, make), _matrices(layers, make), *_parameters(layers, make)]
+
+
 def _restore(layers: Layers, make: Numbers) -> list[Any]:
     saved, undo = _matrices(layers, make), torch.tensor(True, device=make.device)
     return [*_parameters(layers, make), saved, undo]
@@ -74,5 +79,6 @@ KERNELS = (
     Kernel("kron_step_", "kron_step_", _step),
     Kernel("momentum_", "momentum_", _momentum),
     Kernel("descend_", "descend_", _descend),
+    Kernel("slope_", "slope_", _slope),
     Kernel("restore_", "restore_", _restore),
 )

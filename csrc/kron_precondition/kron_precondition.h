@@ -1,4 +1,4 @@
-// kron_precondition: momentum (2), direction (3), step (4). Equations are those of
+// kron_precondition: momentum (2), direction (3), step (4), slope (13). Equations are those of
 // kbfgs_ext/ops/README.md. One entry of a list per layer; b and db are null without a bias.
 #pragma once
 
@@ -42,6 +42,14 @@ struct Descend {
 };
 
 template <typename T>
+struct Slope {
+  T* slope;                // n_g, written
+  Parameters<T> weights;   // read only
+  const T* saved;          // n_g x n_a: [W, b] of before
+  Parameters<T> gradient;  // dW, db
+};
+
+template <typename T>
 struct KronStep {
   Momentum<T> momentum;
   Precondition<T> direction;
@@ -57,6 +65,9 @@ void precondition(const std::vector<Precondition<T>>& layers);
 // (4); where `ok` is false only P is written.
 template <typename T>
 void descend(const std::vector<Descend<T>>& layers, bool ok);
+
+template <typename T>
+void slope(const std::vector<Slope<T>>& layers);
 
 // [W, b] = saved, which has the layout of P.
 template <typename T>

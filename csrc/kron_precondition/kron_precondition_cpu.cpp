@@ -1,7 +1,7 @@
 // Momentum, the direction P = H_g M H_a, and the step.
 //
 // Per layer, N = n_g*n_a: momentum reads 3N elements and writes N; the two products are
-// 2*N*(n_g + n_a) FLOPs; the step reads 2N and writes 2N. Nothing else is touched.
+// 2*N*(n_g + n_a) FLOPs; the step reads 2N and writes 2N; the slope reads 3N. Nothing else is touched.
 #include "kron_precondition.h"
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include "../common/gemm.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
+#include "../common/vector_ops.h"
 
 namespace kbfgs {
 
@@ -45,6 +46,30 @@ struct DescendBody {
       weight[j] = before - step * P[j];
       P[j] = before;
     }
+  }
+};
+
+struct SlopeBody {
+  // sum of gradient*(weight - saved), in double: the difference cancels, and the sum decides
+  template <int W, typename T>
+  static KBFGS_INLINE void run(
+      const T* gradient, const T* weight, const T* saved, int64_t n, double* out) {
+    using D = Simd<double, W>;
+    const auto term = [&](int64_t j) {
+      const auto moved = load_double<W>(weight + j) - load_double<W>(saved + j);
+      return load_double<W>(gradient + j) * moved;
+    };
+    typename D::V a = {}, b = {};
+    int64_t j = 0;
+    for (; j + 2 * D::L <= n; j += 2 * D::L) {
+      a += term(j);
+      b += term(j + D::L);
+    }
+    double total = D::sum(a + b);
+    for (; j < n; ++j)
+      total += static_cast<double>(gradient[j]) *
+               (static_cast<double>(weight[j]) - static_cast<double>(saved[j]));
+    *out = total;
   }
 };
 
@@ -128,6 +153,20 @@ void descend(const std::vector<Descend<T>>& layers, bool ok) {
 }
 
 template <typename T>
+void slope(const std::vector<Slope<T>>& layers) {
+  const auto weights = [](const Slope<T>& l) -> const Parameters<T>& { return l.weights; };
+  by_rows(layers, weights, [](const Slope<T>& l, int64_t i) {  // (13)
+    const Parameters<T>&w = l.weights, &g = l.gradient;
+    const T *saved = l.saved + i * w.n_a(), *gradient = g.W + i * w.d_in;
+    const T* row = w.W + i * w.d_in;
+    double total;
+    vectorised<SlopeBody>(gradient, row, saved, w.d_in, &total);
+    if (w.b != nullptr) total += double(g.b[i]) * (double(w.b[i]) - double(saved[w.d_in]));
+    l.slope[i] = static_cast<T>(total);
+  });
+}
+
+template <typename T>
 void restore(const std::vector<Descend<T>>& layers) {
   const auto weights = [](const Descend<T>& l) -> const Parameters<T>& { return l.weights; };
   by_rows(layers, weights, [](const Descend<T>& l, int64_t i) {
@@ -154,6 +193,7 @@ void kron_step(
   template void momentum(const std::vector<Momentum<T>>&, double, double);    \
   template void precondition(const std::vector<Precondition<T>>&);            \
   template void descend(const std::vector<Descend<T>>&, bool);                \
+  template void slope(const std::vector<Slope<T>>&);                          \
   template void restore(const std::vector<Descend<T>>&);                      \
   template void kron_step(const std::vector<KronStep<T>>&, double, double, bool);
 KBFGS_INSTANTIATE(float)

@@ -1,5 +1,5 @@
-// Momentum (2), the step (4) and its undoing, elementwise, each for all layers in one launch.
-// Elements of n_g x n_a: momentum 3 read, 1 written; descend 2 read, 2 written; restore 1 read and 1
+// Momentum (2), the step (4), its slope (13) and its undoing, each for all layers in one launch.
+// Elements of n_g x n_a: momentum 3 read, 1 written; descend 2 read, 2 written; slope 3 read; restore 1 read and 1
 // written where it undoes, none where it does not.
 #include "kron_precondition_cuda.h"
 
@@ -34,12 +34,17 @@ struct Place {
   bool bias;
 };
 
+struct Nothing {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+
 // store(place, load(place)) for every element of this block's rows, kInFlight of a row loaded before
-// the first is stored. The rows of W and of [W, b] differ in length, so at most one of them is on
+// the first is stored; after each row end_row(row), in all lanes of its warp. The rows of W and of [W, b] differ in length, so at most one of them is on
 // the 16-byte grid: 4-byte accesses, coalesced.
-template <typename T, typename Load, typename Store>
+template <typename T, typename Load, typename Store, typename EndRow = Nothing>
 __device__ __forceinline__ void for_each_element(
-    const ParameterLayer<T>& l, int64_t part, const Load& load, const Store& store) {
+    const ParameterLayer<T>& l, int64_t part, const Load& load, const Store& store,
+    const EndRow& end_row = {}) {
   const RowShare share = row_share(l.n_g, l.n_a, l.before, part);
   for (int row = share.begin + warp_id(); row < share.end; row += warps_per_block()) {
     const int64_t joined = static_cast<int64_t>(row) * l.n_a;
@@ -61,6 +66,7 @@ __device__ __forceinline__ void for_each_element(
       const Place bias{joined + l.d_in, row, true};
       store(bias, load(bias));
     }
+    end_row(row);
   }
 }
 
@@ -104,6 +110,28 @@ __global__ void __launch_bounds__(
         [&](Place p, Step<T> step) {
           (p.bias ? l.b[p.at] : l.W[p.at]) = step.after;
           l.joined[p.joined] = step.before;
+        });
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(
+    ElementShape::kThreads, ElementShape::kBlocksPerMultiprocessor)
+    slope_kernel(const __grid_constant__ ParameterTable<T> t) {
+  for (int i = 0; i < t.layers; ++i) {
+    const ParameterLayer<T>& l = t.layer[i];
+    T sum = 0;
+    for_each_element(
+        l, t.part,
+        [&](Place p) {
+          const T moved = (p.bias ? l.b[p.at] : l.W[p.at]) - l.joined[p.joined];
+          return (p.bias ? l.db[p.at] : l.dW[p.at]) * moved;
+        },
+        [&](Place, T product) { sum += product; },
+        [&](int row) {
+          const T total = warp_sum(sum);
+          if (lane_id() == 0) l.slope[row] = total;
+          sum = 0;
         });
   }
 }
@@ -166,6 +194,12 @@ void descend(std::vector<ParameterLayer<T>> layers, const bool* ok, cudaStream_t
 }
 
 template <typename T>
+void slope(std::vector<ParameterLayer<T>> layers, cudaStream_t stream) {
+  ParameterTable<T> t{};
+  launch_elements(&slope_kernel<T>, layers, t, stream);
+}
+
+template <typename T>
 void restore(std::vector<ParameterLayer<T>> layers, const bool* undo, cudaStream_t stream) {
   ParameterTable<T> t{};
   t.flag = undo;
@@ -180,6 +214,8 @@ template void descend<float>(
     std::vector<ParameterLayer<float>>, const bool*, cudaStream_t);
 template void descend<double>(
     std::vector<ParameterLayer<double>>, const bool*, cudaStream_t);
+template void slope<float>(std::vector<ParameterLayer<float>>, cudaStream_t);
+template void slope<double>(std::vector<ParameterLayer<double>>, cudaStream_t);
 template void restore<float>(
     std::vector<ParameterLayer<float>>, const bool*, cudaStream_t);
 template void restore<double>(

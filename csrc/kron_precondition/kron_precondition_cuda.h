@@ -17,6 +17,7 @@ struct ParameterLayer {
   T *W, *b;      // n_g x d_in, n_g
   const T *dW, *db;
   const double* step_size;
+  T* slope;        // n_g
   int n_g, d_in, n_a;
   int64_t before;  // elements of `joined` before; the launcher sets it
 };
@@ -42,6 +43,10 @@ void momentum(
 // (4): `joined` is P, afterwards [W, b] of before.
 template <typename T>
 void descend(std::vector<ParameterLayer<T>> layers, const bool* ok, cudaStream_t stream);
+
+// (13): `slope` written; `joined` is [W, b] of before.
+template <typename T>
+void slope(std::vector<ParameterLayer<T>> layers, cudaStream_t stream);
 
 // [W, b] <- `joined` where *undo.
 template <typename T>

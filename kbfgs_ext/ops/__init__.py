@@ -14,6 +14,7 @@ from kbfgs_ext.ops.kron_precondition import (
     kron_step_,
     momentum_,
     restore_,
+    slope_,
 )
 from kbfgs_ext.ops.lbfgs_two_loop import lbfgs_push_, lbfgs_two_loop_
 from kbfgs_ext.ops.registry import FAMILIES, Unsupported
@@ -35,4 +36,5 @@ __all__ = [
     "pair_ema_",
     "restart_",
     "restore_",
+    "slope_",
 ]

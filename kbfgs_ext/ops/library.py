@@ -51,6 +51,8 @@ SCHEMAS = (
     ' float momentum, float weight_decay, Tensor? ok=None, str backend="auto") -> ()',
     "descend_(Tensor(a!)[] W, Tensor(b!)[] b, Tensor(c!)[] P, Tensor[] step_size, Tensor? ok=None,"
     ' str backend="auto") -> ()',
+    "slope_(Tensor(a!)[] slope, Tensor[] W, Tensor[] b, Tensor[] saved, Tensor[] dW, Tensor[] db,"
+    ' str backend="auto") -> ()',
     "restore_(Tensor(a!)[] W, Tensor(b!)[] b, Tensor[] saved, Tensor undo,"
     ' str backend="auto") -> ()',
     "kron_step_(Tensor(a!)[] W, Tensor(b!)[] b, Tensor(c!)[] M, Tensor(d!)[] P, Tensor(e!)[] work,"

@@ -54,6 +54,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         self._covered: list[Covered] = []
         self._fallback: Fallback | None = None
         self._product = torch.empty(0)
+        self._slopes = torch.empty(0)
         self._buffers = Buffers(model)
         self._generation = 0  # checkpoints loaded and groups added: a captured step is void
         self._iteration = 0  # steps that have moved the parameters, void ones too
@@ -294,6 +295,9 @@ class CoveredOptimizer(torch.optim.Optimizer):
             layer.allocate(self._plan)
         size = product_scratch_elements(layers, self._plan, device)
         self._product = torch.empty(size, dtype=layers[0].dtype, device=device)
+        self._slopes = torch.cat([layer["slope"] for layer in layers])  # one sum for all layers
+        for layer, part in zip(layers, self._slopes.split([x.n_g for x in layers]), strict=True):
+            layer.scratch["slope"] = part
         self._publish_state()
 
     def _publish_state(self) -> None:

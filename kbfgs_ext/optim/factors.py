@@ -115,6 +115,7 @@ class LayerFactors:
         shapes: dict[str, tuple[int, ...]] = {
             "P": (n_g, n_a),
             "work": (workspace_size(n_a, n_g),),
+            "slope": (n_g,),
         }
         if plan.keeps_a(self):
             shapes["a_bar"] = (n_a,)

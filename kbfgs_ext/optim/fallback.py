@@ -64,6 +64,14 @@ class Fallback:
         self._put_back(before, ~ok)
         self._stepped = parameters
 
+    def slope(self, like: torch.Tensor) -> torch.Tensor:
+        """The change of the loss that the gradient promises for the step just taken."""
+        total = torch.zeros_like(like)
+        for p, saved in zip(self._stepped, self._saved, strict=False):
+            if p.grad is not None:
+                total += (p.grad * (p.detach() - saved)).sum().to(like)
+        return total
+
     def undo(self, undo: torch.Tensor) -> None:
         """Put the parameters, not the state, back where ``undo``."""
         self._put_back([p.detach() for p in self._stepped], undo)

@@ -43,13 +43,17 @@ class Gradients:
         """Whether all are finite; a bool scalar on the device."""
         return torch.isfinite(self._norms.sum())
 
-    def clip(self, largest: float | None) -> None:
-        """Scale all by min(1, largest/norm), in place; norm is that of all together."""
+    def clip(self, largest: float | None) -> torch.Tensor | None:
+        """Scale all by min(1, largest/norm), in place; norm is that of all together.
+
+        Returns that share.
+        """
         if largest is None:
-            return
+            return None
         norm = torch.linalg.vector_norm(self._norms)
         share = (largest / (norm + CLIP_EPSILON)).clamp(max=1.0)
         torch._foreach_mul_(self._gradients, share)
+        return share
 
 
 def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -46,7 +46,8 @@ class KBFGS(SteppingOptimizer):
         hessian_action: "minibatch" forms A's product with a vector from the minibatch itself, "ema"
             keeps the moving average A (the paper's; twice the memory on the activation side).
         safeguard: undo a step, on the device, whose second pass shows a higher or non-finite loss,
-            and shorten the next; a `SafeguardRule` says how much. False is the paper's recursion.
+            and shorten the next; after a step that brought less than half of what its slope
+            promises, too. A `SafeguardRule` says how much. False is the paper's recursion.
         backend: of the ops: "auto", "reference", "cpu", "cuda" or "triton".
         fallback: makes the optimizer of the parameters that are not covered from a list of them;
             None takes `torch.optim.AdamW` with torch's defaults.

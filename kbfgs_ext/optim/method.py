@@ -117,6 +117,18 @@ class KBFGSMethod:
         else:
             torch._foreach_copy_(P, M)
 
+    def slope(self, layers: Layers) -> None:
+        """The change of the loss that the gradient promises for the step just taken."""
+        ops.slope_(
+            slope=_each(layers, "slope"),
+            W=[layer.W() for layer in layers],
+            b=[layer.b() for layer in layers],
+            saved=_each(layers, "P"),
+            dW=[layer.dW() for layer in layers],
+            db=[layer.db() for layer in layers],
+            backend=self.backend,
+        )
+
     def undo(self, layers: Layers, undo: torch.Tensor) -> None:
         """Put the parameters of before the step back where ``undo``."""
         W, b = [layer.W() for layer in layers], [layer.b() for layer in layers]

@@ -3,12 +3,18 @@
 The second pass yields the loss at the new point on the same minibatch, with the same random
 numbers, for nothing. `Safeguard.judge` compares it with the first pass's loss, on the device:
 
-    undo     = not loss_next <= loss          (so a NaN is undone too)
-    scale   <- shrink*scale                   where undone, at least `smallest`
-               min(1, grow*scale)             where kept
+    undo     = not loss_next <= loss                      (so a NaN is undone too)
+    enough   = loss - loss_next >= -sufficient*slope      (Armijo's condition)
+    scale   <- shrink*scale            where undone, at least `smallest`
+               min(1, grow*scale)      where kept, and the decrease was enough
+               scale/grow              where kept, and it was not
 
-and the step of the next iteration is lr*scale*P. The pair of an undone step is kept: it is
-curvature like any other. The evidence: docs/safeguard.md.
+and the step of the next iteration is lr*scale*P. slope is the derivative of the loss along the
+step, (13) of ops/README.md. A parabola through both losses with that slope has its minimum beyond
+the step where the decrease is more than half of what the slope promises, and short of it where it
+is less: with `sufficient` = 1/2 the length of the step follows that minimum. Differences within
+`ROUNDINGS` roundings of the loss say nothing, and count for the step. The pair of an undone step is
+kept: it is curvature like any other. The evidence: docs/safeguard.md.
 
 Where steps are undone even at the smallest scale, the direction is no descent, and shortening it
 is no help. After `restart_after` of them in a row every factor is ordered to restart (restart.py).
@@ -24,16 +30,20 @@ import math
 
 import torch
 
+ROUNDINGS = 8  # of the loss: sums over a minibatch differ by some of them between two passes
+
 
 @dataclasses.dataclass(frozen=True)
 class SafeguardRule:
-    """The numbers of the rule: 0 < shrink < 1 <= grow, 0 < smallest <= 1 < surge, 1 <= window.
+    """The numbers of the rule: 0 < shrink < 1 <= grow, 0 <= sufficient < 1, 0 < smallest <= 1,
+    1 < surge, 1 <= window.
 
     The evidence for the defaults is in docs/safeguard.md.
     """
 
     shrink: float = 0.5
     grow: float = 1.1  # seven kept steps make up for one undone
+    sufficient: float = 0.5  # share of the promised decrease that is enough; 0: any is
     smallest: float = 2.0**-20  # keeps a run of bad batches from freezing training for good
     surge: float = 2.0  # inf: no loss is too high
     window: int = 50  # steps that the running mean of the loss looks back on
@@ -42,6 +52,7 @@ class SafeguardRule:
         for name, inside in (
             ("shrink", 0 < self.shrink < 1),
             ("grow", 1 <= self.grow < math.inf),
+            ("sufficient", 0 <= self.sufficient < 1),
             ("smallest", 0 < self.smallest <= 1),
             ("surge", self.surge > 1),
             ("window", self.window >= 1 and float(self.window).is_integer()),
@@ -83,13 +94,34 @@ class Safeguard:
         self.steps.add_(1)
         self.skipped.add_(~ok)
 
-    def judge(self, loss: torch.Tensor, loss_next: torch.Tensor, ok: torch.Tensor) -> torch.Tensor:
-        """Whether to undo the step (bool scalar on the device); adapts the scale."""
-        undo = ~(loss_next <= loss)
+    @property
+    def wants_slope(self) -> bool:
+        """Whether the judgement needs the slope."""
+        return self.rule.sufficient > 0
+
+    def judge(
+        self,
+        loss: torch.Tensor,
+        loss_next: torch.Tensor,
+        slope: torch.Tensor | None,
+        eps: float,
+        ok: torch.Tensor,
+    ) -> torch.Tensor:
+        """Whether to undo the step (bool scalar on the device); adapts the scale.
+
+        ``slope`` is None where it is not wanted, ``eps`` the relative rounding of the losses.
+        """
+        rule = self.rule
+        decrease = loss - loss_next + ROUNDINGS * eps * loss.abs()
+        undo = ~(decrease >= 0)
         if self.restart_after is not None:
             self._watch(loss, undo, ok, self.restart_after)
-        scale = torch.where(undo, self.scale * self.rule.shrink, self.scale * self.rule.grow)
-        scale.clamp_(min=self.rule.smallest, max=1.0)
+        scale = self.scale * rule.grow
+        if slope is not None:
+            enough = decrease >= -rule.sufficient * slope
+            scale = torch.where(enough, scale, self.scale / rule.grow)
+        scale = torch.where(undo, self.scale * rule.shrink, scale)
+        scale.clamp_(min=rule.smallest, max=1.0)
         self.scale.copy_(torch.where(ok, scale, self.scale))
         undo = undo & ok
         self.undone.add_(undo)

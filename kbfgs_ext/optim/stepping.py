@@ -41,6 +41,7 @@ class Flight:
     active: list[LayerFactors] = dataclasses.field(default_factory=list)
     value: torch.Tensor | None = None  # the loss of the first pass
     ok: torch.Tensor | None = None  # false: the step is void
+    slope: torch.Tensor | None = None  # derivative of the loss along the step, if it is wanted
     unscale: torch.Tensor | None = None  # 1/scale of the loss, if it was scaled
     late: bool = False  # step 9 is still to be done, with steps 6 to 8
 
@@ -169,7 +170,7 @@ class SteppingOptimizer(CoveredOptimizer):
                 torch._foreach_mul_([layer["g_bar"] for layer in active], flight.unscale)
             found = gradients.Gradients(self._with_gradients(active), value)
             ok = torch.isfinite(value) & found.finite()
-            found.clip(self.max_grad_norm)
+            clipped = found.clip(self.max_grad_norm)
             self._guard.count(ok)
             flight.value, flight.ok, flight.next = value, ok, SECOND
             if not all(layer.started for layer in active) and not _known_true(ok):
@@ -204,6 +205,10 @@ class SteppingOptimizer(CoveredOptimizer):
                 self._fallback.step(ok)
             if not paired:
                 self._flight = None
+            elif self.safeguard and self._guard.wants_slope:
+                flight.slope = self._slope(active)
+                if clipped is not None:
+                    flight.slope /= clipped  # the loss knows nothing of it
 
     def _finish(self, loss: Any) -> None:
         flight = self._expect(FINISH)
@@ -215,7 +220,8 @@ class SteppingOptimizer(CoveredOptimizer):
             if not flight.active:
                 return
             if self.safeguard:
-                self._undo(flight.active, self._guard.judge(flight.value, value, ok))
+                undo = self._guard.judge(flight.value, value, flight.slope, _eps(loss), ok)
+                self._undo(flight.active, undo)
             ok_pair = ok & torch.isfinite(value)
             seen_twice = [layer for layer in flight.active if layer.slot.gradients > 0]
             if flight.unscale is not None and seen_twice:
@@ -294,6 +300,14 @@ class SteppingOptimizer(CoveredOptimizer):
         parameters: list[torch.Tensor] = [p for layer in active for p in layer.parameters()]
         return parameters + (self._fallback.parameters() if self._fallback is not None else [])
 
+    def _slope(self, active: list[LayerFactors]) -> torch.Tensor:
+        """The derivative of the loss along the step just taken, a scalar on the device."""
+        if len(active) < len(self._layers()):
+            self._slopes.zero_()
+        self._method.slope(active)
+        slope = self._slopes.sum(dtype=self._guard.scale.dtype)
+        return slope if self._fallback is None else slope + self._fallback.slope(slope)
+
     def _undo(self, active: list[LayerFactors], undo: torch.Tensor) -> None:
         """Put every parameter back where ``undo``."""
         self._method.undo(active, undo)
@@ -330,6 +344,12 @@ def _scalar(loss: Any, like: torch.Tensor) -> torch.Tensor:
     raise TypeError(
         f"closure must return the loss as a real scalar, got {type(loss).__name__}{shape}"
     )
+
+
+def _eps(loss: Any) -> float:
+    """The relative rounding of a loss."""
+    kind = loss.dtype if isinstance(loss, torch.Tensor) and loss.is_floating_point() else None
+    return torch.finfo(kind or torch.float64).eps
 
 
 def _known_true(flag: torch.Tensor) -> bool:

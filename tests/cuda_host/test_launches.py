@@ -31,6 +31,7 @@ LAYERS = [(78, 100), (100, 50), (50, 25), (25, 30), (30, 25), (25, 50), (50, 100
         ("lbfgs_push_", cases.push((78, 100), 3, 4), 1, False),
         ("momentum_", cases.momentum(LAYERS), 1, False),
         ("descend_", cases.descend(LAYERS), 1, False),
+        ("slope_", cases.slope(LAYERS), 1, False),
         ("restore_", cases.restore(LAYERS, True), 1, False),
         ("kron_precondition_", cases.kron_precondition(LAYERS), 1, False),
         # All small: momentum; direction and step.

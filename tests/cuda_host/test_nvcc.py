@@ -28,6 +28,7 @@ RESIDENT = {
     "push_kernel": (512, 1),
     "momentum_kernel": (256, 4),
     "descend_kernel": (256, 4),
+    "slope_kernel": (256, 4),
     "restore_kernel": (256, 4),
     "small_kernel": (256, 1),
 }

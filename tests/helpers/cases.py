@@ -253,6 +253,18 @@ def descend(layers, bias=True, ok=None):
     return build
 
 
+def slope(layers, bias=True, layout=lambda t: t):
+    def build(dtype):
+        W, b, dW, db = in_dtype(dtype, [*_weights(layers, bias, 100), *_weights(layers, bias, 200)])
+        step = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
+        saved = [torch.cat([w, v[:, None]], 1) if bias else w for w, v in zip(W, b, strict=True)]
+        saved = [t + 1e-2 * s.to(dtype) for t, s in zip(saved, step, strict=True)]
+        out = [torch.full((n_g,), float("nan"), dtype=dtype) for _, n_g in layers]
+        return [out, W, b, saved, [layout(t) for t in dW], db]
+
+    return build
+
+
 def restore(layers, undo, bias=True):
     def build(dtype):
         saved = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
@@ -371,6 +383,9 @@ ALL = [
     Case("descend_", ":layers", descend(LAYERS)),
     Case("descend_", ":wide-no-bias", descend(WIDE, bias=False, ok=YES)),
     Case("descend_", ":void", descend(LAYERS, ok=NO)),
+    Case("slope_", ":layers", slope(LAYERS)),
+    Case("slope_", ":wide-no-bias", slope(WIDE, bias=False)),
+    Case("slope_", ":wide-transposed", slope(WIDE, layout=transposed)),
     Case("restore_", ":undo", restore(LAYERS, True)),
     Case("restore_", ":undo-no-bias", restore(WIDE, True, bias=False)),
     Case("restore_", ":keep", restore(LAYERS, False)),

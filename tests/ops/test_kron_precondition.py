@@ -51,6 +51,27 @@ def test_restore_undoes_descend_bit_for_bit(backend, bias):
 
 
 @pytest.mark.parametrize("backend", backends.BOTH)
+def test_slope_is_the_derivative_along_the_step(backend):
+    """Of a loss whose gradient autograd knows: a central difference along the way that was gone."""
+    W, b = randn(5, 4, seed=0).requires_grad_(), randn(5, seed=1).requires_grad_()
+    x = randn(7, 4, seed=2)
+
+    def loss(W, b):
+        return torch.sin(x @ W.T + b).square().sum()
+
+    loss(W, b).backward()
+    saved = torch.cat([W, b[:, None]], dim=1).detach()
+    step = randn(5, 5, seed=3) * 1e-5
+    slope = torch.full((5,), float("nan"), dtype=torch.float64)
+    new = saved + step
+    ops.slope_([slope], [new[:, :4].contiguous()], [new[:, 4].contiguous()], [saved], [W.grad],
+               [b.grad], backend)  # fmt: skip
+    with torch.no_grad():
+        ahead, back = (loss((saved + t * step)[:, :4], (saved + t * step)[:, 4]) for t in (1, -1))
+    assert slope.sum().item() == pytest.approx(((ahead - back) / 2).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
 def test_momentum_averages_the_regularised_gradient(backend):
     W, b, dW, db = randn(3, 4, seed=0), randn(3, seed=1), randn(3, 4, seed=2), randn(3, seed=3)
     M = torch.zeros(3, 5, dtype=torch.float64)

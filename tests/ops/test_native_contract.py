@@ -99,7 +99,8 @@ def gapped(tensor):
 # The list that says how many layers there are.
 LEADING = {
     "factor_ema_": "a_bar", "curvature_update_": "work", "kron_precondition_": "M",
-    "descend_": "P", "restart_": "marks", "restore_": "saved", "kron_step_": "M",
+    "descend_": "P", "restart_": "marks", "slope_": "saved", "restore_": "saved",
+    "kron_step_": "M",
 }  # fmt: skip
 STATE = [
     ("factor_ema_", "A"), ("factor_ema_", "a_bar"), ("hessian_action_", "y"), ("pair_ema_", "s"),
@@ -108,7 +109,8 @@ STATE = [
     ("curvature_update_", "A"), ("restart_", "H"), ("restart_", "A"), ("restart_", "marks"),
     ("lbfgs_two_loop_", "S"), ("lbfgs_two_loop_", "out"),
     ("lbfgs_push_", "Y"), ("kron_precondition_", "H_g"), ("kron_precondition_", "P"),
-    ("momentum_", "M"), ("descend_", "W"), ("restore_", "W"), ("kron_step_", "W"),
+    ("momentum_", "M"), ("descend_", "W"), ("slope_", "slope"), ("restore_", "W"),
+    ("kron_step_", "W"),
     ("kron_step_", "H_a"),
 ]  # fmt: skip
 
@@ -146,6 +148,7 @@ def test_other_dtypes_are_refused(op):
 @pytest.mark.parametrize(
     ("op", "name"),
     [("factor_ema_", "X"), ("hessian_action_", "s"), ("kron_step_", "dW"), ("descend_", "b"),
+     ("slope_", "dW"),
      ("bfgs_update_", "c"), ("curvature_update_", "g_bar"), ("lbfgs_two_loop_", "rho"),
      ("descend_", "step_size"), ("double_damping_", "lam"), ("restart_", "A")],
 )  # fmt: skip
@@ -171,7 +174,8 @@ WIDEST = {
     "factor_ema_": ":sliced", "hessian_action_": ":513", "double_damping_": ":513",
     "bfgs_update_": ":513", "curvature_update_": ":wide-damped", "lbfgs_two_loop_": ":auto-513",
     "pair_ema_": ":1024", "kron_step_": ":wide-no-bias", "kron_precondition_": ":wide-no-bias",
-    "momentum_": ":wide-no-bias", "descend_": ":wide-no-bias", "restore_": ":undo-no-bias",
+    "momentum_": ":wide-no-bias", "descend_": ":wide-no-bias", "slope_": ":wide-no-bias",
+    "restore_": ":undo-no-bias",
     "lbfgs_push_": ":wrapped", "restart_": ":1024",
 }  # fmt: skip
 

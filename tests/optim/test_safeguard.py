@@ -29,18 +29,110 @@ def scalar(value: float) -> torch.Tensor:
 def test_rule(loss, loss_next, ok, undo, scale):
     guard = Safeguard(SafeguardRule(shrink=0.5, grow=1.1), torch.device("cpu"))
     guard.scale.fill_(0.5)
-    judged = guard.judge(scalar(loss), scalar(loss_next), torch.tensor(ok))
+    judged = guard.judge(scalar(loss), scalar(loss_next), None, 0.0, torch.tensor(ok))
     assert bool(judged) is undo
     assert guard.scale.item() == pytest.approx(scale)
     assert int(guard.undone) == int(undo)
 
 
+@pytest.mark.parametrize(
+    ("loss_next", "slope", "sufficient", "scale"),
+    [
+        (9.0, -1.9, 0.5, 0.55),  # 1 is more than half of 1.9
+        (9.0, -2.1, 0.5, 0.5 / 1.1),
+        (9.0, -2.1, 0.4, 0.55),
+        (9.0, 3.0, 0.5, 0.55),  # down where the gradient says up
+        (10.0, -1.0, 0.5, 0.5 / 1.1),  # kept, for nothing
+        (10.1, -1.0, 0.5, 0.25),
+        (9.0, math.nan, 0.5, 0.5 / 1.1),
+        (math.nan, -1.0, 0.5, 0.25),
+    ],
+)
+def test_sufficient_decrease(loss_next, slope, sufficient, scale):
+    guard = Safeguard(SafeguardRule(sufficient=sufficient), torch.device("cpu"))
+    guard.scale.fill_(0.5)
+    guard.judge(scalar(10.0), scalar(loss_next), scalar(slope), 0.0, torch.tensor(True))
+    assert guard.scale.item() == pytest.approx(scale)
+
+
+def test_a_difference_within_rounding_says_nothing():
+    """So a scale that has become tiny grows again: the losses of a float32 network stand still."""
+    guard = Safeguard(SafeguardRule(), torch.device("cpu"))
+    guard.scale.fill_(1e-4)
+    for loss_next in (100.0, 100.0 + 2e-5, 100.0 - 2e-5):
+        undo = guard.judge(
+            scalar(100.0), scalar(loss_next), scalar(-1e-5), 2**-23, torch.tensor(True)
+        )
+        assert not undo
+    assert guard.scale.item() == pytest.approx(1e-4 * 1.1**3)
+    guard.judge(scalar(100.0), scalar(100.0 + 2e-4), scalar(-1e-5), 2**-23, torch.tensor(True))
+    guard.judge(scalar(100.0), scalar(100.0), scalar(-1e-3), 2**-23, torch.tensor(True))
+    assert guard.scale.item() == pytest.approx(1e-4 * 1.1**3 / 2 / 1.1)
+
+
+class Mixed(torch.nn.Module):
+    """Two covered layers, one of them not always reached, and two parameters of the fallback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(9, 6, sparse=True)
+        self.inner, self.aside = torch.nn.Linear(6, 7), torch.nn.Linear(6, 4)
+        self.norm = torch.nn.LayerNorm(7)
+
+    def forward(self, i: torch.Tensor, aside: bool) -> torch.Tensor:
+        x = self.words(i)
+        out = self.norm(torch.tanh(self.inner(x))).square().sum(1).mean()
+        return out + self.aside(x).square().sum(1).mean() if aside else out
+
+
+@pytest.mark.parametrize("largest", [None, 1e-3])
+@pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+def test_slope_is_that_of_the_whole_step(method, largest):
+    """Of all parameters that have moved, with the gradients that the loss has, clipped or not."""
+    torch.manual_seed(0)
+    model = Mixed().double()
+    opt = method(model, max_grad_norm=largest, fallback=lambda p: torch.optim.SGD(p, lr=0.1))
+    i = torch.arange(40) % 9
+    for aside in (True, False, True):  # where it is not reached, nothing of a former step is left
+        before = [p.detach().clone() for p in model.parameters()]
+        with opt.first_pass():
+            opt.zero_grad()
+            loss = model(i, aside)
+            loss.backward()
+        grads = [0.0 if p.grad is None else p.grad.clone().to_dense() for p in model.parameters()]
+        opt.descend(loss)
+        moved = [p.detach() - q for p, q in zip(model.parameters(), before, strict=True)]
+        wanted = sum((d * g).sum() for d, g in zip(moved, grads, strict=True))
+        assert opt._flight.slope.item() == pytest.approx(wanted.item(), rel=1e-9)
+        with opt.second_pass():
+            loss = model(i, aside)
+            loss.backward()
+        opt.finish(loss)
+
+
+@pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+def test_steps_stay_off_the_edge(method):
+    """A learning rate a little too large: without the slope, steps are kept that bring next to
+    nothing, and the loss ends higher."""
+    last = {}
+    for sufficient in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = mlp(6, 9, 4)
+        x, target = rows(64, 6), rows(64, 4, seed=1)
+        opt = method(model, lr=3.0, safeguard=SafeguardRule(sufficient=sufficient))
+        closure = closure_of(model, opt, x, target)
+        losses = [opt.step(closure).item() for _ in range(200)]
+        last[sufficient] = losses[-1], int(opt.counters()["undone"])
+    assert last[0.5][0] < last[0.0][0]
+    assert last[0.5][1] < last[0.0][1]
+
+
 def test_scale_is_bounded():
     guard = Safeguard(SafeguardRule(), torch.device("cpu"))
-    guard.judge(scalar(2.0), scalar(1.0), torch.tensor(True))
+    guard.judge(scalar(2.0), scalar(1.0), None, 0.0, torch.tensor(True))
     assert guard.scale == 1.0
     for _ in range(100):
-        guard.judge(scalar(1.0), scalar(2.0), torch.tensor(True))
+        guard.judge(scalar(1.0), scalar(2.0), None, 0.0, torch.tensor(True))
     assert guard.scale == SafeguardRule().smallest
 
 
@@ -49,8 +141,9 @@ def test_standstill_counts_at_the_smallest_scale_alone():
     yes, no = torch.tensor(True), torch.tensor(False)
     ordered = []
     for loss_next in (2.0, 2.0, 2.0, 0.0, 2.0, 2.0, 2.0, 2.0, 2.0):
-        guard.judge(scalar(1.0), scalar(loss_next), yes)
-        guard.judge(scalar(1.0), scalar(math.nan), no)  # void: neither a standstill nor its end
+        guard.judge(scalar(1.0), scalar(loss_next), None, 0.0, yes)
+        # A void step is neither a standstill nor its end.
+        guard.judge(scalar(1.0), scalar(math.nan), None, 0.0, no)
         ordered.append(int(guard.restarts))
     # At 1, 1/2, 1/4; kept; at 0.275; and then two by two at 1/4.
     assert ordered == [0, 0, 0, 0, 0, 0, 1, 1, 2]
@@ -62,7 +155,8 @@ def restarts_of(losses: list[float], **rule) -> list[int]:
     guard = Safeguard(SafeguardRule(**rule), torch.device("cpu"), restart_after=10)
     seen = []
     for loss in losses:
-        guard.judge(scalar(loss), scalar(loss - 1e-3), torch.tensor(math.isfinite(loss)))
+        ok = torch.tensor(math.isfinite(loss))
+        guard.judge(scalar(loss), scalar(loss - 1e-3), None, 0.0, ok)
         seen.append(int(guard.restarts))
     return seen
 
@@ -86,7 +180,15 @@ def test_no_surge_without_cause():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("surge", 1.0), ("surge", math.nan), ("window", 0), ("window", 1.5), ("window", math.inf)],
+    [
+        ("sufficient", 1.0),
+        ("sufficient", -0.1),
+        ("surge", 1.0),
+        ("surge", math.nan),
+        ("window", 0),
+        ("window", 1.5),
+        ("window", math.inf),
+    ],
 )
 def test_rule_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name} is out of its range: {value}"):

@@ -137,6 +137,7 @@ def calls_of(
         "kron_precondition_, no H_g": ("kron_precondition_", [P, [], M, H_a, work]),
         "momentum_": ("momentum_", [M, dW, db, W, b, 0.9, 1e-5, ok]),
         "descend_": ("descend_", [W, b, P, scalars, ok]),
+        "slope_": ("slope_", [g[0], W, b, P, dW, db]),
         "restore_": ("restore_", [W, b, P, ok]),
         "kron_step_": (
             "kron_step_", [W, b, M, P, work, dW, db, H_g, H_a, scalars, 0.9, 1e-5, ok],

@@ -30,6 +30,7 @@ LAUNCHES = {
     "kron_precondition_, no H_g": 1,
     "momentum_": 1,
     "descend_": 1,
+    "slope_": 1,
     "restore_": 1,
     "kron_step_": 2,
 }

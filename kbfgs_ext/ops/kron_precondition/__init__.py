@@ -10,10 +10,9 @@ from kbfgs_ext.ops.kron_precondition.api import (
     kron_step_,
     momentum_,
     restore_,
+    slope_,
 )
 
-__all__ = ["descend_", "kron_precondition_", "kron_step_", "momentum_", "restore_"]
+__all__ = ["descend_", "kron_precondition_", "kron_step_", "momentum_", "restore_", "slope_"]
 
-triton_backend.register(
-    "kron_precondition", "descend_", "kron_precondition_", "kron_step_", "momentum_", "restore_"
-)
+triton_backend.register("kron_precondition", *__all__)

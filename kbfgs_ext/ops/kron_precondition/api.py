@@ -112,6 +112,42 @@ def descend_(
     torch.ops.kbfgs_ext.descend_(W, b, P, step_size, ok, backend)
 
 
+def slope_(
+    slope: Tensors,
+    W: Tensors,
+    b: Tensors,
+    saved: Tensors,
+    dW: Tensors,
+    db: Tensors,
+    backend: str = "auto",
+) -> None:
+    """The change of the loss that the gradient promises for the step just taken, by output.
+
+    (13)  slope_i = sum over j of [dL/dW, dL/db]_ij * ([W, b] - saved)_ij
+
+    The sum over outputs and layers is the derivative of the loss along the step.
+
+    Args:
+        slope: (n_g,) each, written; in the units of the loss.
+        W: (n_g, d_in) each, after the step. b: (n_g,) each, or empty without a bias.
+        saved: (n_g, n_a) each: what `descend_` left, [W, b] of before.
+        dW: (n_g, d_in) each. db: (n_g,) each, or empty without a bias.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+
+    Source: the sufficient decrease of Armijo (1966), which the safeguard looks for.
+    """
+    checks.backend(backend)
+    checks.same_length(slope=slope, W=W, b=b, saved=saved, dW=dW, db=db)
+    _check_parameters(saved, ("W", W), ("dW", dW), ("b", b), ("db", db))
+    for i, before in enumerate(saved):
+        checks.shape("slope", i, slope[i], len(before))
+        checks.like("slope", i, slope[i], before)
+    torch.ops.kbfgs_ext.slope_(slope, W, b, saved, dW, db, backend)
+
+
 def restore_(
     W: Tensors, b: Tensors, saved: Tensors, undo: torch.Tensor, backend: str = "auto"
 ) -> None:

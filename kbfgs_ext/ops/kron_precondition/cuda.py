@@ -21,6 +21,11 @@ def descend_(*args) -> None:
     environment.native().descend_cuda(*args)
 
 
+@register("slope_", "kron_precondition", "cuda", environment.cuda_missing)
+def slope_(*args) -> None:
+    environment.native().slope_cuda(*args)
+
+
 @register("restore_", "kron_precondition", "cuda", environment.cuda_missing)
 def restore_(*args) -> None:
     environment.native().restore_cuda(*args)

@@ -21,6 +21,11 @@ def descend_(*args) -> None:
     environment.native().descend_cpu(*args)
 
 
+@register("slope_", "kron_precondition", "cpu", environment.native_missing)
+def slope_(*args) -> None:
+    environment.native().slope_cpu(*args)
+
+
 @register("restore_", "kron_precondition", "cpu", environment.native_missing)
 def restore_(*args) -> None:
     environment.native().restore_cpu(*args)

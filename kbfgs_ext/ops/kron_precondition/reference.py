@@ -1,4 +1,4 @@
-"""kron_precondition, the mathematics: equations (2) to (4) of kbfgs_ext/ops/README.md.
+"""kron_precondition, the mathematics: equations (2) to (4) and (13) of ../README.md.
 
 A layer without a bias has an empty tensor in the place of its bias.
 """
@@ -39,6 +39,13 @@ def descend_(W, b, P, step_size, ok) -> None:
         after = after if ok is None else torch.where(ok, after, before)
         P[i].copy_(before)  # what restore_ puts back
         _write(W[i], b[i], after)
+
+
+@register("slope_", "kron_precondition", "reference")
+def slope_(slope, W, b, saved, dW, db) -> None:
+    for i in range(len(slope)):
+        moved = joined(W[i], b[i]).to(saved[i].dtype) - saved[i]
+        slope[i].copy_((joined(dW[i], db[i]).to(saved[i].dtype) * moved).sum(dim=1))  # (13)
 
 
 @register("restore_", "kron_precondition", "reference")

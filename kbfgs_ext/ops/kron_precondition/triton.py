@@ -1,10 +1,11 @@
-"""kron_precondition in Triton: equations (2) to (4), the products of all layers grouped.
+"""kron_precondition in Triton: equations (2) to (4) and (13), the products of all layers grouped.
 
 launch       programs              bytes per layer, e per element               FLOPs
 `_left`      per tile of work      H_g, M (with (2) also dW and W) read,        2 n_g^2 n_a
                                    n_g n_a e written
 `_right`     per tile of P         work and H_a read, n_g n_a e written;        2 n_g n_a^2
                                    with (2), (4) also dW, W, M read, W, M written
+`_slope`     per 16 rows           dW, W, P read, n_g e written                 3 n_g n_a
 others       per 16 x 128 tile     each argument read or written once           2 to 4 n_g n_a
 
 `kron_step_` is two launches. `_left` forms the new M while loading it, and stores nothing: other
@@ -43,10 +44,10 @@ from kbfgs_ext.ops.triton_common import (
 )
 
 # Words of a layer's row: sizes, then pointers, each matrix with its row stride behind it.
-N_G, N_A, D_IN, MOMENTUM, P, WORK, W, DW, H_G, H_A, B, DB, STEP = (
-    tl.constexpr(i) for i in (0, 1, 2, 3, 5, 7, 9, 11, 13, 15, 17, 18, 19)
+N_G, N_A, D_IN, MOMENTUM, P, WORK, W, DW, H_G, H_A, B, DB, STEP, SLOPE = (
+    tl.constexpr(i) for i in (0, 1, 2, 3, 5, 7, 9, 11, 13, 15, 17, 18, 19, 20)
 )
-WORDS = 20
+WORDS = 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Elementwise:
 # The first is taken unless KBFGS_AUTOTUNE=1 (autotune.py) finds another faster.
 PRODUCTS = (Product(), Product(tile=128, stages=3), Product(tile=32, depth=32, warps=4))
 ELEMENTWISE = Elementwise()
+ROW_SUMS = Elementwise(cols=64)  # the sums take registers too: with 128 columns float64 spills
 
 
 @triton.jit
@@ -227,17 +229,34 @@ def _restore(
     store_joined(row, saved, i, j, flag(undo), WT)
 
 
+@triton.jit
+def _slope(
+    starts, rows, WORDS: tl.constexpr, ENTRIES: tl.constexpr, WT: tl.constexpr, GT: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    entry, t = locate(starts, ENTRIES)
+    row = rows + entry * WORDS
+    n_g, n_a = size(row, N_G), size(row, N_A)
+    i = t * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLS), T)
+    for j0 in tl.range(0, n_a, COLS):
+        j = j0 + tl.arange(0, COLS)
+        moved = joined(row, W, B, i, j, WT, T) - tile_of(row, P, i, j, n_g, n_a, T)
+        total += joined(row, DW, DB, i, j, GT, T) * moved  # (13)
+    tl.store(at(row, SLOPE, T) + i, tl.sum(total, 1), mask=i < n_g)
+
+
 _NONE = (0, 0)  # a matrix that the op does not have
 
 
 def _table(like, TILE, TILE_COLS, H_g=(), H_a=(), M=(), P=(), work=(), W=(), b=(), dW=(), db=(),
-           step_size=()):  # fmt: skip
+           step_size=(), slope=()):  # fmt: skip
     """The layers' rows, with a launch by tiles of ``like`` (n_g x n_a each)."""
     rows, tiles = [], []
     for i, model in enumerate(like):
         n_g, n_a = model.shape
         pairs = [matrix(t[i]) if t else _NONE for t in (M, P, work, W, dW, H_g, H_a)]
-        singles = [pointer(t[i]) if t else 0 for t in (b, db, step_size)]
+        singles = [pointer(t[i]) if t else 0 for t in (b, db, step_size, slope)]
         d_in = W[i].shape[1] if W else n_a
         rows.append([n_g, n_a, d_in, *(word for pair in pairs for word in pair), *singles])
         tiles.append(blocks(n_g, TILE) * blocks(n_a, TILE_COLS))
@@ -255,10 +274,19 @@ def _by_products(kernel, product, table, device, **constants) -> None:
 
 def _by_elements(kernel, like, scalars, constants, **tensors) -> None:
     table = _table(like, ELEMENTWISE.rows, ELEMENTWISE.cols, **tensors)
+    _launch(kernel, ELEMENTWISE, table, like, scalars, constants)
+
+
+def _by_row_blocks(kernel, like, constants, **tensors) -> None:
+    table = _table(like, ROW_SUMS.rows, max(t.shape[1] for t in like), **tensors)
+    _launch(kernel, ROW_SUMS, table, like, (), constants)
+
+
+def _launch(kernel, shape: Elementwise, table, like, scalars, constants) -> None:
     launch(
         kernel, table.programs[0], table.starts[0], table.rows, *scalars, WORDS=WORDS,
-        ENTRIES=table.entries, ROWS=ELEMENTWISE.rows, COLS=ELEMENTWISE.cols,
-        num_warps=ELEMENTWISE.warps, device=like[0].device, **constants,
+        ENTRIES=table.entries, ROWS=shape.rows, COLS=shape.cols,
+        num_warps=shape.warps, device=like[0].device, **constants,
     )  # fmt: skip
 
 
@@ -311,6 +339,17 @@ def descend_(W, b, P, step_size, ok) -> None:
         return
     constants = dict(T=real_type(*P), WT=input_type([*W, *b]))
     _by_elements(_descend, P, (ok,), constants, P=P, W=W, b=b, step_size=step_size)
+
+
+def slope_(slope, W, b, saved, dW, db) -> None:
+    """(13) for all layers: one launch."""
+    if not saved:
+        return
+    dW, db, W, b, saved = by_rows(dW), by_rows(db), by_rows(W), by_rows(b), by_rows(saved)
+    constants = dict(
+        T=real_type(*saved, *slope), WT=input_type([*W, *b]), GT=input_type([*dW, *db])
+    )
+    _by_row_blocks(_slope, saved, constants, P=saved, W=W, b=b, dW=dW, db=db, slope=slope)
 
 
 def restore_(W, b, saved, undo) -> None:
