@@ -201,8 +201,8 @@ def stability() -> str:
         count = f"{len(after[0])} of {len(rows)}"
         body.append([action, rule, f"{lr:g}", f"{damping:g}", str(len(rows)), count])
         body[-1] += [number(x) for x in spread]
-    row = lines_of("stability")[0]
-    return markdown(heads, body) + f"\n{row['dataset']}; {machine(row)}.\n"
+    places = dict.fromkeys(f"{row['dataset']}; {machine(row)}" for row in lines_of("stability"))
+    return markdown(heads, body) + "".join(f"\n{place}.\n" for place in places)
 
 
 def survived(row: Row, epoch: int) -> bool:
