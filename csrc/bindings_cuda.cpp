@@ -227,33 +227,33 @@ void lbfgs_push_cuda(
   });
 }
 
-// [W, b] of a layer beside `joined` (M, P or what was saved, n_g x n_a); dW, db where they are given.
+// [W, b] of every layer beside `joined` (M, P or what was saved); dW, db where they are given.
 template <typename T>
-ParameterLayer<T> parameters(
-    CudaArguments<T>& args, size_t i, const Tensor& joined, T* pointer, const Tensors& W,
-    const Tensors& b, const Tensors* dW = nullptr, const Tensors* db = nullptr) {
-  const bool bias = b.at(i).numel() > 0;
-  const int64_t n_g = joined.size(0), d_in = joined.size(1) - bias;
-  ParameterLayer<T> l{};
-  l.joined = pointer;
-  l.W = args.state("W", W, i, n_g * d_in);
-  l.b = bias ? args.state("b", b, i, n_g) : nullptr;
-  if (dW) l.dW = args.input("dW", *dW, i, n_g * d_in);
-  if (db && bias) l.db = args.input("db", *db, i, n_g);
-  l.n_g = int(n_g), l.d_in = int(d_in), l.n_a = int(d_in + bias);
-  return l;
+std::vector<ParameterLayer<T>> parameters(
+    CudaArguments<T>& args, const char* name, bool written, const Tensors& joined,
+    const Tensors& W, const Tensors& b, const Tensors* dW = nullptr, const Tensors* db = nullptr) {
+  std::vector<ParameterLayer<T>> layers(joined.size());
+  for (size_t i = 0; i < joined.size(); ++i) {
+    const bool bias = b.at(i).numel() > 0;
+    const int64_t n_g = joined[i].size(0), n_a = joined[i].size(1), d_in = n_a - bias;
+    const int64_t N = n_g * n_a;
+    ParameterLayer<T>& l = layers[i];
+    l.joined = written ? args.state(name, joined, i, N) : args.input(name, joined, i, N);
+    l.W = args.state("W", W, i, n_g * d_in);
+    l.b = bias ? args.state("b", b, i, n_g) : nullptr;
+    if (dW) l.dW = args.input("dW", *dW, i, n_g * d_in);
+    if (db && bias) l.db = args.input("db", *db, i, n_g);
+    l.n_g = int(n_g), l.d_in = int(d_in), l.n_a = int(n_a);
+  }
+  return layers;
 }
 
 void momentum_cuda(
     const Tensors& M, const Tensors& dW, const Tensors& db, const Tensors& W, const Tensors& b,
     double mu, double weight_decay, const Flag& ok) {
   by_dtype("cuda", M, [&](auto zero) {
-    using T = decltype(zero);
-    CudaArguments<T> args(M[0]);
-    std::vector<ParameterLayer<T>> layers;
-    for (size_t i = 0; i < M.size(); ++i)
-      layers.push_back(parameters<T>(
-          args, i, M[i], args.state("M", M, i, M[i].numel()), W, b, &dW, &db));
+    CudaArguments<decltype(zero)> args(M[0]);
+    const auto layers = parameters(args, "M", true, M, W, b, &dW, &db);
     momentum(layers, mu, weight_decay, args.flag("ok", ok), args.stream());
   });
 }
@@ -262,13 +262,10 @@ void descend_cuda(
     const Tensors& W, const Tensors& b, const Tensors& P, const Tensors& step_size,
     const Flag& ok) {
   by_dtype("cuda", P, [&](auto zero) {
-    using T = decltype(zero);
-    CudaArguments<T> args(P[0]);
-    std::vector<ParameterLayer<T>> layers;
-    for (size_t i = 0; i < P.size(); ++i) {
-      layers.push_back(parameters<T>(args, i, P[i], args.state("P", P, i, P[i].numel()), W, b));
-      layers.back().step_size = args.scalar("step_size", step_size, i);
-    }
+    CudaArguments<decltype(zero)> args(P[0]);
+    auto layers = parameters(args, "P", true, P, W, b);
+    for (size_t i = 0; i < P.size(); ++i)
+      layers[i].step_size = args.scalar("step_size", step_size, i);
     descend(layers, args.flag("ok", ok), args.stream());
   });
 }
@@ -277,27 +274,18 @@ void slope_cuda(
     const Tensors& slopes, const Tensors& W, const Tensors& b, const Tensors& saved,
     const Tensors& dW, const Tensors& db) {
   by_dtype("cuda", saved, [&](auto zero) {
-    using T = decltype(zero);
-    CudaArguments<T> args(saved[0]);
-    std::vector<ParameterLayer<T>> layers;
-    for (size_t i = 0; i < saved.size(); ++i) {
-      T* before = args.input("saved", saved, i, saved[i].numel());
-      layers.push_back(parameters<T>(args, i, saved[i], before, W, b, &dW, &db));
-      layers.back().slope = args.state("slope", slopes, i, saved[i].size(0));
-    }
+    CudaArguments<decltype(zero)> args(saved[0]);
+    auto layers = parameters(args, "saved", false, saved, W, b, &dW, &db);
+    for (size_t i = 0; i < saved.size(); ++i)
+      layers[i].slope = args.state("slope", slopes, i, saved[i].size(0));
     slope(layers, args.stream());
   });
 }
 
 void restore_cuda(const Tensors& W, const Tensors& b, const Tensors& saved, const Tensor& undo) {
   by_dtype("cuda", saved, [&](auto zero) {
-    using T = decltype(zero);
-    CudaArguments<T> args(saved[0]);
-    std::vector<ParameterLayer<T>> layers;
-    for (size_t i = 0; i < saved.size(); ++i)
-      layers.push_back(parameters<T>(
-          args, i, saved[i], args.input("saved", saved, i, saved[i].numel()), W, b));
-    restore(layers, args.flag("undo", undo), args.stream());
+    CudaArguments<decltype(zero)> args(saved[0]);
+    restore(parameters(args, "saved", false, saved, W, b), args.flag("undo", undo), args.stream());
   });
 }
 
@@ -347,9 +335,8 @@ void kron_precondition_cuda(
     const Tensors& P, const Tensors& H_g, const Tensors& M, const Tensors& H_a,
     const Tensors& work) {
   by_dtype("cuda", M, [&](auto zero) {
-    using T = decltype(zero);
-    CudaArguments<T> args(M[0]);
-    const Directions<T> split = directions(args, P, H_g, M, H_a, work);
+    CudaArguments<decltype(zero)> args(M[0]);
+    const auto split = directions(args, P, H_g, M, H_a, work);
     small_step(split.small, nullptr, args.stream());
     multiply_large(split.large, P, H_g, M, H_a, work);
   });
@@ -361,23 +348,19 @@ void kron_step_cuda(
     const Tensors& dW, const Tensors& db, const Tensors& H_g, const Tensors& H_a,
     const Tensors& step_size, double mu, double weight_decay, const Flag& ok) {
   by_dtype("cuda", M, [&](auto zero) {
-    using T = decltype(zero);
-    CudaArguments<T> args(M[0]);
-    Directions<T> split = directions(args, P, H_g, M, H_a, work);
-    std::vector<ParameterLayer<T>> averages, steps;
+    CudaArguments<decltype(zero)> args(M[0]);
+    auto split = directions(args, P, H_g, M, H_a, work);
+    const auto averages = parameters(args, "M", true, M, W, b, &dW, &db);
+    std::vector<ParameterLayer<decltype(zero)>> steps;
     size_t small = 0, large = 0;
     for (size_t i = 0; i < M.size(); ++i) {
-      const int64_t N = M[i].numel();
-      averages.push_back(
-          parameters<T>(args, i, M[i], args.state("M", M, i, N), W, b, &dW, &db));
-      ParameterLayer<T> l = averages.back();
+      auto l = averages[i];
       l.step_size = args.scalar("step_size", step_size, i);
       if (large < split.large.size() && split.large[large] == i) {
-        l.joined = args.state("P", P, i, N);
-        steps.push_back(l);
-        ++large;
+        l.joined = args.state("P", P, i, M[i].numel());
+        steps.push_back(l), ++large;
       } else {
-        SmallLayer<T>& layer = split.small[small++];
+        auto& layer = split.small[small++];
         layer.W = l.W, layer.b = l.b, layer.d_in = l.d_in, layer.step_size = l.step_size;
       }
     }

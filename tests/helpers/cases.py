@@ -27,6 +27,14 @@ from tests.helpers.inputs import (
     strided,
     transposed,
 )
+from tests.helpers.kron_cases import (
+    descend,
+    kron_precondition,
+    kron_step,
+    momentum,
+    restore,
+    slope,
+)
 from tests.helpers.oracles import randn
 
 
@@ -208,80 +216,6 @@ def push(sizes, p, pushed, kind="accepted", ok=None):
         s, y = pairs_for(random_spds(sizes, 20), kind)
         S, Y, rho, s, y, c = in_dtype(dtype, [S, Y, rho, s, y, random_vectors(sizes, 90, 1e-3)])
         return [S, Y, rho, count, some_counts(len(sizes)), s, y, c, ok]
-
-    return build
-
-
-def _weights(layers, bias, seed):
-    W = [randn(d_out, d_in, seed=seed + i) for i, (d_in, d_out) in enumerate(layers)]
-    b = [randn(d_out if bias else 0, seed=seed + 50 + i) for i, (_, d_out) in enumerate(layers)]
-    return W, b
-
-
-def _joined_shapes(layers, bias):
-    return [(d_out, d_in + bias) for d_in, d_out in layers]
-
-
-def kron_precondition(layers, bias=True, identity=False, condition=10.0):
-    def build(dtype):
-        shapes = _joined_shapes(layers, bias)
-        H_g = [] if identity else random_spds(tuple(g for g, _ in shapes), 20, condition)
-        H_a = random_spds(tuple(a for _, a in shapes), 30, condition)
-        M = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
-        return in_dtype(dtype, [nan_filled(*shapes), H_g, M, H_a, nan_filled(*shapes)])
-
-    return build
-
-
-def momentum(layers, bias=True, mu=0.9, decay=1e-2, ok=None, layout=lambda t: t):
-    def build(dtype):
-        M = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
-        M, dW, db, W, b = in_dtype(
-            dtype, [M, *_weights(layers, bias, 100), *_weights(layers, bias, 200)]
-        )
-        return [M, [layout(t) for t in dW], db, W, b, mu, decay, ok]
-
-    return build
-
-
-def descend(layers, bias=True, ok=None):
-    def build(dtype):
-        P = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
-        W, b, P = in_dtype(dtype, [*_weights(layers, bias, 100), P])
-        return [W, b, P, scalars(0.3, len(layers)), ok]
-
-    return build
-
-
-def slope(layers, bias=True, layout=lambda t: t):
-    def build(dtype):
-        W, b, dW, db = in_dtype(dtype, [*_weights(layers, bias, 100), *_weights(layers, bias, 200)])
-        step = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
-        saved = [torch.cat([w, v[:, None]], 1) if bias else w for w, v in zip(W, b, strict=True)]
-        saved = [t + 1e-2 * s.to(dtype) for t, s in zip(saved, step, strict=True)]
-        out = [torch.full((n_g,), float("nan"), dtype=dtype) for _, n_g in layers]
-        return [out, W, b, saved, [layout(t) for t in dW], db]
-
-    return build
-
-
-def restore(layers, undo, bias=True):
-    def build(dtype):
-        saved = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
-        W, b, saved = in_dtype(dtype, [*_weights(layers, bias, 100), saved])
-        return [W, b, saved, torch.tensor(undo)]
-
-    return build
-
-
-def kron_step(layers, bias=True, ok=None, layout=lambda t: t):
-    def build(dtype):
-        P, H_g, M, H_a, work = kron_precondition(layers, bias)(dtype)
-        W, b, dW, db = in_dtype(dtype, [*_weights(layers, bias, 100), *_weights(layers, bias, 200)])
-        return [
-            W, b, M, P, work, [layout(t) for t in dW], db, H_g, H_a, scalars(0.3, len(layers)),
-            0.9, 1e-2, ok,
-        ]  # fmt: skip
 
     return build
 

@@ -1,0 +1,84 @@
+"""Builders of calls of the kron_precondition ops: cases.py has the calls."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.helpers.inputs import in_dtype, nan_filled, random_spds, scalars
+from tests.helpers.oracles import randn
+
+
+def _weights(layers, bias, seed):
+    W = [randn(d_out, d_in, seed=seed + i) for i, (d_in, d_out) in enumerate(layers)]
+    b = [randn(d_out if bias else 0, seed=seed + 50 + i) for i, (_, d_out) in enumerate(layers)]
+    return W, b
+
+
+def _joined_shapes(layers, bias):
+    return [(d_out, d_in + bias) for d_in, d_out in layers]
+
+
+def kron_precondition(layers, bias=True, identity=False, condition=10.0):
+    def build(dtype):
+        shapes = _joined_shapes(layers, bias)
+        H_g = [] if identity else random_spds(tuple(g for g, _ in shapes), 20, condition)
+        H_a = random_spds(tuple(a for _, a in shapes), 30, condition)
+        M = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+        return in_dtype(dtype, [nan_filled(*shapes), H_g, M, H_a, nan_filled(*shapes)])
+
+    return build
+
+
+def momentum(layers, bias=True, mu=0.9, decay=1e-2, ok=None, layout=lambda t: t):
+    def build(dtype):
+        M = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
+        M, dW, db, W, b = in_dtype(
+            dtype, [M, *_weights(layers, bias, 100), *_weights(layers, bias, 200)]
+        )
+        return [M, [layout(t) for t in dW], db, W, b, mu, decay, ok]
+
+    return build
+
+
+def descend(layers, bias=True, ok=None):
+    def build(dtype):
+        P = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
+        W, b, P = in_dtype(dtype, [*_weights(layers, bias, 100), P])
+        return [W, b, P, scalars(0.3, len(layers)), ok]
+
+    return build
+
+
+def slope(layers, bias=True, layout=lambda t: t):
+    """After a step a hundred times shorter than the weights."""
+
+    def build(dtype):
+        W, b, P, _, _ = descend(layers, bias)(dtype)
+        dW, db = in_dtype(dtype, [*_weights(layers, bias, 200)])
+        saved = [torch.cat([w, v[:, None]], 1) if bias else w for w, v in zip(W, b, strict=True)]
+        saved = [w - 1e-2 * p for w, p in zip(saved, P, strict=True)]
+        (out,) = in_dtype(dtype, [nan_filled(*((len(w),) for w in W))])
+        return [out, W, b, saved, [layout(t) for t in dW], db]
+
+    return build
+
+
+def restore(layers, undo, bias=True):
+    def build(dtype):
+        saved = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
+        W, b, saved = in_dtype(dtype, [*_weights(layers, bias, 100), saved])
+        return [W, b, saved, torch.tensor(undo)]
+
+    return build
+
+
+def kron_step(layers, bias=True, ok=None, layout=lambda t: t):
+    def build(dtype):
+        P, H_g, M, H_a, work = kron_precondition(layers, bias)(dtype)
+        W, b, dW, db = in_dtype(dtype, [*_weights(layers, bias, 100), *_weights(layers, bias, 200)])
+        return [
+            W, b, M, P, work, [layout(t) for t in dW], db, H_g, H_a, scalars(0.3, len(layers)),
+            0.9, 1e-2, ok,
+        ]  # fmt: skip
+
+    return build
