@@ -69,7 +69,8 @@ class Fallback:
         total = torch.zeros_like(like)
         for p, saved in zip(self._stepped, self._saved, strict=False):
             if p.grad is not None:
-                total += (p.grad * (p.detach() - saved)).sum().to(like)
+                moved = p.detach() - saved  # of 16-bit parameters too a sum in like's dtype
+                total += (p.grad * moved).sum(dtype=like.dtype).to(like.device)
         return total
 
     def undo(self, undo: torch.Tensor) -> None:

@@ -12,9 +12,9 @@ numbers, for nothing. `Safeguard.judge` compares it with the first pass's loss, 
 and the step of the next iteration is lr*scale*P. slope is the derivative of the loss along the
 step, (13) of ops/README.md. A parabola through both losses with that slope has its minimum beyond
 the step where the decrease is more than half of what the slope promises, and short of it where it
-is less: with `sufficient` = 1/2 the length of the step follows that minimum. Differences within
-`ROUNDINGS` roundings of the loss say nothing, and count for the step. The pair of an undone step is
-kept: it is curvature like any other. The evidence: docs/safeguard.md.
+is less: with `sufficient` = 1/2 the length of the step follows that minimum. Differences within the
+rounding of the losses (`resolution`) say nothing, and count for the step. The pair of an undone
+step is kept: it is curvature like any other. The evidence: docs/safeguard.md.
 
 Where steps are undone even at the smallest scale, the direction is no descent, and shortening it
 is no help. After `restart_after` of them in a row every factor is ordered to restart (restart.py).
@@ -30,7 +30,16 @@ import math
 
 import torch
 
-ROUNDINGS = 8  # of the loss: sums over a minibatch differ by some of them between two passes
+ROUNDINGS = 8  # of a sum over a minibatch: two passes differ by some of them
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """The relative difference below which two losses of ``dtype`` say nothing.
+
+    Sums are formed in 32 bits at least, and a 16-bit loss is rounded once more.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    return max(torch.finfo(dtype).eps, ROUNDINGS * torch.finfo(wide).eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +113,15 @@ class Safeguard:
         loss: torch.Tensor,
         loss_next: torch.Tensor,
         slope: torch.Tensor | None,
-        eps: float,
+        noise: float,
         ok: torch.Tensor,
     ) -> torch.Tensor:
         """Whether to undo the step (bool scalar on the device); adapts the scale.
 
-        ``slope`` is None where it is not wanted, ``eps`` the relative rounding of the losses.
+        ``slope`` is None where it is not wanted; ``noise`` is the `resolution` of the losses.
         """
         rule = self.rule
-        decrease = loss - loss_next + ROUNDINGS * eps * loss.abs()
+        decrease = loss - loss_next + noise * loss.abs()
         undo = ~(decrease >= 0)
         if self.restart_after is not None:
             self._watch(loss, undo, ok, self.restart_after)

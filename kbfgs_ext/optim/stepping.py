@@ -27,6 +27,7 @@ from kbfgs_ext.optim.factors import LayerFactors
 from kbfgs_ext.optim.method import KBFGSMethod
 from kbfgs_ext.optim.passes import RandomState, SecondPass, own_work
 from kbfgs_ext.optim.restart import Orders
+from kbfgs_ext.optim.safeguard import resolution
 
 Closure = Callable[[], torch.Tensor]
 FIRST, DESCEND, SECOND, FINISH = "first_pass()", "descend(loss)", "second_pass()", "finish(loss)"
@@ -220,7 +221,7 @@ class SteppingOptimizer(CoveredOptimizer):
             if not flight.active:
                 return
             if self.safeguard:
-                undo = self._guard.judge(flight.value, value, flight.slope, _eps(loss), ok)
+                undo = self._guard.judge(flight.value, value, flight.slope, _noise(loss), ok)
                 self._undo(flight.active, undo)
             ok_pair = ok & torch.isfinite(value)
             seen_twice = [layer for layer in flight.active if layer.slot.gradients > 0]
@@ -346,10 +347,10 @@ def _scalar(loss: Any, like: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _eps(loss: Any) -> float:
-    """The relative rounding of a loss."""
+def _noise(loss: Any) -> float:
+    """The relative difference below which two such losses say nothing."""
     kind = loss.dtype if isinstance(loss, torch.Tensor) and loss.is_floating_point() else None
-    return torch.finfo(kind or torch.float64).eps
+    return resolution(kind or torch.float64)
 
 
 def _known_true(flag: torch.Tensor) -> bool:

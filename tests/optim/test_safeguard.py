@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kbfgs_ext import KBFGS, KBFGSL
-from kbfgs_ext.optim.safeguard import Safeguard, SafeguardRule
+from kbfgs_ext.optim.safeguard import Safeguard, SafeguardRule, resolution
 from tests.optim.models import closure_of, mlp, rows
 
 
@@ -59,15 +59,25 @@ def test_a_difference_within_rounding_says_nothing():
     """So a scale that has become tiny grows again: the losses of a float32 network stand still."""
     guard = Safeguard(SafeguardRule(), torch.device("cpu"))
     guard.scale.fill_(1e-4)
+    noise = resolution(torch.float32)
     for loss_next in (100.0, 100.0 + 2e-5, 100.0 - 2e-5):
         undo = guard.judge(
-            scalar(100.0), scalar(loss_next), scalar(-1e-5), 2**-23, torch.tensor(True)
+            scalar(100.0), scalar(loss_next), scalar(-1e-5), noise, torch.tensor(True)
         )
         assert not undo
     assert guard.scale.item() == pytest.approx(1e-4 * 1.1**3)
-    guard.judge(scalar(100.0), scalar(100.0 + 2e-4), scalar(-1e-5), 2**-23, torch.tensor(True))
-    guard.judge(scalar(100.0), scalar(100.0), scalar(-1e-3), 2**-23, torch.tensor(True))
+    guard.judge(scalar(100.0), scalar(100.0 + 2e-4), scalar(-1e-5), noise, torch.tensor(True))
+    guard.judge(scalar(100.0), scalar(100.0), scalar(-1e-3), noise, torch.tensor(True))
     assert guard.scale.item() == pytest.approx(1e-4 * 1.1**3 / 2 / 1.1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "units"),
+    [(torch.float64, 8 * 2**-52), (torch.float32, 8 * 2**-23), (torch.bfloat16, 2**-7)],
+)
+def test_resolution_of_losses(dtype, units):
+    """A 16-bit loss is a 32-bit sum rounded once, not eight times."""
+    assert resolution(dtype) == units
 
 
 class Mixed(torch.nn.Module):
