@@ -21,6 +21,7 @@ from benchmarks.grids import GRIDS
 from benchmarks.grids import TARGETS as TRAINING_TARGETS
 from benchmarks.micro.cases import APART, BLAS, COMPILED, EAGER, OURS
 from benchmarks.micro.measure import load
+from benchmarks.optimizers import QUASI_NEWTON
 from benchmarks.plots import LOOKS
 from benchmarks.step.clock import PHASES
 from benchmarks.step.models import MODELS
@@ -256,6 +257,26 @@ def compare() -> str:
     return comparison(summary.read_rows(RESULTS / "compare.jsonl"), "../benchmarks/results/compare")
 
 
+def sufficient() -> str:
+    """K-BFGS's runs of the comparison: with any decrease enough, and with half the slope."""
+    files = ("compare_any_decrease.jsonl", "compare.jsonl")
+    before, after = (summary.read_rows(RESULTS / name) for name in files)
+    heads = ["data", "optimizer", "lr", "undone", "loss at the end", "lr, half the slope"]
+    heads += ["undone", "loss at the end"]
+    body, places = [], {}
+    for group in summary.groups(after):
+        for name in QUASI_NEWTON:
+            runs = [r for r in before if (r["data"], r["optimizer"]) == (group.last["data"], name)]
+            cells = []
+            for rows in (runs, group.finals[name]):
+                undone = statistics.median(r["counters"]["undone"] for r in rows)
+                losses = Spread.of([summary.loss_at_budget(r) for r in rows])
+                cells += [f"{rows[0]['point']['lr']:g}", f"{undone:g}", losses.text()]
+                places |= dict.fromkeys(machine(r) for r in rows)
+            body.append([group.last["data"], LOOKS[name].label, *cells])
+    return markdown(heads, body) + "".join(f"\n{place}.\n" for place in places)
+
+
 def tuning() -> str:
     """Training loss of every point of K-BFGS's grid at the end of its tuning run, by data set."""
     groups = summary.groups(summary.read_rows(RESULTS / "compare.jsonl"))
@@ -318,6 +339,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "endurance": endurance,
     "compare": compare,
     "tuning": tuning,
+    "sufficient": sufficient,
 }
 
 
