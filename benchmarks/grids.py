@@ -14,18 +14,19 @@ def _rates(*rates: float) -> tuple[Settings, ...]:
     return tuple(Settings(lr=lr) for lr in rates)
 
 
-# The second is the paper's for MNIST: sqrt(0.3) on both sides. The first and the last three differ
-# from it in kind, as presets.TUNED does: pairs of short memory, H_g from the damping.
+# The first is presets.TUNED. It differs from the paper's in kind, as the next three do: pairs of
+# short memory, H_g from the damping. Then the paper's own for MNIST, sqrt(0.3) on both sides, and
+# the dampings of the first without the rest of it.
 _TUNED = {"pair_decay": 0.5, "initial_scale": "damping"}
 QUASI_NEWTON = tuple(
     Settings(lr=lr, damping_a=damping_a, damping_g=0.55, **kind)
     for lr, damping_a, kind in (
-        (0.2, 0.1, _TUNED),
-        (0.3, 0.55, {}),
-        (0.2, 0.1, {}),
         (0.3, 0.1, _TUNED),
-        (0.2, 0.2, _TUNED),
-        (0.1, 0.1, _TUNED),
+        (0.2, 0.1, _TUNED),
+        (0.5, 0.1, _TUNED),
+        (0.3, 0.2, _TUNED),
+        (0.3, 0.55, {}),
+        (0.3, 0.1, {}),
     )
 )
 
@@ -37,10 +38,10 @@ GRIDS: dict[str, tuple[Settings, ...]] = {
         Settings(lr=lr, damping=damping)
         for lr, damping in ((1, 3), (1, 1), (0.3, 1), (0.3, 0.3), (0.1, 0.1), (0.03, 0.03))
     ),
-    "muon": _rates(3e-3, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
-    "soap": _rates(3e-3, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    "muon": _rates(3e-3, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+    "soap": _rates(3e-3, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
     "adamw": _rates(3e-3, 3e-4, 5e-4, 1e-3, 2e-3, 5e-3),
-    "rmsprop": _rates(3e-4, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
+    "rmsprop": _rates(3e-4, 5e-5, 1e-4, 1e-3, 2e-3, 5e-3),
     "sgdm": _rates(3e-3, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1),
 }
 

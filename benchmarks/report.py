@@ -258,22 +258,22 @@ def compare() -> str:
 
 
 def sufficient() -> str:
-    """K-BFGS's runs of the comparison: with any decrease enough, and with half the slope."""
-    files = ("compare_any_decrease.jsonl", "compare.jsonl")
-    before, after = (summary.read_rows(RESULTS / name) for name in files)
+    """K-BFGS's runs of a comparison: with any decrease enough, and with half the slope."""
+    files = ("compare_any_decrease", "compare_half_slope")
+    before, after = (lines_of(name) for name in files)
     heads = ["data", "optimizer", "lr", "undone", "loss at the end", "lr, half the slope"]
     heads += ["undone", "loss at the end"]
     body, places = [], {}
-    for group in summary.groups(after):
+    for data in dict.fromkeys(row["data"] for row in after):
         for name in QUASI_NEWTON:
-            runs = [r for r in before if (r["data"], r["optimizer"]) == (group.last["data"], name)]
             cells = []
-            for rows in (runs, group.finals[name]):
+            for file in (before, after):
+                rows = [r for r in file if (r["data"], r["optimizer"]) == (data, name)]
                 undone = statistics.median(r["counters"]["undone"] for r in rows)
                 losses = Spread.of([summary.loss_at_budget(r) for r in rows])
                 cells += [f"{rows[0]['point']['lr']:g}", f"{undone:g}", losses.text()]
                 places |= dict.fromkeys(machine(r) for r in rows)
-            body.append([group.last["data"], LOOKS[name].label, *cells])
+            body.append([data, LOOKS[name].label, *cells])
     return markdown(heads, body) + "".join(f"\n{place}.\n" for place in places)
 
 

@@ -17,7 +17,7 @@ PUBLISHED: dict[str, Any] = {
 }
 
 TUNED: dict[str, Any] = {
-    "lr": 0.2,
+    "lr": 0.3,
     "damping_a": 0.1,
     "damping_g": 0.55,
     "pair_decay": 0.5,
