@@ -14,20 +14,16 @@ def _rates(*rates: float) -> tuple[Settings, ...]:
     return tuple(Settings(lr=lr) for lr in rates)
 
 
-# The first is presets.TUNED. It differs from the paper's in kind, as the next three do: pairs of
-# short memory, H_g from the damping. Then the paper's own for MNIST, sqrt(0.3) on both sides, and
-# the dampings of the first without the rest of it.
-_TUNED = {"pair_decay": 0.5, "initial_scale": "damping"}
-QUASI_NEWTON = tuple(
-    Settings(lr=lr, damping_a=damping_a, damping_g=0.55, **kind)
-    for lr, damping_a, kind in (
-        (0.3, 0.1, _TUNED),
-        (0.2, 0.1, _TUNED),
-        (0.5, 0.1, _TUNED),
-        (0.3, 0.2, _TUNED),
-        (0.3, 0.55, {}),
-        (0.3, 0.1, {}),
-    )
+# The first is presets.TUNED. The last is the paper's for MNIST: sqrt(0.3) on both sides. The others
+# differ from it in kind: pairs of short memory, H_g from the damping, and the length of the steps.
+_KIND = {"damping_a": 0.1, "damping_g": 0.55, "pair_decay": 0.5, "initial_scale": "damping"}
+QUASI_NEWTON = (
+    Settings(lr=0.3, **_KIND, step_length="balanced"),
+    Settings(lr=1.0, **_KIND, step_length="balanced"),
+    Settings(lr=0.03, **_KIND, step_length="layer"),
+    Settings(lr=0.06, **_KIND, step_length="layer"),
+    Settings(lr=0.3, **_KIND),
+    Settings(lr=0.3, damping_a=0.55, damping_g=0.55),
 )
 
 GRIDS: dict[str, tuple[Settings, ...]] = {

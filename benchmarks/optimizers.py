@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kbfgs_ext import SafeguardRule
 
 QUASI_NEWTON = ("kbfgs", "kbfgsl")
+STEP_LENGTHS = ("direction", "balanced", "layer")
 SOAP_BASIS_EVERY = 10  # steps between new eigenbases: the SOAP paper's, heavyball's own is 2
 
 
@@ -40,6 +41,7 @@ class Settings:
     damping_g: float | None = None
     pair_decay: float | None = None
     initial_scale: float | str | None = None
+    step_length: str | None = None
     memory: int | None = None
     hessian_action: str | None = None
     backend: str | None = None
@@ -165,7 +167,7 @@ def resolved(name: str, optimizer: Any, settings: Settings) -> dict[str, Any]:
 
         # These hold for all parameter groups, so that ``defaults`` does not have them.
         parameters = inspect.signature(kbfgs_ext.KBFGS).parameters
-        for option in ("hessian_action", "safeguard", "backend", "initial_scale"):
+        for option in ("hessian_action", "safeguard", "backend", "initial_scale", "step_length"):
             found[option] = parameters[option].default
     return {k: v for k, v in (found | settings.given()).items() if v is not None}
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import data, optimizers
 from benchmarks.data import faces
-from benchmarks.optimizers import Settings
+from benchmarks.optimizers import STEP_LENGTHS, Settings
 from benchmarks.progress import Display
 from benchmarks.training import Config, Observer, train
 
@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     quasi.add_argument(
         "--initial-scale", type=_scale, help="H_g starts as this times I, or from 'damping'"
     )
+    quasi.add_argument("--step-length", choices=STEP_LENGTHS)
     quasi.add_argument("--hessian-action", choices=("ema", "minibatch"))
     quasi.add_argument("--memory", type=int, help="pairs kept by kbfgsl")
     quasi.add_argument("--backend", choices=("auto", "reference", "cpu", "cuda", "triton"))
@@ -92,6 +93,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
             damping_g=arguments.damping_g,
             pair_decay=arguments.pair_decay,
             initial_scale=arguments.initial_scale,
+            step_length=arguments.step_length,
             memory=arguments.memory,
             hessian_action=arguments.hessian_action,
             backend=arguments.backend,

@@ -1,8 +1,8 @@
 """Named settings: ``KBFGS(model, **presets.TUNED)``. The evidence: docs/tuning.md.
 
 PUBLISHED    the paper's setting for MNIST and its recursion to the letter; diverges on many seeds
-TUNED        the dampings apart, a pair of short memory, H_g from 1/lam_g: leaves the first plateau
-             of a deep network sooner
+TUNED        the dampings apart, a pair of short memory, H_g from 1/lam_g, all layers by the same
+             length: leaves the first plateau of a deep network sooner
 """
 
 from __future__ import annotations
@@ -22,4 +22,5 @@ TUNED: dict[str, Any] = {
     "damping_g": 0.55,
     "pair_decay": 0.5,
     "initial_scale": "damping",
+    "step_length": "balanced",
 }

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 DAMPINGS = ("damping", "damping_a", "damping_g")
+STEP_LENGTHS = ("direction", "balanced", "layer")
 PRECISIONS = ("highest", "high", "medium")
 TORCH_KEYWORDS = ("foreach", "fused", "capturable", "maximize", "differentiable")
 _REFUSED = {
@@ -85,6 +86,7 @@ def check_options(
     max_factor_dim: Any,
     restart_after: Any,
     initial_scale: Any,
+    step_length: Any,
 ) -> None:
     """The options of the whole optimizer are in their ranges."""
     if max_grad_norm is not None:
@@ -99,6 +101,8 @@ def check_options(
         _check_count("max_factor_dim", max_factor_dim)
     if restart_after is not None:
         _check_count("restart_after", restart_after)
+    if step_length not in STEP_LENGTHS:
+        raise ValueError(f"step_length must be one of {STEP_LENGTHS}, got {step_length!r}")
     if isinstance(initial_scale, str):
         if initial_scale != "damping":
             raise ValueError(f"initial_scale must be a number or 'damping', got {initial_scale!r}")

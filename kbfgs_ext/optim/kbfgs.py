@@ -34,7 +34,8 @@ class KBFGS(SteppingOptimizer):
     Args:
         model: its `torch.nn.Linear` layers with a trained weight are covered; every other trained
             parameter goes to ``fallback``, and a warning names them once.
-        lr: learning rate, at least 0; a number or a scalar tensor.
+        lr: learning rate, at least 0; a number or a scalar tensor. With step_length="layer" it is
+            the length of a step in every layer.
         damping: Levenberg-Marquardt damping (lambda), above 0; a number or a scalar tensor. Both
             sides take its square root.
         momentum: decay of M, in [0, 1).
@@ -70,6 +71,10 @@ class KBFGS(SteppingOptimizer):
             its smallest scale, or when it sees the loss surge. None never does.
         initial_scale: gamma, above 0: H_g starts as gamma*I, the paper's as I. "damping" takes
             1/lam_g, the inverse of a curvature of which the damping is all that is known.
+        step_length: "direction" moves a layer by -lr*P, the paper's. "balanced" moves all layers of
+            a param group by the same length and all of them together by that of lr*P:
+            -lr*(R/r)*P, with r the root mean square of the rows of a layer's P and R that of the
+            rows of all its P. "layer" takes from P the direction alone: -lr*P/r.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
             nothing, for every step is all that; maximize and differentiable are refused.
 
@@ -111,6 +116,7 @@ class KBFGS(SteppingOptimizer):
         max_factor_dim: int | None = None,
         restart_after: int | None = 10,
         initial_scale: float | str = 1.0,
+        step_length: str = "direction",
         **torch_keywords: bool | None,
     ) -> None:
         hyper.check_torch_keywords(torch_keywords)
@@ -144,6 +150,7 @@ class KBFGS(SteppingOptimizer):
             max_factor_dim,
             restart_after,
             initial_scale,
+            step_length,
         )
         if not isinstance(safeguard, (bool, SafeguardRule)):
             raise TypeError(f"safeguard must be a bool or a SafeguardRule, got {safeguard!r}")
@@ -155,7 +162,8 @@ class KBFGS(SteppingOptimizer):
         plan = Plan(
             hessian_action == "ema", self.memory, max_factor_dim, restart_after, initial_scale
         )
-        self._method = (KBFGSMethod if self.memory is None else KBFGSLMethod)(plan, backend)
+        method = KBFGSMethod if self.memory is None else KBFGSLMethod
+        self._method = method(plan, backend, step_length)
         super().__init__(model, defaults, groups, plan, fallback, rule)
 
     def step(  # type: ignore[override]

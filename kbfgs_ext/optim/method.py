@@ -17,6 +17,8 @@ from kbfgs_ext.optim import hyper
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 from kbfgs_ext.optim.restart import Orders, restart
 
+SHORTEST = 1e-20  # row of a direction that still is one
+
 Layers = list[LayerFactors]
 Group = dict[str, Any]
 
@@ -31,6 +33,7 @@ class KBFGSMethod:
 
     plan: Plan
     backend: str
+    step_length: str = "direction"
 
     def statistics(
         self, layers: Layers, group: Group, scalars: hyper.DeviceScalars, ok: torch.Tensor
@@ -57,7 +60,8 @@ class KBFGSMethod:
         ok: torch.Tensor,
     ) -> None:
         """Steps 2 and 4: momentum, direction, weights."""
-        if not (layers[0].has("H_a") and layers[0].has("H_g")):
+        whole = layers[0].has("H_a") and layers[0].has("H_g")
+        if not whole or self.step_length != "direction":
             self._descend_in_parts(layers, group, scalars, scratch, ok)
             return
         ops.kron_step_(
@@ -104,13 +108,17 @@ class KBFGSMethod:
         written(layers)
 
     def _step_sizes(self, layers: Layers, scalars: hyper.DeviceScalars) -> list[torch.Tensor]:
-        return [scalars.step_size] * len(layers)
+        """What P is multiplied by; where it is not the same for all layers, P is there already."""
+        if self.step_length == "direction":
+            return [scalars.step_size] * len(layers)
+        return _sizes(_each(layers, "P"), scalars.step_size, self.step_length == "balanced")
 
     def _direction(self, layers: Layers, scratch: list[torch.Tensor]) -> None:
-        """Step 4's P where a factor is missing, and is the identity."""
+        """Step 4's P; a factor that is missing is the identity."""
         M, P = _each(layers, "M"), _each(layers, "P")
         if layers[0].has("H_a"):
-            ops.kron_precondition_(P, [], M, _each(layers, "H_a"), scratch, self.backend)
+            H_g = _each(layers, "H_g") if layers[0].has("H_g") else []
+            ops.kron_precondition_(P, H_g, M, _each(layers, "H_a"), scratch, self.backend)
         elif layers[0].has("H_g"):
             for layer in layers:
                 torch.mm(layer["H_g"], layer["M"], out=layer["P"])
@@ -223,7 +231,7 @@ class KBFGSLMethod(KBFGSMethod):
 
     def _step_sizes(self, layers: Layers, scalars: hyper.DeviceScalars) -> list[torch.Tensor]:
         sizes = super()._step_sizes(layers, scalars)
-        gamma = _gamma(layers)
+        gamma = _gamma(layers) if self.step_length != "layer" else []
         return list(torch._foreach_mul(sizes, gamma)) if gamma else sizes
 
     def _apply_H_g(self, layers: Layers, out: list[torch.Tensor], Q: list[torch.Tensor]) -> None:
@@ -312,6 +320,18 @@ class KBFGSLMethod(KBFGSMethod):
             self.backend,
         )
         self._restart(layers, "g", orders.g, scalars)
+
+
+def _sizes(P: list[torch.Tensor], size: torch.Tensor, balanced: bool) -> list[torch.Tensor]:
+    """Per layer size/r, with r the root mean square of the rows of its P; or size*R/r, with R that
+    of the rows of all layers. P = 0 stays 0."""
+    norms = torch._foreach_norm(P)
+    if balanced:
+        whole = torch.linalg.vector_norm(torch.stack(norms).to(size.dtype))
+        size = size * whole / sum(p.shape[0] for p in P) ** 0.5
+    torch._foreach_mul_(norms, [p.shape[0] ** -0.5 for p in P])
+    torch._foreach_clamp_min_(norms, SHORTEST)
+    return list((size / torch.stack(norms).to(size.dtype)).unbind())
 
 
 def _gamma(layers: Layers) -> list[torch.Tensor]:

@@ -60,8 +60,9 @@ def payload(optimizer: str, losses: list[float | None], status: str = "complete"
 def test_every_argument_reaches_the_configuration() -> None:
     line = (
         "--dataset curves --optimizer kbfgsl --lr 0.2 --damping 0.1 --damping-a 0.3 "
-        "--damping-g 0.5 --pair-decay 0.4 --initial-scale damping --hessian-action ema --memory 7 "
-        "--momentum 0.8 --epochs 3 "
+        "--damping-g 0.5 --pair-decay 0.4 --initial-scale damping "
+        "--step-length layer --hessian-action ema "
+        "--memory 7 --momentum 0.8 --epochs 3 "
         "--batch-size 50 --weight-decay 0 --seed 4 --device cpu --threads 1 --backend reference "
         "--no-safeguard --no-warm-start --max-seconds 9"
     )
@@ -76,6 +77,7 @@ def test_every_argument_reaches_the_configuration() -> None:
             damping_g=0.5,
             pair_decay=0.4,
             initial_scale="damping",
+            step_length="layer",
             memory=7,
             hessian_action="ema",
             backend="reference",

@@ -77,6 +77,7 @@ OPTIONS = st.fixed_dictionaries(
         "max_factor_dim": st.sampled_from([None, None, 1, 20]),
         "restart_after": st.sampled_from([None, 1]),
         "initial_scale": st.sampled_from([1.0, 1.0, "damping", 30.0]),
+        "step_length": st.sampled_from(["direction", "balanced", "layer"]),
     }
 )
 METHODS = st.sampled_from([(KBFGS, {}), (KBFGSL, {"memory": 1}), (KBFGSL, {"memory": 3})])

@@ -25,14 +25,15 @@ ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 @METHODS
 @ACTIONS
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_no_host_read(method, action, backend):
+@pytest.mark.parametrize("length", ["direction", "balanced", "layer"])
+def test_no_host_read(method, action, backend, length):
     """A fake tensor has no value, so any read of one raises: whole steps run on fakes."""
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.Sequential(
             nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Dropout(), nn.BatchNorm1d(7), nn.Linear(7, 3)
         )
-        opt = method(model, hessian_action=action, backend=backend)
+        opt = method(model, hessian_action=action, backend=backend, step_length=length)
         x, target = torch.randn(8, 5), torch.randn(8, 3)
         for _ in range(3):
             opt.step(closure_of(model, opt, x, target))
