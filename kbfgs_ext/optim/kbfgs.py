@@ -71,10 +71,10 @@ class KBFGS(SteppingOptimizer):
             its smallest scale, or when it sees the loss surge. None never does.
         initial_scale: gamma, above 0: H_g starts as gamma*I, the paper's as I. "damping" takes
             1/lam_g, the inverse of a curvature of which the damping is all that is known.
-        step_length: "direction" moves a layer by -lr*P, the paper's. "balanced" moves all layers of
-            a param group by the same length and all of them together by that of lr*P:
-            -lr*(R/r)*P, with r the root mean square of the rows of a layer's P and R that of the
-            rows of all its P. "layer" takes from P the direction alone: -lr*P/r.
+        step_length: "direction" moves a layer by -lr*P, the paper's. "balanced" shares the
+            length alike: -lr*(R/r)*P, with r the root mean square of the rows of a layer's P and R
+            that of the rows of all P of its param group (of the layers with the same factors).
+            "layer" takes from P the direction alone: -lr*P/r.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
             nothing, for every step is all that; maximize and differentiable are refused.
 

@@ -182,6 +182,7 @@ def test_curves_are_drawn_deterministically() -> None:
     assert images.dtype == torch.float32
     assert images.min() >= 0
     assert images.max() == 1
+    assert images[images > 0].min() >= curves.FAINTEST
     assert torch.equal(images, curves.draw(300, seed=3))
     assert not torch.equal(images, curves.draw(300, seed=4))
 

@@ -14,6 +14,7 @@ from tests.optim.models import assert_same, closure_of, mlp, rows
 pytestmark = pytest.mark.gpu
 METHODS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
+LENGTHS = pytest.mark.parametrize("length", ["direction", "balanced", "layer"])
 WARM_UP = 3  # steps before a capture: the first looks at a flag, and cuBLAS sets itself up
 
 
@@ -28,18 +29,19 @@ def half_squared_error(model, x, target):
     return (model(x) - target).square().sum() / (2 * x.shape[0])
 
 
-def problem(method, action, backend):
+def problem(method, action, backend, **options):
     torch.manual_seed(0)
     model = mlp(*SIZES, dtype=torch.float32).cuda()
-    opt = method(model, hessian_action=action, backend=backend)
+    opt = method(model, hessian_action=action, backend=backend, **options)
     x, target = (t.cuda() for t in batch())
     return model, opt, closure_of(model, opt, x, target)
 
 
 @METHODS
 @ACTIONS
-def test_a_step_reads_nothing_back(backend, method, action):
-    _, opt, closure = problem(method, action, backend)
+@LENGTHS
+def test_a_step_reads_nothing_back(backend, method, action, length):
+    _, opt, closure = problem(method, action, backend, step_length=length)
     for _ in range(WARM_UP):
         opt.step(closure)
     torch.cuda.synchronize()
@@ -53,11 +55,12 @@ def test_a_step_reads_nothing_back(backend, method, action):
 
 @METHODS
 @ACTIONS
-def test_a_captured_step_is_the_eager_step(backend, method, action):
+@LENGTHS
+def test_a_captured_step_is_the_eager_step(backend, method, action, length):
     """With the learning rate changed between replays."""
     steps = 2 * WARM_UP + 3
-    eager, eager_opt, _ = problem(method, action, backend)
-    captured, opt, _ = problem(method, action, backend)
+    eager, eager_opt, _ = problem(method, action, backend, step_length=length)
+    captured, opt, _ = problem(method, action, backend, step_length=length)
     step = CapturedStep(opt, lambda x, target: half_squared_error(captured, x, target))
     for i in range(steps):
         x, target = (t.cuda() for t in batch(seed=i))

@@ -76,8 +76,9 @@ def test_on_the_cpu_every_call_is_an_ordinary_step(method):
 
 
 @METHODS
-def test_captured_steps_are_the_ordinary_ones(method, as_if_cuda, monkeypatch):
-    model, opt, step = made(method)
+@pytest.mark.parametrize("length", ["direction", "balanced", "layer"])
+def test_captured_steps_are_the_ordinary_ones(method, length, as_if_cuda, monkeypatch):
+    model, opt, step = made(method, step_length=length)
     calls = []
     opt.register_step_pre_hook(lambda *a: calls.append("before"))
     opt.register_step_post_hook(lambda *a: calls.append("after"))
@@ -85,7 +86,7 @@ def test_captured_steps_are_the_ordinary_ones(method, as_if_cuda, monkeypatch):
     assert step.captured
     assert calls == ["before", "after"] * len(BATCHES)
     monkeypatch.undo()
-    plain, plain_opt, wanted = eager(method, BATCHES)
+    plain, plain_opt, wanted = eager(method, BATCHES, step_length=length)
     assert losses == wanted
     assert_same(snapshot(model, opt), snapshot(plain, plain_opt))
 
