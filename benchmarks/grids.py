@@ -34,8 +34,8 @@ GRIDS: dict[str, tuple[Settings, ...]] = {
         Settings(lr=lr, damping=damping)
         for lr, damping in ((1, 3), (1, 1), (0.3, 1), (0.3, 0.3), (0.1, 0.1), (0.03, 0.03))
     ),
-    "muon": _rates(3e-3, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
-    "soap": _rates(3e-3, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+    "muon": _rates(3e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+    "soap": _rates(3e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
     "adamw": _rates(3e-3, 3e-4, 5e-4, 1e-3, 2e-3, 5e-3),
     "rmsprop": _rates(3e-4, 5e-5, 1e-4, 1e-3, 2e-3, 5e-3),
     "sgdm": _rates(3e-3, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1),
