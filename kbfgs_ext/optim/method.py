@@ -17,7 +17,7 @@ from kbfgs_ext.optim import hyper
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 from kbfgs_ext.optim.restart import Orders, restart
 
-SHORTEST = 1e-20  # row of a direction that still is one
+SHORTEST = 1e-20  # length of a direction that still is one
 
 Layers = list[LayerFactors]
 Group = dict[str, Any]
@@ -325,13 +325,13 @@ class KBFGSLMethod(KBFGSMethod):
 def _sizes(P: list[torch.Tensor], size: torch.Tensor, balanced: bool) -> list[torch.Tensor]:
     """Per layer size/r, with r the root mean square of the rows of its P; or size*R/r, with R that
     of the rows of all layers. P = 0 stays 0."""
-    norms = torch._foreach_norm(P)
+    rows = [p.shape[0] for p in P]
+    norms = torch.stack(torch._foreach_norm(P)).to(size.dtype).clamp_(min=SHORTEST)
     if balanced:
-        whole = torch.linalg.vector_norm(torch.stack(norms).to(size.dtype))
-        size = size * whole / sum(p.shape[0] for p in P) ** 0.5
-    torch._foreach_mul_(norms, [p.shape[0] ** -0.5 for p in P])
-    torch._foreach_clamp_min_(norms, SHORTEST)
-    return list((size / torch.stack(norms).to(size.dtype)).unbind())
+        size = size * (torch.linalg.vector_norm(norms) / sum(rows) ** 0.5)
+    sizes = list((size / norms).unbind())
+    torch._foreach_mul_(sizes, [n**0.5 for n in rows])
+    return sizes
 
 
 def _gamma(layers: Layers) -> list[torch.Tensor]:

@@ -62,6 +62,10 @@ def test_balanced_layers_share_the_whole_length(method, backend, options):
     assert rows_of == pytest.approx([rows_of[0]] * len(rows_of), rel=1e-9)
     whole, wanted = (sum(float(s.norm()) ** 2 for s in steps) for steps in (moved, plain))
     assert whole == pytest.approx(wanted, rel=1e-9)
+    later = changes(method, 5, step_length="balanced", **options)  # the factors have pairs now
+    rows_of = [float(step.norm()) / step.shape[0] ** 0.5 for step in later]
+    assert rows_of == pytest.approx([rows_of[0]] * len(rows_of), rel=1e-9)
+    assert rows_of[0] > 0
 
 
 @METHODS
