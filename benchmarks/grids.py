@@ -5,7 +5,10 @@ The first point of each grid is the one that runs when a single one is asked for
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.optimizers import Settings
+from kbfgs_ext import presets
 
 SIZE = 6  # points of every grid
 
@@ -14,16 +17,14 @@ def _rates(*rates: float) -> tuple[Settings, ...]:
     return tuple(Settings(lr=lr) for lr in rates)
 
 
-# The first is presets.TUNED. The last is the paper's for MNIST: sqrt(0.3) on both sides. The others
-# differ from it in kind: pairs of short memory, H_g from the damping, and the length of the steps.
-_KIND = {"damping_a": 0.1, "damping_g": 0.55, "pair_decay": 0.5, "initial_scale": "damping"}
+_TUNED = Settings(**presets.TUNED)
 QUASI_NEWTON = (
-    Settings(lr=0.3, **_KIND, step_length="balanced"),
-    Settings(lr=1.0, **_KIND, step_length="balanced"),
-    Settings(lr=0.03, **_KIND, step_length="layer"),
-    Settings(lr=0.06, **_KIND, step_length="layer"),
-    Settings(lr=0.3, **_KIND),
-    Settings(lr=0.3, damping_a=0.55, damping_g=0.55),
+    _TUNED,
+    replace(_TUNED, lr=1.0),
+    replace(_TUNED, lr=0.03, step_length="layer"),
+    replace(_TUNED, lr=0.06, step_length="layer"),
+    replace(_TUNED, step_length=None),  # the paper's length
+    Settings(lr=0.3, damping_a=0.55, damping_g=0.55),  # the paper's for MNIST: sqrt(0.3) both
 )
 
 GRIDS: dict[str, tuple[Settings, ...]] = {

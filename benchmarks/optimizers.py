@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kbfgs_ext import SafeguardRule
 
 QUASI_NEWTON = ("kbfgs", "kbfgsl")
-STEP_LENGTHS = ("direction", "balanced", "layer")
 SOAP_BASIS_EVERY = 10  # steps between new eigenbases: the SOAP paper's, heavyball's own is 2
 
 

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from benchmarks import data, optimizers
 from benchmarks.data import faces
-from benchmarks.optimizers import STEP_LENGTHS, Settings
+from benchmarks.optimizers import Settings
 from benchmarks.progress import Display
 from benchmarks.training import Config, Observer, train
+from kbfgs_ext.optim.hyper import STEP_LENGTHS
 
 INTERRUPTED = 130  # exit status of a shell command ended by Ctrl-C
 DIVERGED = 3

@@ -19,8 +19,8 @@ SEED = 0
 # the margin keeps that and a pen's width on the page.
 MARGIN = 4.5  # pixels
 PEN = 0.7  # pixels, standard deviation of the stroke's profile
-# Ink that is fainter is none. The pen's profile falls to 1e-45 a few pixels away, and numbers that
-# small make a training step on some processors eight times slower.
+# Ink that is fainter is none. The pen's profile falls to denormal numbers a few pixels away, and
+# many processors multiply those very slowly.
 FAINTEST = 1e-6
 # The fastest curve covers about 1.1 pixels per sample, close enough for its dots to merge.
 SAMPLES = 96
