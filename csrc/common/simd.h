@@ -3,10 +3,18 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "isa.h"
 
 namespace kbfgs {
+
+// x, or 0 where it is denormal: many processors multiply those in microcode. NaN stays.
+template <typename T>
+KBFGS_INLINE T normal(T x) {
+  constexpr T least = std::numeric_limits<T>::min();
+  return x < least && x > -least ? T(0) : x;
+}
 
 template <typename T, int W>
 struct Simd {
@@ -20,6 +28,11 @@ struct Simd {
   }
   static KBFGS_INLINE void store(T* p, V v) { __builtin_memcpy(p, &v, W); }
   static KBFGS_INLINE V all(T x) { return V{} + x; }
+  static KBFGS_INLINE V normal(V v) {
+    using Bits = decltype(v < v);
+    const Bits exponent = reinterpret_cast<Bits>(all(std::numeric_limits<T>::infinity()));
+    return (reinterpret_cast<Bits>(v) & exponent) != 0 ? v : V{};
+  }
   // Half and half: in registers down to 16 bytes.
   static KBFGS_INLINE T sum(V v) {
     T lane[L];

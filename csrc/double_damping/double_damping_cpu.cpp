@@ -15,7 +15,8 @@ namespace kbfgs {
 namespace {
 
 struct EmaBody {
-  // x <- decay*x + (1 - decay)*(next - before), stored if `write`; *finite: whether all of it is.
+  // x <- decay*x + (1 - decay)*(next - before), without denormal numbers (which rounding would keep
+  // for ever where a unit is dead), stored if `write`; *finite: whether all of it is.
   template <int W, typename T>
   static KBFGS_INLINE void run(
       T* x, const T* before, const T* next, T decay, T rest, int64_t n, bool write, bool* finite) {
@@ -26,13 +27,13 @@ struct EmaBody {
       const typename S::V v =
           S::load(x + i) * decay + (S::load(next + i) - S::load(before + i)) * rest;
       zero += v * static_cast<T>(0);
-      if (write) S::store(x + i, v);
+      if (write) S::store(x + i, S::normal(v));
     }
     T total = S::sum(zero);
     for (; i < n; ++i) {
       const T v = decay * x[i] + rest * (next[i] - before[i]);
       total += v * static_cast<T>(0);
-      if (write) x[i] = v;
+      if (write) x[i] = normal(v);
     }
     *finite = total == static_cast<T>(0);
   }

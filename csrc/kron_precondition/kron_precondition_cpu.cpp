@@ -16,7 +16,8 @@ namespace kbfgs {
 namespace {
 
 struct MomentumBody {
-  // M <- mu*M + (1-mu)*(dW + gamma*W)
+  // M <- mu*M + (1-mu)*(dW + gamma*W). Where a gradient has become 0 for good (a unit is dead), M
+  // would end at numbers that rounding keeps denormal for ever, and H_g M H_a multiplies them all.
   template <int W, typename T>
   static KBFGS_INLINE void run(
       T* M, const T* dW, const T* weight, int64_t n, T mu, T rest, T gamma) {
@@ -24,9 +25,9 @@ struct MomentumBody {
     int64_t j = 0;
     for (; j + S::L <= n; j += S::L) {
       const typename S::V D = S::load(dW + j) + S::load(weight + j) * gamma;
-      S::store(M + j, S::load(M + j) * mu + D * rest);
+      S::store(M + j, S::normal(S::load(M + j) * mu + D * rest));
     }
-    for (; j < n; ++j) M[j] = mu * M[j] + rest * (dW[j] + gamma * weight[j]);
+    for (; j < n; ++j) M[j] = normal(mu * M[j] + rest * (dW[j] + gamma * weight[j]));
   }
 };
 
@@ -137,7 +138,7 @@ void momentum(const std::vector<Momentum<T>>& layers, double momentum, double we
     vectorised<MomentumBody>(
         M, static_cast<const T*>(g.W + i * w.d_in), static_cast<const T*>(w.W + i * w.d_in),
         w.d_in, mu, rest, gamma);
-    if (w.b != nullptr) M[w.d_in] = mu * M[w.d_in] + rest * (g.b[i] + gamma * w.b[i]);
+    if (w.b != nullptr) M[w.d_in] = normal(mu * M[w.d_in] + rest * (g.b[i] + gamma * w.b[i]));
   });
 }
 
