@@ -65,6 +65,9 @@ def draw(count: int, seed: int) -> Tensor:
     slope = torch.stack([4 * t - 3, 4 - 8 * t, 4 * t - 1])
     centres = torch.arange(SIDE) + 0.5
     images = torch.empty(count, SIDE * SIDE)
+    # MKL settles on a kernel at a function's first call, and of two threads that make it together
+    # one can get a coarse kernel (pytorch/pytorch#188792). One element is one thread's.
+    torch.exp(torch.zeros(1))
     for start in range(0, count, CHUNK):
         chunk = points[start : start + CHUNK].mT  # (images, xy, point)
         place = chunk @ lagrange  # (images, xy, sample), pixels
