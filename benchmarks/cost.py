@@ -135,5 +135,6 @@ _FLOPS: dict[str, Callable[[Arguments], int]] = {
     "descend_": _descend,
     "slope_": lambda a: 3 * _sum(torch.numel, a["saved"]),
     "restore_": lambda a: 0,
+    "judge_": lambda a: 0,
     "kron_step_": lambda a: _momentum(a) + _kron_precondition(a) + _descend(a),
 }

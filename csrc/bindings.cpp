@@ -17,6 +17,7 @@
 #include "factor_ema/factor_ema.h"
 #include "kron_precondition/kron_precondition.h"
 #include "lbfgs_two_loop/lbfgs_two_loop.h"
+#include "safeguard/safeguard_arguments.h"
 
 namespace py = pybind11;
 
@@ -379,6 +380,7 @@ PYBIND11_MODULE(_C, module) {
   KBFGS_DEF(slope_cpu);
   KBFGS_DEF(restore_cpu);
   KBFGS_DEF(kron_step_cpu);
+  KBFGS_DEF(judge_cpu);
 #undef KBFGS_DEF
   module.def("instruction_sets", &instruction_sets);        // that run here; the last is in use
   module.def("use_instruction_set", &use_instruction_set);  // for tests of the others

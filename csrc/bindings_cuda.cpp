@@ -12,8 +12,11 @@
 #include "common/cuda_arguments.h"
 #include "double_damping/double_damping_cuda.h"
 #include "factor_ema/factor_ema_cuda.h"
+#include "kron_precondition/kron_arguments_cuda.h"
 #include "kron_precondition/kron_precondition_cuda.h"
 #include "lbfgs_two_loop/lbfgs_two_loop_cuda.h"
+#include "safeguard/safeguard_arguments.h"
+#include "safeguard/safeguard_cuda.h"
 
 namespace py = pybind11;
 
@@ -227,27 +230,6 @@ void lbfgs_push_cuda(
   });
 }
 
-// [W, b] of every layer beside `joined` (M, P or what was saved); dW, db where they are given.
-template <typename T>
-std::vector<ParameterLayer<T>> parameters(
-    CudaArguments<T>& args, const char* name, bool written, const Tensors& joined,
-    const Tensors& W, const Tensors& b, const Tensors* dW = nullptr, const Tensors* db = nullptr) {
-  std::vector<ParameterLayer<T>> layers(joined.size());
-  for (size_t i = 0; i < joined.size(); ++i) {
-    const bool bias = b.at(i).numel() > 0;
-    const int64_t n_g = joined[i].size(0), n_a = joined[i].size(1), d_in = n_a - bias;
-    const int64_t N = n_g * n_a;
-    ParameterLayer<T>& l = layers[i];
-    l.joined = written ? args.state(name, joined, i, N) : args.input(name, joined, i, N);
-    l.W = args.state("W", W, i, n_g * d_in);
-    l.b = bias ? args.state("b", b, i, n_g) : nullptr;
-    if (dW) l.dW = args.input("dW", *dW, i, n_g * d_in);
-    if (db && bias) l.db = args.input("db", *db, i, n_g);
-    l.n_g = int(n_g), l.d_in = int(d_in), l.n_a = int(n_a);
-  }
-  return layers;
-}
-
 void momentum_cuda(
     const Tensors& M, const Tensors& dW, const Tensors& db, const Tensors& W, const Tensors& b,
     double mu, double weight_decay, const Flag& ok) {
@@ -372,6 +354,20 @@ void kron_step_cuda(
   });
 }
 
+void judge_cuda(
+    const Tensors& scale, const Tensors& watched, const Tensors& counts, const Tensors& decision,
+    const Tensors& loss, const Tensors& loss_next, const Tensors& slope, double noise,
+    double shrink, double grow, double sufficient, double smallest, double surge, int64_t window,
+    std::optional<int64_t> restart_after, const Flag& ok) {
+  by_dtype("cuda", scale, [&](auto zero) {
+    CudaArguments<decltype(zero)> args(scale[0]);
+    const auto all = judgements(args, scale, watched, counts, decision, loss, loss_next, slope);
+    const int64_t after = restart_after.value_or(0);
+    const JudgeRule rule{noise, shrink, grow, sufficient, smallest, surge, window, after};
+    judge(all, rule, args.flag("ok", ok), args.stream());
+  });
+}
+
 }  // namespace
 
 }  // namespace kbfgs::cuda
@@ -396,5 +392,6 @@ void register_cuda(py::module_& module) {
   def("slope_cuda", &slope_cuda);
   def("restore_cuda", &restore_cuda);
   def("kron_step_cuda", &kron_step_cuda);
+  def("judge_cuda", &judge_cuda);
   module.def("two_loop_fits", &two_loop_fits);
 }

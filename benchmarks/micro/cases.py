@@ -16,6 +16,7 @@ from benchmarks.micro import (
     factor_ema,
     kron_precondition,
     lbfgs_two_loop,
+    safeguard,
 )
 from benchmarks.micro.kernel import Kernel, Layer, Layers, Numbers
 from benchmarks.models import AUTOENCODERS
@@ -27,7 +28,14 @@ OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by the device's type
 
 KERNELS = tuple(
     kernel
-    for family in (factor_ema, double_damping, bfgs_update, lbfgs_two_loop, kron_precondition)
+    for family in (
+        factor_ema,
+        double_damping,
+        bfgs_update,
+        lbfgs_two_loop,
+        kron_precondition,
+        safeguard,
+    )
     for kernel in family.KERNELS
 )
 SQUARES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -60,6 +60,9 @@ class Arguments {
   int64_t* integers(const char* name, const Tensors& list, size_t i, int64_t elements) const {
     return in_place<int64_t>(name, list.at(i), elements);
   }
+  bool* flags(const char* name, const Tensors& list, size_t i, int64_t elements) const {
+    return in_place<bool>(name, list.at(i), elements);
+  }
   // Read only: made contiguous where it is not.
   T* input(const char* name, const Tensors& list, size_t i, int64_t elements) {
     check<T>(name, list.at(i), elements);

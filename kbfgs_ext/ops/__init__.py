@@ -1,7 +1,7 @@
-"""The ops of K-BFGS: five families, each a folder with one implementation per backend.
+"""The ops of K-BFGS: six families, each a folder with one implementation per backend.
 
-Every op takes lists with one entry per layer and writes its arguments named first. See README.md in
-this folder for symbols and equations, `library.py` for the schemas, `registry.py` for dispatch.
+Every op takes lists, with one entry per layer, and writes its arguments named first. See README.md
+in this folder for symbols and equations, `library.py` for the schemas, `registry.py` for dispatch.
 """
 
 from kbfgs_ext.ops import library as library
@@ -18,6 +18,7 @@ from kbfgs_ext.ops.kron_precondition import (
 )
 from kbfgs_ext.ops.lbfgs_two_loop import lbfgs_push_, lbfgs_two_loop_
 from kbfgs_ext.ops.registry import FAMILIES, Unsupported
+from kbfgs_ext.ops.safeguard import judge_
 
 __all__ = [
     "FAMILIES",
@@ -28,6 +29,7 @@ __all__ = [
     "double_damping_",
     "factor_ema_",
     "hessian_action_",
+    "judge_",
     "kron_precondition_",
     "kron_step_",
     "lbfgs_push_",

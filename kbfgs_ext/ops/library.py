@@ -1,10 +1,10 @@
 """The op schemas, on one screen, and their registration with ``torch.library``.
 
-Every op takes lists with one entry per layer: all layers of a model in one call. Arguments marked
-``(x!)`` are written, the others are read only; no op returns anything. ``ok`` is a bool scalar on
-the device: where it is false the op leaves its named outputs as they were. ``backend`` is
-"auto", "reference", "cpu", "cuda" or "triton". Shapes and equations stand in each family's
-``api.py``, symbols in this folder's README.
+Every op takes lists with one entry per layer: all layers of a model in one call (`judge_`: one per
+judgement). Arguments marked ``(x!)`` are written, the others are read only; no op returns anything.
+``ok`` is a bool scalar on the device: where it is false the op leaves its named outputs as they
+were. ``backend`` is "auto", "reference", "cpu", "cuda" or "triton". Shapes and equations stand in
+each family's ``api.py``, symbols in this folder's README.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ SCHEMAS = (
     "kron_step_(Tensor(a!)[] W, Tensor(b!)[] b, Tensor(c!)[] M, Tensor(d!)[] P, Tensor(e!)[] work,"
     " Tensor[] dW, Tensor[] db, Tensor[] H_g, Tensor[] H_a, Tensor[] step_size, float momentum,"
     ' float weight_decay, Tensor? ok=None, str backend="auto") -> ()',
+    # safeguard
+    "judge_(Tensor(a!)[] scale, Tensor(b!)[] watched, Tensor(c!)[] counts, Tensor(d!)[] decision,"
+    " Tensor[] loss, Tensor[] loss_next, Tensor[] slope, float noise, float shrink, float grow,"
+    " float sufficient, float smallest, float surge, int window, int? restart_after=None,"
+    ' Tensor? ok=None, str backend="auto") -> ()',
 )
 
 KERNELS: dict[str, Callable[..., None]] = {}  # what the dispatcher calls, by the op's name

@@ -30,6 +30,7 @@ FAMILIES = (
     "bfgs_update",
     "lbfgs_two_loop",
     "kron_precondition",
+    "safeguard",
 )
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 

@@ -47,6 +47,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         plan: Plan,
         fallback: FallbackFactory | None,
         rule: SafeguardRule,
+        backend: str,
     ) -> None:
         self.model = model
         self._plan = plan
@@ -73,7 +74,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         )
         for group, (_, part) in zip(self.param_groups, divided, strict=True):
             self._covered.append(Covered(group, part, hyper.DeviceScalars(device)))
-        self._guard = Safeguard(rule, device, plan.restart_after)
+        self._guard = Safeguard(rule, device, plan.restart_after, backend)
         self._say_what_is_left_out(layers)
         self._fallback = self._make_fallback(rest, fallback)
         self._watch(layers)

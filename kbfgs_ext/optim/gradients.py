@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,11 +38,11 @@ class Gradients:
     def __init__(self, parameters: Iterable[torch.Tensor], like: torch.Tensor) -> None:
         self._gradients = [p.grad for p in parameters if p.grad is not None]
         dense = [g.coalesce().values() if g.is_sparse else g for g in self._gradients]
-        self._norms = torch.stack([norm.to(like) for norm in torch._foreach_norm(dense)])
+        self._norms = torch.stack(torch._foreach_norm(dense)).to(like.dtype)
 
-    def finite(self) -> torch.Tensor:
-        """Whether all are finite; a bool scalar on the device."""
-        return torch.isfinite(self._norms.sum())
+    def finite(self, loss: torch.Tensor) -> torch.Tensor:
+        """Whether all are finite, and the loss with them; a bool scalar on the device."""
+        return is_finite(self._norms.sum() + loss)
 
     def clip(self, largest: float | None) -> torch.Tensor | None:
         """Scale all by min(1, largest/norm), in place; norm is that of all together.
@@ -54,6 +55,11 @@ class Gradients:
         share = (largest / (norm + CLIP_EPSILON)).clamp(max=1.0)
         torch._foreach_mul_(self._gradients, share)
         return share
+
+
+def is_finite(x: torch.Tensor) -> torch.Tensor:
+    """torch.isfinite(x), in two kernels where that takes four."""
+    return x.abs() < math.inf
 
 
 def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:

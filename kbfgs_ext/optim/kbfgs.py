@@ -164,7 +164,7 @@ class KBFGS(SteppingOptimizer):
         )
         method = KBFGSMethod if self.memory is None else KBFGSLMethod
         self._method = method(plan, backend, step_length)
-        super().__init__(model, defaults, groups, plan, fallback, rule)
+        super().__init__(model, defaults, groups, plan, fallback, rule, backend)
 
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, scaler: torch.amp.GradScaler | None = None

@@ -9,12 +9,12 @@ numbers, for nothing. `Safeguard.judge` compares it with the first pass's loss, 
                min(1, grow*scale)      where kept, and the decrease was enough
                scale/grow              where kept, and it was not
 
-and the step of the next iteration is lr*scale*P. slope is the derivative of the loss along the
-step, (13) of ops/README.md. A parabola through both losses with that slope has its minimum beyond
-the step where the decrease is more than half of what the slope promises, and short of it where it
-is less: with `sufficient` = 1/2 the length of the step follows that minimum. Differences within the
-rounding of the losses (`resolution`) say nothing, and count for the step. The pair of an undone
-step is kept: it is curvature like any other. The evidence: docs/safeguard.md.
+and the step of the next iteration is lr*scale*P: `judge_`, (14) of ops/README.md. slope is the
+derivative of the loss along the step, (13). A parabola through both losses with that slope has its
+minimum beyond the step where the decrease is more than half of what the slope promises, and short
+of it where it is less: with `sufficient` = 1/2 the length of the step follows that minimum.
+Differences within the rounding of the losses (`resolution`) say nothing, and count for the step.
+The pair of an undone step is kept: it is curvature like any other. The evidence: docs/safeguard.md.
 
 Where steps are undone even at the smallest scale, the direction is no descent, and shortening it
 is no help. After `restart_after` of them in a row every factor is ordered to restart (restart.py).
@@ -29,6 +29,8 @@ import dataclasses
 import math
 
 import torch
+
+from kbfgs_ext import ops
 
 ROUNDINGS = 8  # of a sum over a minibatch: two passes differ by some of them
 
@@ -78,30 +80,37 @@ class Safeguard:
         device: where everything is kept.
         restart_after: undone steps in a row at the smallest scale; None orders nothing, nor does
             a surge then.
+        backend: of `judge_`.
     """
 
     def __init__(
-        self, rule: SafeguardRule, device: torch.device, restart_after: int | None = None
+        self,
+        rule: SafeguardRule,
+        device: torch.device,
+        restart_after: int | None = None,
+        backend: str = "auto",
     ) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.rule = rule
         self.restart_after = restart_after
+        self.backend = backend
         self.scale = torch.ones((), dtype=wide, device=device)
-        self.steps, self.skipped, self.undone, self.restarts = torch.zeros(
-            4, dtype=torch.int64, device=device
-        ).unbind()
-        # Steps undone in a row at the smallest scale; losses in their running mean, the mean, and
-        # the lowest that it has been.
-        self._at_first = torch.tensor([0.0, 0.0, 0.0, math.inf], dtype=wide, device=device)
-        self._watched = self._at_first.clone()
+        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self._watched = torch.tensor([0.0, 0.0, 0.0, math.inf], dtype=wide, device=device)
         # The gradient side restarts in the step that orders it, the activation side where it is
         # updated next: without A it needs the activations, and those are gone by then.
-        self.order_g, self._order_a = torch.zeros(2, dtype=torch.bool, device=device).unbind()
+        self._decision = torch.zeros(3, dtype=torch.bool, device=device)
+
+    @property
+    def order_g(self) -> torch.Tensor:
+        """Whether the gradient sides restart in this step."""
+        return self._decision[1]
 
     def count(self, ok: torch.Tensor) -> None:
         """Count a step, and whether it is void."""
-        self.steps.add_(1)
-        self.skipped.add_(~ok)
+        steps, skipped, _, _ = self._counts.unbind()
+        steps.add_(1)
+        skipped.add_(~ok)
 
     @property
     def wants_slope(self) -> bool:
@@ -121,55 +130,46 @@ class Safeguard:
         ``slope`` is None where it is not wanted; ``noise`` is the `resolution` of the losses.
         """
         rule = self.rule
-        decrease = loss - loss_next + noise * loss.abs()
-        undo = ~(decrease >= 0)
-        if self.restart_after is not None:
-            self._watch(loss, undo, ok, self.restart_after)
-        scale = self.scale * rule.grow
-        if slope is not None:
-            enough = decrease >= -rule.sufficient * slope
-            scale = torch.where(enough, scale, self.scale / rule.grow)
-        scale = torch.where(undo, self.scale * rule.shrink, scale)
-        scale.clamp_(min=rule.smallest, max=1.0)
-        self.scale.copy_(torch.where(ok, scale, self.scale))
-        undo = undo & ok
-        self.undone.add_(undo)
-        return undo
-
-    def _watch(self, loss: torch.Tensor, undo: torch.Tensor, ok: torch.Tensor, after: int) -> None:
-        """Order a restart where a step is stuck too often at the smallest scale, or on a surge."""
-        stuck, seen, mean, lowest = self._watched.unbind()
-        stuck = (stuck + 1) * (undo & (self.scale <= self.rule.smallest))
-        seen = (seen + 1).clamp_(max=self.rule.window)
-        mean = torch.lerp(mean, loss, 1 / seen)
-        lowest = torch.where(seen == self.rule.window, torch.minimum(lowest, mean), lowest)
-        surge = (mean > self.rule.surge * lowest) & (lowest > 0)
-        torch.logical_and((stuck >= after) | surge, ok, out=self.order_g)
-        self._order_a.logical_or_(self.order_g)
-        self.restarts.add_(self.order_g)
-        watched = torch.where(
-            self.order_g, self._at_first, torch.stack((stuck, seen, mean, lowest))
+        ops.judge_(
+            [self.scale],
+            [self._watched],
+            [self._counts],
+            [self._decision],
+            [loss],
+            [loss_next],
+            [] if slope is None else [slope],
+            noise,
+            rule.shrink,
+            rule.grow,
+            rule.sufficient,
+            rule.smallest,
+            rule.surge,
+            int(rule.window),
+            self.restart_after,
+            ok,
+            self.backend,
         )
-        self._watched.copy_(torch.where(ok, watched, self._watched))
+        return self._decision[0]
 
     def take_order_a(self, ok: torch.Tensor) -> torch.Tensor:
         """Whether the activation side, which is updated now, restarts; a void step leaves it."""
-        order = self._order_a & ok
-        self._order_a.logical_and_(~ok)
+        waiting = self._decision[2]
+        order = waiting & ok
+        waiting.logical_and_(~ok)
         return order
 
     def reset(self) -> None:
         """Forget what earlier steps have taught; what is counted stays."""
         self.scale.fill_(1.0)
-        self._watched.copy_(self._at_first)
-        self.order_g.zero_()
-        self._order_a.zero_()
+        self._watched.zero_()
+        self._watched[3].fill_(math.inf)
+        self._decision.zero_()
 
     def counters(self) -> dict[str, torch.Tensor]:
         """What people look at."""
-        names = ("steps", "skipped", "undone", "restarts", "scale")
-        return {name: getattr(self, name) for name in names}
+        names = ("steps", "skipped", "undone", "restarts")
+        return {**dict(zip(names, self._counts.unbind(), strict=True)), "scale": self.scale}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds."""
-        return {**self.counters(), "watched": self._watched, "order_a": self._order_a}
+        return {**self.counters(), "watched": self._watched, "order_a": self._decision[2]}

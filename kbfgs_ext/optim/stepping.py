@@ -170,7 +170,7 @@ class SteppingOptimizer(CoveredOptimizer):
             if flight.unscale is not None:
                 torch._foreach_mul_([layer["g_bar"] for layer in active], flight.unscale)
             found = gradients.Gradients(self._with_gradients(active), value)
-            ok = torch.isfinite(value) & found.finite()
+            ok = found.finite(value)
             clipped = found.clip(self.max_grad_norm)
             self._guard.count(ok)
             flight.value, flight.ok, flight.next = value, ok, SECOND
@@ -223,7 +223,7 @@ class SteppingOptimizer(CoveredOptimizer):
             if self.safeguard:
                 undo = self._guard.judge(flight.value, value, flight.slope, _noise(loss), ok)
                 self._undo(flight.active, undo)
-            ok_pair = ok & torch.isfinite(value)
+            ok_pair = ok & gradients.is_finite(value)
             seen_twice = [layer for layer in flight.active if layer.slot.gradients > 0]
             if flight.unscale is not None and seen_twice:
                 g_bar_next = [layer["g_bar_next"] for layer in seen_twice]

@@ -42,6 +42,7 @@ BY_HAND = {
     "descend_": Cost(4 * (2 * N + 2 * N) + LAM, 2 * N),
     "slope_": Cost(4 * (3 * N + N_G), 3 * N),
     "restore_": Cost(4 * (N + N) + 1, 0),
+    "judge_": Cost(4 * (2 * 1 + 2 * 4 + 3) + 2 * COUNTS + 2 * 3, 0),
 }  # fmt: skip
 
 

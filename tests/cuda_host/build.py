@@ -23,13 +23,7 @@ HERE = Path(__file__).parent
 CACHE = ROOT / "build" / "cuda_host"
 KERNELS = sorted((ROOT / "csrc").rglob("*.cu"))
 HEADERS = sorted(
-    [
-        *(ROOT / "csrc").rglob("*.cuh"),
-        *(ROOT / "csrc").rglob("*_cuda.h"),
-        *(ROOT / "csrc" / "common").glob("*arguments.h"),
-        ROOT / "csrc" / "common" / "launch_shape.h",
-        *HERE.rglob("*.h"),
-    ]
+    [*(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "csrc").rglob("*.h"), *HERE.rglob("*.h")]
 )
 
 # Products and sums stay apart, as -fmad would join them on the GPU: what is tested is the

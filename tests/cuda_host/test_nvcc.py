@@ -31,6 +31,7 @@ RESIDENT = {
     "slope_kernel": (256, 4),
     "restore_kernel": (256, 4),
     "small_kernel": (256, 1),
+    "judge_kernel": (32, 4),
 }
 
 pytestmark = [

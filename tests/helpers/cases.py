@@ -36,6 +36,7 @@ from tests.helpers.kron_cases import (
     slope,
 )
 from tests.helpers.oracles import randn
+from tests.helpers.safeguard_cases import judge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +328,11 @@ ALL = [
     Case("kron_step_", ":wide-no-bias", kron_step(WIDE, bias=False)),
     Case("kron_step_", ":transposed-gradient", kron_step(LAYERS, layout=transposed)),
     Case("kron_step_", ":void", kron_step(LAYERS, ok=NO)),
+    Case("judge_", ":all", judge()),
+    Case("judge_", ":no-slope", judge(sloped=False)),
+    Case("judge_", ":no-restarts", judge(restart_after=None, ordered=True)),
+    Case("judge_", ":ordered-before", judge("undone", "stuck", ordered=True, ok=YES)),
+    Case("judge_", ":void", judge(ok=NO, ordered=True)),
 ]
 
 

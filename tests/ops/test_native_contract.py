@@ -15,6 +15,7 @@ WRITTEN_WHEN_VOID = {
     "descend_": ("P",),
     "kron_step_": ("P", "work"),
     "curvature_update_": ("work",),
+    "judge_": ("decision",),
 }
 FLAGGED = sorted(op for op in registry.ops() if any(a.name == "ok" for a in calls.schema(op)))
 BY_GEMM = ("factor_ema_", "lbfgs_two_loop_", "kron_precondition_", "kron_step_")
@@ -111,7 +112,7 @@ STATE = [
     ("lbfgs_push_", "Y"), ("kron_precondition_", "H_g"), ("kron_precondition_", "P"),
     ("momentum_", "M"), ("descend_", "W"), ("slope_", "slope"), ("restore_", "W"),
     ("kron_step_", "W"),
-    ("kron_step_", "H_a"),
+    ("kron_step_", "H_a"), ("judge_", "watched"), ("judge_", "counts"), ("judge_", "decision"),
 ]  # fmt: skip
 
 
@@ -176,7 +177,7 @@ WIDEST = {
     "pair_ema_": ":1024", "kron_step_": ":wide-no-bias", "kron_precondition_": ":wide-no-bias",
     "momentum_": ":wide-no-bias", "descend_": ":wide-no-bias", "slope_": ":wide-no-bias",
     "restore_": ":undo-no-bias",
-    "lbfgs_push_": ":wrapped", "restart_": ":1024",
+    "lbfgs_push_": ":wrapped", "restart_": ":1024", "judge_": ":all",
 }  # fmt: skip
 
 

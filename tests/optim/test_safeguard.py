@@ -32,7 +32,7 @@ def test_rule(loss, loss_next, ok, undo, scale):
     judged = guard.judge(scalar(loss), scalar(loss_next), None, 0.0, torch.tensor(ok))
     assert bool(judged) is undo
     assert guard.scale.item() == pytest.approx(scale)
-    assert int(guard.undone) == int(undo)
+    assert int(guard.counters()["undone"]) == int(undo)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_standstill_counts_at_the_smallest_scale_alone():
         guard.judge(scalar(1.0), scalar(loss_next), None, 0.0, yes)
         # A void step is neither a standstill nor its end.
         guard.judge(scalar(1.0), scalar(math.nan), None, 0.0, no)
-        ordered.append(int(guard.restarts))
+        ordered.append(int(guard.counters()["restarts"]))
     # At 1, 1/2, 1/4; kept; at 0.275; and then two by two at 1/4.
     assert ordered == [0, 0, 0, 0, 0, 0, 1, 1, 2]
     assert [bool(guard.take_order_a(ok)) for ok in (no, yes, yes)] == [False, True, False]
@@ -167,7 +167,7 @@ def restarts_of(losses: list[float], **rule) -> list[int]:
     for loss in losses:
         ok = torch.tensor(math.isfinite(loss))
         guard.judge(scalar(loss), scalar(loss - 1e-3), None, 0.0, ok)
-        seen.append(int(guard.restarts))
+        seen.append(int(guard.counters()["restarts"]))
     return seen
 
 

@@ -108,6 +108,12 @@ def calls_of(
         return ("curvature_update_", [H_a, H_g, g[0], g[1], counts, counts, scratch, A, X, a_bar,
                 *means, scalars, scalars, 0.9, 0.2, ok, ok])  # fmt: skip
 
+    def judge(slope, after):
+        scale, loss, loss_next = empty((), (), ())
+        decision = [torch.empty(3, dtype=torch.bool)]
+        return ("judge_", [[scale], vectors([4]), counts[:1], decision, [loss], [loss_next], slope,
+                1e-6, 0.5, 1.1, 0.5, 1e-6, 2.0, 50, after, ok])  # fmt: skip
+
     def two_loop(form, out, Q):
         return "lbfgs_two_loop_", [out, Q, S, Y, rho, pushed, form]
 
@@ -142,4 +148,6 @@ def calls_of(
         "kron_step_": (
             "kron_step_", [W, b, M, P, work, dW, db, H_g, H_a, scalars, 0.9, 1e-5, ok],
         ),
+        "judge_": judge(empty(()), 10),
+        "judge_, no slope, no restarts": judge([], None),
     }  # fmt: skip

@@ -33,6 +33,8 @@ LAUNCHES = {
     "slope_": 1,
     "restore_": 1,
     "kron_step_": 2,
+    "judge_": 1,
+    "judge_, no slope, no restarts": 1,
 }
 
 

@@ -1,0 +1,70 @@
+// The safeguard's judgement of a step (14), the same code on the CPU and on a GPU: some fifty operations
+// on scalars, in double. Equations are those of kbfgs_ext/ops/README.md.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#ifdef __CUDACC__
+#define KBFGS_HOST_DEVICE __host__ __device__
+#else
+#define KBFGS_HOST_DEVICE
+#endif
+
+namespace kbfgs {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+template <typename T>
+struct Judge {
+  T* scale;         // scalar
+  T* watched;       // 4: stuck, seen, mean, lowest
+  int64_t* counts;  // 4: steps, skipped, undone, restarts
+  bool* decision;   // 3: undo, order_g, order_a
+  const T *loss, *loss_next;
+  const T* slope;  // null: any decrease is enough
+};
+
+struct JudgeRule {
+  double noise, shrink, grow, sufficient, smallest, surge;
+  int64_t window;
+  int64_t after;  // 0: no restart is ordered
+};
+
+// Comparisons are written so that a NaN decides as it does in the reference.
+template <typename T>
+KBFGS_HOST_DEVICE inline void judge(const Judge<T>& j, const JudgeRule& rule, bool ok) {
+  const double before = *j.scale, loss = *j.loss, loss_next = *j.loss_next;
+  const double decrease = loss - loss_next + rule.noise * (loss < 0 ? -loss : loss);
+  const bool undo = !(decrease >= 0);
+  bool order = false;
+  if (rule.after > 0) {
+    const double window = static_cast<double>(rule.window);
+    const double stuck = (j.watched[0] + 1.0) * (undo && before <= rule.smallest ? 1.0 : 0.0);
+    double seen = j.watched[1] + 1.0, lowest = j.watched[3];
+    if (seen > window) seen = window;
+    const double mean = j.watched[2] + (loss - j.watched[2]) / seen;
+    if (seen == window && (mean < lowest || mean != mean)) lowest = mean;
+    const bool surge = mean > rule.surge * lowest && lowest > 0;
+    order = ok && (stuck >= static_cast<double>(rule.after) || surge);
+    if (ok) {
+      j.watched[0] = static_cast<T>(order ? 0 : stuck);
+      j.watched[1] = static_cast<T>(order ? 0 : seen);
+      j.watched[2] = static_cast<T>(order ? 0 : mean);
+      j.watched[3] = static_cast<T>(order ? kInfinity : lowest);
+    }
+  }
+  double scale = before * rule.grow;
+  if (j.slope != nullptr && !(decrease >= -rule.sufficient * *j.slope)) scale = before / rule.grow;
+  if (undo) scale = before * rule.shrink;
+  if (scale < rule.smallest) scale = rule.smallest;
+  if (scale > 1) scale = 1;
+  if (ok) *j.scale = static_cast<T>(scale);
+  j.counts[2] += undo && ok;
+  j.counts[3] += order;
+  j.decision[0] = undo && ok;
+  j.decision[1] = order;
+  j.decision[2] = j.decision[2] || order;
+}
+
+}  // namespace kbfgs

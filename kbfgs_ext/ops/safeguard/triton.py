@@ -1,0 +1,72 @@
+"""safeguard in Triton: the judgement (14), a launch of one program on scalars, in double."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kbfgs_ext.ops.triton_common import flag, launch, number, pointer, real_type
+
+UNDONE, RESTARTS = tl.constexpr(2), tl.constexpr(3)  # words of `counts`
+
+
+@triton.jit
+def _judge(
+    scale, watched, counts, decision, loss, loss_next, slope, ok, noise: tl.float64,
+    shrink: tl.float64, grow: tl.float64, sufficient: tl.float64, smallest: tl.float64,
+    surge: tl.float64, window: tl.int64, after: tl.int64, T: tl.constexpr, WATCH: tl.constexpr,
+):  # fmt: skip
+    before, now = tl.load(scale).to(tl.float64), tl.load(loss).to(tl.float64)
+    decrease = now - tl.load(loss_next).to(tl.float64) + noise * tl.abs(now)
+    undo = tl.where(decrease >= 0, 0, 1)  # of a NaN too
+    fine = flag(ok).to(tl.int32)
+    order = tl.full((), 0, tl.int32)
+    if WATCH:
+        stuck = tl.load(watched).to(tl.float64) + 1
+        stuck *= tl.where(before <= smallest, undo, 0).to(tl.float64)
+        seen = tl.load(watched + 1).to(tl.float64) + 1
+        window = number(window, tl.float64)
+        seen = tl.where(seen > window, window, seen)
+        mean = tl.load(watched + 2).to(tl.float64)
+        mean += (now - mean) / seen
+        lowest = tl.load(watched + 3).to(tl.float64)
+        lower = (seen == window) & ((mean < lowest) | (mean != mean))
+        lowest = tl.where(lower, mean, lowest)
+        risen = (mean > surge * lowest) & (lowest > 0)
+        order = tl.where((stuck >= after) | risen, fine, 0)
+        sound = fine != 0
+        tl.store(watched, tl.where(order != 0, 0.0, stuck).to(T), mask=sound)
+        tl.store(watched + 1, tl.where(order != 0, 0.0, seen).to(T), mask=sound)
+        tl.store(watched + 2, tl.where(order != 0, 0.0, mean).to(T), mask=sound)
+        tl.store(watched + 3, tl.where(order != 0, float("inf"), lowest).to(T), mask=sound)
+    new = before * grow
+    if slope is not None:
+        enough = decrease >= -sufficient * tl.load(slope).to(tl.float64)
+        new = tl.where(enough, new, before / grow)
+    new = tl.where(undo != 0, before * shrink, new)
+    new = tl.where(new < smallest, smallest, new)
+    new = tl.where(new > 1, 1.0, new)
+    tl.store(scale, new.to(T), mask=fine != 0)
+    undo *= fine
+    tl.store(counts + UNDONE, tl.load(counts + UNDONE) + undo)
+    tl.store(counts + RESTARTS, tl.load(counts + RESTARTS) + order)
+    tl.store(decision, undo != 0)
+    tl.store(decision + 1, order != 0)
+    tl.store(decision + 2, (tl.load(decision + 2) != 0) | (order != 0))
+
+
+def judge_(scale, watched, counts, decision, loss, loss_next, slope, noise, shrink, grow,
+           sufficient, smallest, surge, window, restart_after, ok) -> None:  # fmt: skip
+    """(14): one launch for each judgement."""
+    if not scale:
+        return
+    T = real_type(*scale, *watched, *loss, *loss_next, *slope)
+    for t in (*watched, *counts, *decision):
+        pointer(t)  # declines what has gaps
+    for i, own in enumerate(scale):
+        launch(
+            _judge, 1, own, watched[i], counts[i], decision[i], loss[i], loss_next[i],
+            slope[i] if slope else None, ok, noise, shrink, grow, sufficient, smallest, surge,
+            window, restart_after or 1, T=T, WATCH=restart_after is not None, num_warps=1,
+            device=own.device,
+        )  # fmt: skip

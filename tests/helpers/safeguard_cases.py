@@ -1,0 +1,46 @@
+"""Builders of calls of judge_: cases.py has the calls."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tests.helpers.inputs import in_dtype
+
+SMALLEST, WINDOW, AFTER = 2.0**-20, 50, 3
+# scale; steps stuck, losses seen, their mean, its lowest; loss before and after; slope.
+JUDGED = {
+    "first": (1.0, (0, 0, 0, math.inf), 10.0, 9.0, -1.0),
+    "short": (0.5, (2, 4, 10, math.inf), 10.0, 9.0, -2.1),
+    "uphill": (0.5, (1, 7, 11, math.inf), 10.0, 9.0, 3.0),
+    "rounding": (0.5, (0, 7, 11, math.inf), 10.0, 10.0 + 2.0**-16, -1e-5),
+    "undone": (0.5, (0, 60, 10, 9), 10.0, 11.0, -1.0),
+    "smallest": (SMALLEST, (1, 50, 10, 9), 10.0, 11.0, -1.0),
+    "stuck": (SMALLEST, (2, 50, 10, 9), 10.0, 11.0, -1.0),
+    "nothing": (0.25, (2, 50, 10, 9), 10.0, math.nan, -1.0),
+    "full": (1.0, (0, 49, 10, math.inf), 8.0, 7.0, -1.0),
+    "lower": (0.97, (0, 50, 10, 9.99), 9.0, 8.0, -1.0),
+    "surge": (0.5, (0, 50, 30, 9), 20.0, 19.0, -1.0),
+    "negative": (0.5, (0, 50, -3, -9), -2.0, -3.0, -1.0),
+    "enough": (0.5, (0, 4, 10, math.inf), 10.0, 9.0, -1.9),
+}
+
+
+def judge(*kinds: str, sloped=True, restart_after=AFTER, ok=None, ordered=False):
+    """All kinds unless some are named; ``ordered``: an activation side is still to restart."""
+
+    def build(dtype):
+        rows = [JUDGED[kind] for kind in kinds or JUDGED]
+        lists = [
+            [torch.tensor(row[k], dtype=torch.float64) for row in rows] for k in range(len(rows[0]))
+        ]
+        scale, watched, loss, loss_next, slope = in_dtype(dtype, lists)
+        counts = [torch.tensor([9, 1, 4, 1]) for _ in rows]
+        decision = [torch.tensor([True, True, ordered]) for _ in rows]
+        return [
+            scale, watched, counts, decision, loss, loss_next, slope if sloped else [], 1e-5, 0.5,
+            1.1, 0.5, SMALLEST, 2.0, WINDOW, restart_after, ok,
+        ]  # fmt: skip
+
+    return build
