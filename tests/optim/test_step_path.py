@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kbfgs_ext import KBFGS, KBFGSL
+from benchmarks.step.counts import OpCounter
+from kbfgs_ext import KBFGS, KBFGSL, presets
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim import stepping
 from tests.helpers.storage import StorageMeter
@@ -77,6 +78,34 @@ def test_memory_is_what_was_predicted(method, action):
         # what a step needs on top: the gradients and this tiny batch's activations
         assert meter.peak - gradients == pytest.approx(predicted["total"], rel=0.05)
     assert opt.memory_usage() == predicted
+
+
+@ACTIONS
+@pytest.mark.skipif(not registry.available("judge_", "cpu"), reason="needs the compiled extension")
+def test_kernels_around_the_passes_do_not_grow_with_the_layers(action):
+    """On a GPU each is a launch: all layers go in one call, and the scalars in few. What grows are
+    the products that the BLAS is asked for: two of the direction, and one of the statistics."""
+    products = {"ema": 3, "minibatch": 2}[action]
+    found = []
+    for layers in (2, 9):
+        model = mlp(*[6] * (layers + 1))
+        opt = KBFGS(model, **{**presets.TUNED, "hessian_action": action})
+        x, target, count = rows(16, 6), rows(16, 6, seed=1), OpCounter()
+        for _ in range(3):
+            with opt.first_pass():
+                opt.zero_grad()
+                loss = nn.functional.mse_loss(model(x), target)
+                loss.backward()
+            with count:
+                opt.descend(loss)
+            with opt.second_pass():
+                loss = nn.functional.mse_loss(model(x), target)
+                loss.backward()
+            with count:
+                opt.finish(loss)
+            last, count.count = count.count, 0
+        found.append(last - products * layers)
+    assert found[0] == found[1] <= 36
 
 
 RESUME = textwrap.dedent("""
