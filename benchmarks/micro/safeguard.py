@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ def _judge(layers: Layers, make: Numbers) -> list[Any]:
         return [torch.tensor(value, device=make.device) for _ in layers]
 
     rule = SafeguardRule()
-    watched = [torch.tensor([0.0, 0.0, 0.0, math.inf], device=make.device) for _ in layers]
+    standing = [0.0, float(rule.window), 1.0, 1.0]  # no loss but 1 for long
+    watched = [torch.tensor(standing, device=make.device) for _ in layers]
     decision = [torch.zeros(3, dtype=torch.bool, device=make.device) for _ in layers]
     return [
         scalars(1.0), watched, [make.counts() for _ in layers], decision, scalars(1.0),
