@@ -64,4 +64,4 @@ def is_finite(x: torch.Tensor) -> torch.Tensor:
 
 def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Whether every element of every tensor is finite; a bool scalar on the device."""
-    return torch.stack([torch.isfinite(t).all() for t in tensors]).all()
+    return torch.stack([is_finite(t).all() for t in tensors]).all()
