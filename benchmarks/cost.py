@@ -49,6 +49,7 @@ _READ_SHARE = {
     ("kron_precondition_", "P"): 0,
     ("kron_step_", "P"): 0,
     ("slope_", "slope"): 0,
+    ("output_change_", "change"): 0,
     ("restore_", "W"): 0,  # where there is something to undo
     ("restore_", "b"): 0,
 }
@@ -134,6 +135,7 @@ _FLOPS: dict[str, Callable[[Arguments], int]] = {
     "momentum_": _momentum,
     "descend_": _descend,
     "slope_": lambda a: 3 * _sum(torch.numel, a["saved"]),
+    "output_change_": lambda a: 5 * _sum(torch.numel, a["saved"]),
     "restore_": lambda a: 0,
     "judge_": lambda a: 0,
     "kron_step_": lambda a: _momentum(a) + _kron_precondition(a) + _descend(a),

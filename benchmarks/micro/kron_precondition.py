@@ -60,6 +60,12 @@ def _slope(layers: Layers, make: Numbers) -> list[Any]:
     return [out, *_parameters(layers, make), _matrices(layers, make), *_parameters(layers, make)]
 
 
+def _output_change(layers: Layers, make: Numbers) -> list[Any]:
+    out = [make.unset(x.n_g) for x in layers]
+    a_bar, a_bar_next = ([make.normal(x.n_a) for x in layers] for _ in range(2))
+    return [out, *_parameters(layers, make), _matrices(layers, make), a_bar, a_bar_next]
+
+
 def _restore(layers: Layers, make: Numbers) -> list[Any]:
     saved, undo = _matrices(layers, make), torch.tensor(True, device=make.device)
     return [*_parameters(layers, make), saved, undo]
@@ -80,5 +86,6 @@ KERNELS = (
     Kernel("momentum_", "momentum_", _momentum),
     Kernel("descend_", "descend_", _descend),
     Kernel("slope_", "slope_", _slope),
+    Kernel("output_change_", "output_change_", _output_change),
     Kernel("restore_", "restore_", _restore),
 )

@@ -1,5 +1,5 @@
-// kron_precondition: momentum (2), direction (3), step (4), slope (13). Equations are those of
-// kbfgs_ext/ops/README.md. One entry of a list per layer; b and db are null without a bias.
+// kron_precondition: momentum (2), direction (3), step (4), slope (13), change of the output (15).
+// Equations are those of kbfgs_ext/ops/README.md. One entry of a list per layer; b and db are null without a bias.
 #pragma once
 
 #include <cstdint>
@@ -50,6 +50,15 @@ struct Slope {
 };
 
 template <typename T>
+struct OutputChange {
+  T* change;              // n_g, written
+  Parameters<T> weights;  // read only
+  const T* saved;         // n_g x n_a: [W, b] of before
+  const T* a_bar;         // n_a
+  const T* a_bar_next;    // n_a
+};
+
+template <typename T>
 struct KronStep {
   Momentum<T> momentum;
   Precondition<T> direction;
@@ -68,6 +77,9 @@ void descend(const std::vector<Descend<T>>& layers, bool ok);
 
 template <typename T>
 void slope(const std::vector<Slope<T>>& layers);
+
+template <typename T>
+void output_change(const std::vector<OutputChange<T>>& layers);
 
 // [W, b] = saved, which has the layout of P.
 template <typename T>

@@ -1,7 +1,8 @@
 // Momentum, the direction P = H_g M H_a, and the step.
 //
 // Per layer, N = n_g*n_a: momentum reads 3N elements and writes N; the two products are
-// 2*N*(n_g + n_a) FLOPs; the step reads 2N and writes 2N; the slope reads 3N. Nothing else is touched.
+// 2*N*(n_g + n_a) FLOPs; the step reads 2N and writes 2N; the slope reads 3N, the change of the
+// output 2N. Nothing else is touched.
 #include "kron_precondition.h"
 
 #include <algorithm>
@@ -50,6 +51,11 @@ struct DescendBody {
   }
 };
 
+// (15), one entry of a row.
+KBFGS_INLINE double output_term(double weight, double saved, double a_bar, double next) {
+  return (weight - saved) * next + saved * (next - a_bar);
+}
+
 struct SlopeBody {
   // sum of gradient*(weight - saved), in double: the difference cancels, and the sum decides
   template <int W, typename T>
@@ -70,6 +76,30 @@ struct SlopeBody {
     for (; j < n; ++j)
       total += static_cast<double>(gradient[j]) *
                (static_cast<double>(weight[j]) - static_cast<double>(saved[j]));
+    *out = total;
+  }
+};
+
+struct OutputChangeBody {
+  // sum of (weight - saved)*next + saved*(next - a_bar), in double: both differences cancel. The
+  // two vectors are read anew for every row, from the nearest cache.
+  template <int W, typename T>
+  static KBFGS_INLINE void run(
+      const T* weight, const T* saved, const T* a_bar, const T* next, int64_t n, double* out) {
+    using D = Simd<double, W>;
+    const auto term = [&](int64_t j) {
+      const auto before = load_double<W>(saved + j), mean = load_double<W>(next + j);
+      const auto moved = load_double<W>(weight + j) - before;
+      return moved * mean + before * (mean - load_double<W>(a_bar + j));
+    };
+    typename D::V a = {}, b = {};
+    int64_t j = 0;
+    for (; j + 2 * D::L <= n; j += 2 * D::L) {
+      a += term(j);
+      b += term(j + D::L);
+    }
+    double total = D::sum(a + b);
+    for (; j < n; ++j) total += output_term(weight[j], saved[j], a_bar[j], next[j]);
     *out = total;
   }
 };
@@ -168,6 +198,20 @@ void slope(const std::vector<Slope<T>>& layers) {
 }
 
 template <typename T>
+void output_change(const std::vector<OutputChange<T>>& layers) {
+  const auto weights = [](const OutputChange<T>& l) -> const Parameters<T>& { return l.weights; };
+  by_rows(layers, weights, [](const OutputChange<T>& l, int64_t i) {  // (15)
+    const Parameters<T>& w = l.weights;
+    const T *row = w.W + i * w.d_in, *saved = l.saved + i * w.n_a();
+    double total;
+    vectorised<OutputChangeBody>(row, saved, l.a_bar, l.a_bar_next, w.d_in, &total);
+    if (w.b != nullptr)
+      total += output_term(w.b[i], saved[w.d_in], l.a_bar[w.d_in], l.a_bar_next[w.d_in]);
+    l.change[i] = static_cast<T>(total);
+  });
+}
+
+template <typename T>
 void restore(const std::vector<Descend<T>>& layers) {
   const auto weights = [](const Descend<T>& l) -> const Parameters<T>& { return l.weights; };
   by_rows(layers, weights, [](const Descend<T>& l, int64_t i) {
@@ -195,6 +239,7 @@ void kron_step(
   template void precondition(const std::vector<Precondition<T>>&);            \
   template void descend(const std::vector<Descend<T>>&, bool);                \
   template void slope(const std::vector<Slope<T>>&);                          \
+  template void output_change(const std::vector<OutputChange<T>>&);           \
   template void restore(const std::vector<Descend<T>>&);                      \
   template void kron_step(const std::vector<KronStep<T>>&, double, double, bool);
 KBFGS_INSTANTIATE(float)

@@ -13,6 +13,7 @@ from kbfgs_ext.ops.kron_precondition import (
     kron_precondition_,
     kron_step_,
     momentum_,
+    output_change_,
     restore_,
     slope_,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "lbfgs_push_",
     "lbfgs_two_loop_",
     "momentum_",
+    "output_change_",
     "pair_ema_",
     "restart_",
     "restore_",

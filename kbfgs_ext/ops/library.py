@@ -53,6 +53,8 @@ SCHEMAS = (
     ' str backend="auto") -> ()',
     "slope_(Tensor(a!)[] slope, Tensor[] W, Tensor[] b, Tensor[] saved, Tensor[] dW, Tensor[] db,"
     ' str backend="auto") -> ()',
+    "output_change_(Tensor(a!)[] change, Tensor[] W, Tensor[] b, Tensor[] saved, Tensor[] a_bar,"
+    ' Tensor[] a_bar_next, str backend="auto") -> ()',
     "restore_(Tensor(a!)[] W, Tensor(b!)[] b, Tensor[] saved, Tensor undo,"
     ' str backend="auto") -> ()',
     "kron_step_(Tensor(a!)[] W, Tensor(b!)[] b, Tensor(c!)[] M, Tensor(d!)[] P, Tensor(e!)[] work,"

@@ -41,6 +41,7 @@ BY_HAND = {
     "momentum_": Cost(4 * (2 * N + N + N), 5 * N),
     "descend_": Cost(4 * (2 * N + 2 * N) + LAM, 2 * N),
     "slope_": Cost(4 * (3 * N + N_G), 3 * N),
+    "output_change_": Cost(4 * (2 * N + 2 * N_A + N_G), 5 * N),
     "restore_": Cost(4 * (N + N) + 1, 0),
     "judge_": Cost(4 * (2 * 1 + 2 * 4 + 3) + 2 * COUNTS + 2 * 3, 0),
 }  # fmt: skip

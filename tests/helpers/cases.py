@@ -32,6 +32,7 @@ from tests.helpers.kron_cases import (
     kron_precondition,
     kron_step,
     momentum,
+    output_change,
     restore,
     slope,
 )
@@ -321,6 +322,10 @@ ALL = [
     Case("slope_", ":layers", slope(LAYERS)),
     Case("slope_", ":wide-no-bias", slope(WIDE, bias=False)),
     Case("slope_", ":wide-transposed", slope(WIDE, layout=transposed)),
+    Case("output_change_", ":layers", output_change(LAYERS)),
+    Case("output_change_", ":wide-no-bias", output_change(WIDE, bias=False)),
+    Case("output_change_", ":wide-transposed", output_change(WIDE, layout=transposed)),
+    Case("output_change_", ":strided-means", output_change(LAYERS, means=strided)),
     Case("restore_", ":undo", restore(LAYERS, True)),
     Case("restore_", ":undo-no-bias", restore(WIDE, True, bias=False)),
     Case("restore_", ":keep", restore(LAYERS, False)),

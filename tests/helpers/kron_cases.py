@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.helpers.inputs import in_dtype, nan_filled, random_spds, scalars
+from tests.helpers.inputs import in_dtype, nan_filled, random_spds, random_vectors, scalars
 from tests.helpers.oracles import randn
 
 
@@ -49,16 +49,38 @@ def descend(layers, bias=True, ok=None):
     return build
 
 
+def _after_a_step(layers, bias, dtype):
+    """W, b, saved and NaN for what is written: the step is a hundred times shorter than they."""
+    W, b, P, _, _ = descend(layers, bias)(dtype)
+    saved = [torch.cat([w, v[:, None]], 1) if bias else w for w, v in zip(W, b, strict=True)]
+    saved = [w - 1e-2 * p for w, p in zip(saved, P, strict=True)]
+    (out,) = in_dtype(dtype, [nan_filled(*((len(w),) for w in W))])
+    return W, b, saved, out
+
+
 def slope(layers, bias=True, layout=lambda t: t):
-    """After a step a hundred times shorter than the weights."""
+    def build(dtype):
+        W, b, saved, out = _after_a_step(layers, bias, dtype)
+        dW, db = in_dtype(dtype, [*_weights(layers, bias, 200)])
+        return [out, W, b, saved, [layout(t) for t in dW], db]
+
+    return build
+
+
+def output_change(layers, bias=True, layout=lambda t: t, means=lambda t: t):
+    """The mean inputs have changed by a hundredth too."""
 
     def build(dtype):
-        W, b, P, _, _ = descend(layers, bias)(dtype)
-        dW, db = in_dtype(dtype, [*_weights(layers, bias, 200)])
-        saved = [torch.cat([w, v[:, None]], 1) if bias else w for w, v in zip(W, b, strict=True)]
-        saved = [w - 1e-2 * p for w, p in zip(saved, P, strict=True)]
-        (out,) = in_dtype(dtype, [nan_filled(*((len(w),) for w in W))])
-        return [out, W, b, saved, [layout(t) for t in dW], db]
+        W, b, saved, out = _after_a_step(layers, bias, dtype)
+        sizes = tuple(w.shape[1] for w in saved)
+        a_bar = [0.5 + v for v in random_vectors(sizes, 300)]
+        a_next = [v + 1e-2 * d for v, d in zip(a_bar, random_vectors(sizes, 400), strict=True)]
+        if bias:
+            for v in a_bar + a_next:
+                v[-1] = 1
+        a_bar, a_next = in_dtype(dtype, [a_bar, a_next])
+        return [out, W, b, [layout(w) for w in saved], [means(v) for v in a_bar],
+                [means(v) for v in a_next]]  # fmt: skip
 
     return build
 

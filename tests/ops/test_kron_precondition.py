@@ -71,6 +71,45 @@ def test_slope_is_the_derivative_along_the_step(backend):
     assert slope.sum().item() == pytest.approx(((ahead - back) / 2).item(), rel=1e-6)
 
 
+def output_change(W, b, saved, a_bar, a_next, backend):
+    change = torch.full((len(W),), float("nan"), dtype=saved.dtype)
+    ops.output_change_([change], [W], [b], [saved], [a_bar], [a_next], backend)
+    return change
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+@settings(max_examples=25, deadline=None)
+@given(
+    n_g=st.integers(1, 9), d_in=st.integers(1, 40), bias=st.booleans(), seed=st.integers(0, 10_000)
+)
+def test_output_change_is_the_difference_of_the_outputs(backend, n_g, d_in, bias, seed):
+    new, saved = randn(n_g, d_in + bias, seed=seed), randn(n_g, d_in + bias, seed=seed + 1)
+    W, b = new[:, :d_in].contiguous(), new[:, d_in:].flatten()
+    a_bar, a_next = randn(d_in + bias, seed=seed + 2), randn(d_in + bias, seed=seed + 3)
+    change = output_change(W, b, saved, a_bar, a_next, backend)
+    compare.assert_equal_to(change, new @ a_next - saved @ a_bar, 3 * d_in + 3, 20.0)
+    # The same input twice: the step alone.
+    change = output_change(W, b, saved, a_next, a_next, backend)
+    compare.assert_equal_to(change, (new - saved) @ a_next, d_in + 1, 20.0)
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+def test_output_change_keeps_what_the_difference_of_two_outputs_loses(backend):
+    """float32, a millionth of the weights and of the large means changed."""
+    n_g, d_in = 50, 300
+    saved = randn(n_g, d_in + 1, seed=0).float()
+    new = (saved.double() * (1 + 1e-6 * randn(n_g, d_in + 1, seed=1))).float()
+    a_bar = (100 + randn(d_in + 1, seed=2)).float()
+    a_next = (a_bar.double() * (1 + 1e-6 * randn(d_in + 1, seed=3))).float()
+    a_bar[-1] = a_next[-1] = 1
+    truth = new.double() @ a_next.double() - saved.double() @ a_bar.double()
+    W, b = new[:, :d_in].contiguous(), new[:, d_in].contiguous()
+    error = compare.error(output_change(W, b, saved, a_bar, a_next, backend), truth)
+    naive = compare.error(new @ a_next - saved @ a_bar, truth)
+    assert naive > 0.01 * truth.abs().max().item()
+    assert error < 1e-5 * truth.abs().max().item()
+
+
 @pytest.mark.parametrize("backend", backends.BOTH)
 def test_momentum_averages_the_regularised_gradient(backend):
     W, b, dW, db = randn(3, 4, seed=0), randn(3, seed=1), randn(3, 4, seed=2), randn(3, seed=3)
@@ -100,3 +139,8 @@ def test_bad_arguments_are_named():
         ops.momentum_([P], [P], [P], [P], [P], 1.5, 0.0)
     with pytest.raises(ValueError, match=r"W\[0\] must have shape \(2, 2\)"):
         ops.descend_([P], [torch.ones(2)], [P], [torch.tensor(1.0, dtype=torch.float64)])
+    none, row = torch.empty(0), torch.ones(3)
+    with pytest.raises(ValueError, match=r"a_bar_next\[0\] must have shape \(3,\)"):
+        ops.output_change_([torch.ones(2)], [P], [none], [P], [row], [row[:2]])
+    with pytest.raises(ValueError, match=r"change\[0\] must be torch.float32 on cpu"):
+        ops.output_change_([torch.ones(2).double()], [P], [none], [P], [row], [row])

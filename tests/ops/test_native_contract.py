@@ -101,6 +101,7 @@ def gapped(tensor):
 LEADING = {
     "factor_ema_": "a_bar", "curvature_update_": "work", "kron_precondition_": "M",
     "descend_": "P", "restart_": "marks", "slope_": "saved", "restore_": "saved",
+    "output_change_": "saved",
     "kron_step_": "M",
 }  # fmt: skip
 STATE = [
@@ -111,6 +112,7 @@ STATE = [
     ("lbfgs_two_loop_", "S"), ("lbfgs_two_loop_", "out"),
     ("lbfgs_push_", "Y"), ("kron_precondition_", "H_g"), ("kron_precondition_", "P"),
     ("momentum_", "M"), ("descend_", "W"), ("slope_", "slope"), ("restore_", "W"),
+    ("output_change_", "change"),
     ("kron_step_", "W"),
     ("kron_step_", "H_a"), ("judge_", "watched"), ("judge_", "counts"), ("judge_", "decision"),
 ]  # fmt: skip
@@ -149,7 +151,7 @@ def test_other_dtypes_are_refused(op):
 @pytest.mark.parametrize(
     ("op", "name"),
     [("factor_ema_", "X"), ("hessian_action_", "s"), ("kron_step_", "dW"), ("descend_", "b"),
-     ("slope_", "dW"),
+     ("slope_", "dW"), ("output_change_", "W"), ("output_change_", "a_bar_next"),
      ("bfgs_update_", "c"), ("curvature_update_", "g_bar"), ("lbfgs_two_loop_", "rho"),
      ("descend_", "step_size"), ("double_damping_", "lam"), ("restart_", "A")],
 )  # fmt: skip
@@ -176,6 +178,7 @@ WIDEST = {
     "bfgs_update_": ":513", "curvature_update_": ":wide-damped", "lbfgs_two_loop_": ":auto-513",
     "pair_ema_": ":1024", "kron_step_": ":wide-no-bias", "kron_precondition_": ":wide-no-bias",
     "momentum_": ":wide-no-bias", "descend_": ":wide-no-bias", "slope_": ":wide-no-bias",
+    "output_change_": ":wide-no-bias",
     "restore_": ":undo-no-bias",
     "lbfgs_push_": ":wrapped", "restart_": ":1024", "judge_": ":all",
 }  # fmt: skip

@@ -9,10 +9,19 @@ from kbfgs_ext.ops.kron_precondition.api import (
     kron_precondition_,
     kron_step_,
     momentum_,
+    output_change_,
     restore_,
     slope_,
 )
 
-__all__ = ["descend_", "kron_precondition_", "kron_step_", "momentum_", "restore_", "slope_"]
+__all__ = [
+    "descend_",
+    "kron_precondition_",
+    "kron_step_",
+    "momentum_",
+    "output_change_",
+    "restore_",
+    "slope_",
+]
 
 triton_backend.register("kron_precondition", *__all__)

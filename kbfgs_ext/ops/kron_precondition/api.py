@@ -148,6 +148,50 @@ def slope_(
     torch.ops.kbfgs_ext.slope_(slope, W, b, saved, dW, db, backend)
 
 
+def output_change_(
+    change: Tensors,
+    W: Tensors,
+    b: Tensors,
+    saved: Tensors,
+    a_bar: Tensors,
+    a_bar_next: Tensors,
+    backend: str = "auto",
+) -> None:
+    """How the mean output of a layer has changed from the first pass to the second.
+
+    (15)  change = ([W, b] - saved) a_bar_next + saved (a_bar_next - a_bar)
+
+    It is [W, b] a_bar_next - saved a_bar without the difference of two large numbers: what is
+    subtracted are neighbours, entry by entry, and [W, b] - saved is the step just taken.
+
+    Args:
+        change: (n_g,) each, written.
+        W: (n_g, d_in) each, after the step. b: (n_g,) each, or empty without a bias.
+        saved: (n_g, n_a) each: what `descend_` left, [W, b] of before.
+        a_bar, a_bar_next: (n_a,) each: mean input rows of the two passes, the last entry 1 with a
+            bias.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+
+    Source: h_bar_next - h_bar in step 6 of the algorithm, for a linear layer.
+    """
+    checks.backend(backend)
+    checks.same_length(change=change, W=W, b=b, saved=saved, a_bar=a_bar, a_bar_next=a_bar_next)
+    _check_parameters(saved, ("W", W), ("b", b))
+    for i, before in enumerate(saved):
+        n_g, n_a = before.shape
+        for name, t, wanted in (
+            ("change", change[i], n_g),
+            ("a_bar", a_bar[i], n_a),
+            ("a_bar_next", a_bar_next[i], n_a),
+        ):
+            checks.shape(name, i, t, wanted)
+            checks.like(name, i, t, before)
+    torch.ops.kbfgs_ext.output_change_(change, W, b, saved, a_bar, a_bar_next, backend)
+
+
 def restore_(
     W: Tensors, b: Tensors, saved: Tensors, undo: torch.Tensor, backend: str = "auto"
 ) -> None:

@@ -26,6 +26,11 @@ def slope_(*args) -> None:
     environment.native().slope_cuda(*args)
 
 
+@register("output_change_", "kron_precondition", "cuda", environment.cuda_missing)
+def output_change_(*args) -> None:
+    environment.native().output_change_cuda(*args)
+
+
 @register("restore_", "kron_precondition", "cuda", environment.cuda_missing)
 def restore_(*args) -> None:
     environment.native().restore_cuda(*args)

@@ -26,6 +26,11 @@ def slope_(*args) -> None:
     environment.native().slope_cpu(*args)
 
 
+@register("output_change_", "kron_precondition", "cpu", environment.native_missing)
+def output_change_(*args) -> None:
+    environment.native().output_change_cpu(*args)
+
+
 @register("restore_", "kron_precondition", "cpu", environment.native_missing)
 def restore_(*args) -> None:
     environment.native().restore_cpu(*args)

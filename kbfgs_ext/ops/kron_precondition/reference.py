@@ -1,4 +1,4 @@
-"""kron_precondition, the mathematics: equations (2) to (4) and (13) of ../README.md.
+"""kron_precondition, the mathematics: equations (2) to (4), (13) and (15) of ../README.md.
 
 A layer without a bias has an empty tensor in the place of its bias.
 """
@@ -46,6 +46,13 @@ def slope_(slope, W, b, saved, dW, db) -> None:
     for i in range(len(slope)):
         moved = joined(W[i], b[i]).to(saved[i].dtype) - saved[i]
         slope[i].copy_((joined(dW[i], db[i]).to(saved[i].dtype) * moved).sum(dim=1))  # (13)
+
+
+@register("output_change_", "kron_precondition", "reference")
+def output_change_(change, W, b, saved, a_bar, a_bar_next) -> None:
+    for i in range(len(change)):
+        moved = joined(W[i], b[i]).to(saved[i].dtype) - saved[i]
+        change[i].copy_(moved @ a_bar_next[i] + saved[i] @ (a_bar_next[i] - a_bar[i]))  # (15)
 
 
 @register("restore_", "kron_precondition", "reference")
