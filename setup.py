@@ -11,11 +11,11 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
-CUDA_BINDINGS = Path("csrc/bindings_cuda.cpp")
 # Ampere, Hopper, Blackwell, and PTX for what comes after.
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 os.chdir(HERE)
+CUDA_BINDINGS = sorted(Path("csrc").rglob("bindings_cuda.cpp"))
 try:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
@@ -41,8 +41,8 @@ def check_compiler() -> None:
 
 def why_no_cuda() -> str | None:
     """Why the CUDA kernels are left out, or None. A visible GPU is not needed."""
-    if not CUDA_BINDINGS.exists():
-        return f"{CUDA_BINDINGS} is not in this source tree"
+    if not CUDA_BINDINGS:
+        return "bindings_cuda.cpp is not in this source tree"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
     if CUDA_HOME is None:
@@ -52,7 +52,7 @@ def why_no_cuda() -> str | None:
 
 def extension():
     """The one extension module, with or without CUDA."""
-    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path != CUDA_BINDINGS)
+    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path not in CUDA_BINDINGS)
     # No fast-math: curvature quotients decide signs, and NaN must stay NaN.
     cxx = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
     link = []
@@ -67,7 +67,7 @@ def extension():
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     kernels = sorted(str(path) for path in Path("csrc").rglob("*.cu"))
     return CUDAExtension(
-        sources=[*sources, str(CUDA_BINDINGS), *kernels],
+        sources=[*sources, *map(str, CUDA_BINDINGS), *kernels],
         define_macros=[("KBFGS_WITH_CUDA", None)],
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
         **shared,

@@ -1,4 +1,4 @@
-// The tensors of a call of momentum_, descend_, slope_, restore_ or kron_step_ as layers.
+// The tensors of a call of momentum_, descend_, slope_, output_change_, restore_ or kron_step_ as layers.
 #pragma once
 
 #include "../common/cuda_arguments.h"

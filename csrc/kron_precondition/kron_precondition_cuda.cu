@@ -1,6 +1,7 @@
-// Momentum (2), the step (4), its slope (13) and its undoing, each for all layers in one launch.
-// Elements of n_g x n_a: momentum 3 read, 1 written; descend 2 read, 2 written; slope 3 read; restore 1 read and 1
-// written where it undoes, none where it does not.
+// Momentum (2), the step (4), its slope (13), the change of the output (15) and the step's undoing, each for
+// all layers in one launch.
+// Elements of n_g x n_a: momentum 3 read, 1 written; descend 2 read, 2 written; slope 3 read;
+// output_change 2 read; restore 1 read and 1 written where it undoes, none where it does not.
 #include "kron_precondition_cuda.h"
 
 #include <algorithm>
@@ -31,6 +32,7 @@ struct ParameterTable {
 struct Place {
   int64_t joined;
   int64_t at;  // in W or b
+  int column;  // of [W, b]
   bool bias;
 };
 
@@ -54,16 +56,16 @@ __device__ __forceinline__ void for_each_element(
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
         const int j = j0 + u * kWarp;
-        if (j < l.d_in) values[u] = load(Place{joined + j, weight + j, false});
+        if (j < l.d_in) values[u] = load(Place{joined + j, weight + j, j, false});
       }
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
         const int j = j0 + u * kWarp;
-        if (j < l.d_in) store(Place{joined + j, weight + j, false}, values[u]);
+        if (j < l.d_in) store(Place{joined + j, weight + j, j, false}, values[u]);
       }
     }
     if (l.n_a > l.d_in && lane_id() == 0) {
-      const Place bias{joined + l.d_in, row, true};
+      const Place bias{joined + l.d_in, row, l.d_in, true};
       store(bias, load(bias));
     }
     end_row(row);
@@ -130,7 +132,31 @@ __global__ void __launch_bounds__(
         [&](Place, T product) { sum += product; },
         [&](int row) {
           const T total = warp_sum(sum);
-          if (lane_id() == 0) l.slope[row] = total;
+          if (lane_id() == 0) l.row_sums[row] = total;
+          sum = 0;
+        });
+  }
+}
+
+// W and `joined` are read once; a_bar and a_bar_next again for every row, from the L1.
+template <typename T>
+__global__ void __launch_bounds__(
+    ElementShape::kThreads, ElementShape::kBlocksPerMultiprocessor)
+    output_change_kernel(const __grid_constant__ ParameterTable<T> t) {
+  for (int i = 0; i < t.layers; ++i) {
+    const ParameterLayer<T>& l = t.layer[i];
+    T sum = 0;
+    for_each_element(
+        l, t.part,
+        [&](Place p) {
+          const T before = l.joined[p.joined], next = l.a_bar_next[p.column];
+          const T moved = (p.bias ? l.b[p.at] : l.W[p.at]) - before;
+          return moved * next + before * (next - l.a_bar[p.column]);
+        },
+        [&](Place, T term) { sum += term; },
+        [&](int row) {
+          const T total = warp_sum(sum);
+          if (lane_id() == 0) l.row_sums[row] = total;
           sum = 0;
         });
   }
@@ -200,6 +226,12 @@ void slope(std::vector<ParameterLayer<T>> layers, cudaStream_t stream) {
 }
 
 template <typename T>
+void output_change(std::vector<ParameterLayer<T>> layers, cudaStream_t stream) {
+  ParameterTable<T> t{};
+  launch_elements(&output_change_kernel<T>, layers, t, stream);
+}
+
+template <typename T>
 void restore(std::vector<ParameterLayer<T>> layers, const bool* undo, cudaStream_t stream) {
   ParameterTable<T> t{};
   t.flag = undo;
@@ -216,6 +248,8 @@ template void descend<double>(
     std::vector<ParameterLayer<double>>, const bool*, cudaStream_t);
 template void slope<float>(std::vector<ParameterLayer<float>>, cudaStream_t);
 template void slope<double>(std::vector<ParameterLayer<double>>, cudaStream_t);
+template void output_change<float>(std::vector<ParameterLayer<float>>, cudaStream_t);
+template void output_change<double>(std::vector<ParameterLayer<double>>, cudaStream_t);
 template void restore<float>(
     std::vector<ParameterLayer<float>>, const bool*, cudaStream_t);
 template void restore<double>(

@@ -17,7 +17,8 @@ struct ParameterLayer {
   T *W, *b;      // n_g x d_in, n_g
   const T *dW, *db;
   const double* step_size;
-  T* slope;        // n_g
+  const T *a_bar, *a_bar_next;  // n_a
+  T* row_sums;     // n_g: the slope, or the change of the output
   int n_g, d_in, n_a;
   int64_t before;  // elements of `joined` before; the launcher sets it
 };
@@ -44,9 +45,13 @@ void momentum(
 template <typename T>
 void descend(std::vector<ParameterLayer<T>> layers, const bool* ok, cudaStream_t stream);
 
-// (13): `slope` written; `joined` is [W, b] of before.
+// (13): `row_sums` written; `joined` is [W, b] of before.
 template <typename T>
 void slope(std::vector<ParameterLayer<T>> layers, cudaStream_t stream);
+
+// (15): `row_sums` written; `joined` is [W, b] of before.
+template <typename T>
+void output_change(std::vector<ParameterLayer<T>> layers, cudaStream_t stream);
 
 // [W, b] <- `joined` where *undo.
 template <typename T>

@@ -1,4 +1,4 @@
-"""Builds csrc/**/*.cu and bindings_cuda.cpp as C++ for the host, into an importable module.
+"""Builds csrc/**/*.cu and every bindings_cuda.cpp as C++ for the host, into an importable module.
 
 Objects are kept under build/cuda_host by the hash of everything they are made of, so only the first
 run after a change compiles.
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 CACHE = ROOT / "build" / "cuda_host"
 KERNELS = sorted((ROOT / "csrc").rglob("*.cu"))
+BINDINGS = sorted((ROOT / "csrc").rglob("bindings_cuda.cpp"))
 HEADERS = sorted(
     [*(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "csrc").rglob("*.h"), *HERE.rglob("*.h")]
 )
@@ -86,10 +87,8 @@ def library(flavour: str = "plain") -> Path:
     jobs = [(path, kernel_flags) for path in KERNELS]
     jobs += [(HERE / "cuda_host.cpp", flags)]
     name = f"kbfgs_cuda_host_{flavour}"
-    jobs += [
-        (ROOT / "csrc" / "bindings_cuda.cpp", binding_flags),
-        (HERE / "module.cpp", [*flags, *_torch_flags(), f"-DKBFGS_HOST_MODULE={name}"]),
-    ]
+    jobs += [(path, binding_flags) for path in BINDINGS]
+    jobs += [(HERE / "module.cpp", [*flags, *_torch_flags(), f"-DKBFGS_HOST_MODULE={name}"])]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: _compile(*job), jobs))
     out = CACHE / _digest(*(str(path) for path in objects)) / f"{name}.so"

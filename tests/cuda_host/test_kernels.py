@@ -28,6 +28,8 @@ MORE = [
     Case("hessian_action_", ":sizes", cases.hessian_action(SIZES, 33)),
     Case("kron_step_", ":70-layers", cases.kron_step([(4, 3)] * 70)),
     Case("kron_step_", ":sizes", cases.kron_step(PAIRS)),
+    Case("output_change_", ":70-layers", cases.output_change([(4, 30)] * 70)),
+    Case("output_change_", ":sizes", cases.output_change(PAIRS)),
     Case("lbfgs_two_loop_", ":70-layers", cases.two_loop((5,) * 70, 3, 4, 6, "recursion")),
     Case("lbfgs_two_loop_", ":sizes", cases.two_loop(SIZES, 3, 4, 9, "recursion")),
     Case("lbfgs_two_loop_", ":1025", cases.two_loop((1025,), 3, 4, 3, "recursion")),

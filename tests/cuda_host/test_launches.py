@@ -32,6 +32,7 @@ LAYERS = [(78, 100), (100, 50), (50, 25), (25, 30), (30, 25), (25, 50), (50, 100
         ("momentum_", cases.momentum(LAYERS), 1, False),
         ("descend_", cases.descend(LAYERS), 1, False),
         ("slope_", cases.slope(LAYERS), 1, False),
+        ("output_change_", cases.output_change(LAYERS), 1, False),
         ("restore_", cases.restore(LAYERS, True), 1, False),
         ("judge_", cases.judge(), 1, False),
         ("kron_precondition_", cases.kron_precondition(LAYERS), 1, False),

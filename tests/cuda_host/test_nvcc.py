@@ -29,6 +29,7 @@ RESIDENT = {
     "momentum_kernel": (256, 4),
     "descend_kernel": (256, 4),
     "slope_kernel": (256, 4),
+    "output_change_kernel": (256, 4),
     "restore_kernel": (256, 4),
     "small_kernel": (256, 1),
     "judge_kernel": (32, 4),

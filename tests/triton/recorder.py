@@ -144,6 +144,7 @@ def calls_of(
         "momentum_": ("momentum_", [M, dW, db, W, b, 0.9, 1e-5, ok]),
         "descend_": ("descend_", [W, b, P, scalars, ok]),
         "slope_": ("slope_", [g[0], W, b, P, dW, db]),
+        "output_change_": ("output_change_", [g[0], W, b, P, a_bar, vectors(n_a)]),
         "restore_": ("restore_", [W, b, P, ok]),
         "kron_step_": (
             "kron_step_", [W, b, M, P, work, dW, db, H_g, H_a, scalars, 0.9, 1e-5, ok],

@@ -31,6 +31,7 @@ LAUNCHES = {
     "momentum_": 1,
     "descend_": 1,
     "slope_": 1,
+    "output_change_": 1,
     "restore_": 1,
     "kron_step_": 2,
     "judge_": 1,

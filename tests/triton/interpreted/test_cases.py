@@ -72,6 +72,7 @@ PARAMETERS = ["W", "b", "dW", "db"]
         ("kron_step_", PARAMETERS, torch.float16),
         ("momentum_", PARAMETERS, torch.bfloat16),
         ("slope_", PARAMETERS, torch.bfloat16),
+        ("output_change_", ["W", "b"], torch.bfloat16),
         ("restore_", ["W", "b"], torch.bfloat16),
     ],
 )
