@@ -17,8 +17,9 @@ only then, `auto` tries the next backend. Every other error propagates.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -54,6 +55,15 @@ class Implementation:
     unavailable: Callable[[], str | None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """The backend that took an op's last call, and why those before it did not."""
+
+    backend: str
+    declined: tuple[str, ...]
+
+
+_watched: dict[str, Taken] | None = None  # where `watch` notes the calls, if it does
 _TABLE: dict[str, dict[str, Implementation]] = {}
 
 
@@ -98,11 +108,13 @@ def run(op: str, backend: str, args: tuple) -> None:
         reason = _run_one(op, backend, args)
         if reason is not None:
             raise Unsupported(reason)
+        _note(op, backend, ())
         return
-    declined = []
+    declined: list[str] = []
     for name in BACKENDS:
         reason = _run_one(op, name, args)
         if reason is None:
+            _note(op, name, declined)
             return
         declined.append(f"{name}: {reason}")
     raise Unsupported(f"no backend takes this call of {op}: " + "; ".join(declined))
@@ -121,6 +133,37 @@ def _run_one(op: str, backend: str, args: tuple) -> str | None:
     except Unsupported as error:
         return str(error)
     return None
+
+
+def _note(op: str, backend: str, declined: Sequence[str]) -> None:
+    if _watched is not None:
+        known = _watched.get(op)
+        if known is None or BACKENDS.index(known.backend) <= BACKENDS.index(backend):
+            _watched[op] = Taken(backend, tuple(declined))
+
+
+@contextlib.contextmanager
+def watch(into: dict[str, Taken]) -> Iterator[None]:
+    """Context: note in ``into`` which backend each op takes; of several calls the slowest one's."""
+    global _watched
+    before, _watched = _watched, into
+    try:
+        yield
+    finally:
+        _watched = before
+
+
+def explain_step(taken: Mapping[str, Taken]) -> str:
+    """What `watch` has noted, for people; ops on the reference first."""
+    slow = [op for op, how in taken.items() if how.backend == "reference"]
+    lines = [
+        f"backends of the last step; on the reference: {', '.join(sorted(slow)) or 'none'}",
+    ]
+    for op in sorted(taken, key=lambda op: (taken[op].backend != "reference", op)):
+        how = taken[op]
+        reasons = "".join(f"; not {reason}" for reason in how.declined)
+        lines.append(f"  {ops()[op]}/{op}: {how.backend}{reasons}")
+    return "\n".join(lines)
 
 
 def _wrong_device(backend: str, args: tuple) -> str | None:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
-import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from kbfgs_ext.optim import checkpoint, hyper
+from kbfgs_ext.ops import registry
+from kbfgs_ext.optim import checkpoint, hyper, reports
 from kbfgs_ext.optim.capture import Recorder
-from kbfgs_ext.optim.coverage import common_device, cover, divide
+from kbfgs_ext.optim.coverage import Excluded, common_device, cover, divide
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 from kbfgs_ext.optim.fallback import Fallback, default_fallback
 from kbfgs_ext.optim.memory import memory_usage, product_scratch_elements
-from kbfgs_ext.optim.passes import Buffers
+from kbfgs_ext.optim.passes import Buffers, check_generators, joined
 from kbfgs_ext.optim.safeguard import Safeguard, SafeguardRule
 
 FallbackFactory = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
@@ -48,22 +48,33 @@ class CoveredOptimizer(torch.optim.Optimizer):
         fallback: FallbackFactory | None,
         rule: SafeguardRule,
         backend: str,
+        exclude: Any = (),
+        context: nn.Module | Iterable[nn.Module] | None = None,
+        generators: Iterable[torch.Generator] = (),
     ) -> None:
         self.model = model
+        self._context = joined(model, context)
+        self._generators = check_generators(generators)
+        self._excluded = Excluded(model, exclude)
+        self._unseen: set[str] = set()  # layers that a warning has named
         self._plan = plan
         self._recorder = Recorder()
         self._covered: list[Covered] = []
         self._fallback: Fallback | None = None
         self._product = torch.empty(0)
         self._slopes = torch.empty(0)
-        self._buffers = Buffers(model)
+        self._buffers = Buffers(self._context)
+        self._trace: dict[str, registry.Taken] = {}  # which backend each op of the last step took
         self._generation = 0  # checkpoints loaded and groups added: a captured step is void
         self._iteration = 0  # steps that have moved the parameters, void ones too
-        layers, rest = cover(model)
+        found = cover(model, self._excluded)
+        layers, rest = found.layers, found.rest
+        self._rest, self._reasons = dict(rest), dict(found.reasons)
         if not layers:
             raise ValueError(
                 f"model has no layer to cover: {type(model).__name__} contains no"
                 " torch.nn.Linear with a trained weight"
+                + (" that is not excluded" if "excluded" in found.reasons.values() else "")
             )
         divided = divide(layers, rest, groups)
         for options, _ in divided:
@@ -75,24 +86,15 @@ class CoveredOptimizer(torch.optim.Optimizer):
         for group, (_, part) in zip(self.param_groups, divided, strict=True):
             self._covered.append(Covered(group, part, hyper.DeviceScalars(device)))
         self._guard = Safeguard(rule, device, plan.restart_after, backend)
-        self._say_what_is_left_out(layers)
+        reports.say_what_is_left_out(layers, self._plan)
         self._fallback = self._make_fallback(rest, fallback)
+        weakref.finalize(self, self._recorder.close)
         self._watch(layers)
 
     def _watch(self, layers: list[LayerFactors]) -> None:
         for layer in layers:
-            for module in layer.modules:
-                self._recorder.attach(module, layer.slot)
-
-    def _say_what_is_left_out(self, layers: list[LayerFactors]) -> None:
-        left_out = [(layer.name, self._plan.left_out(layer)) for layer in layers]
-        said = "; ".join(f"{name}: {', '.join(sides)}" for name, sides in left_out if sides)
-        if said:
-            warnings.warn(
-                f"max_factor_dim={self._plan.max_factor_dim}: these sides are larger and have no"
-                f" factor, which leaves the identity in its place: {said}",
-                stacklevel=_level_outside(),
-            )
+            self._recorder.attach(layer.modules, layer.observer)
+            self.state.update({p: {} for p in layer.parameters()})  # torch's tools look for entries
 
     def _make_fallback(
         self,
@@ -101,16 +103,10 @@ class CoveredOptimizer(torch.optim.Optimizer):
     ) -> Fallback | None:
         if not rest:
             return None
-        made = Fallback(list(rest.values()), factory or default_fallback)
+        made = Fallback(rest, factory or default_fallback)
         self.param_groups.extend(made.optimizer.param_groups)  # shared: schedulers reach them
         if factory is None:
-            lr = float(made.optimizer.param_groups[0]["lr"])
-            warnings.warn(
-                f"{type(self).__name__} covers {len(self._layers())} layers; these parameters"
-                f" go to torch.optim.AdamW(lr={lr}) instead (fallback=... changes that):"
-                f" {', '.join(rest)}",
-                stacklevel=_level_outside(),
-            )
+            reports.say_what_falls_back(self, rest, made.optimizer.param_groups[0]["lr"])
         return made
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -132,10 +128,14 @@ class CoveredOptimizer(torch.optim.Optimizer):
         taken = {id(p) for group in self.param_groups for p in group["params"]}
         if any(id(p) in taken for p in given):
             raise ValueError("params: some parameters are in another param group already")
-        layers, rest = cover(self.model, within={id(p) for p in given})
+        found = cover(self.model, self._excluded, within={id(p) for p in given})
+        layers, rest = found.layers, found.rest
         common_device(self._layers() + layers)
         known = {id(p) for layer in layers for p in layer.parameters()}
+        known |= {id(p) for p in rest.values()}
         rest.update({f"params[{i}]": p for i, p in enumerate(given) if id(p) not in known})
+        self._rest.update(rest)
+        self._reasons.update(dict.fromkeys(rest, "no parameter of the model") | found.reasons)
         if layers:
             at = len(self._covered)
             super().add_param_group({**param_group, "params": _parameters(layers)})
@@ -145,13 +145,12 @@ class CoveredOptimizer(torch.optim.Optimizer):
                 Covered(self.param_groups[at], layers, hyper.DeviceScalars(device))
             )
             self._watch(layers)
-            self._say_what_is_left_out(layers)
-        others = list({id(p): p for p in rest.values()}.values())
-        if others and self._fallback is None:
-            self._fallback = Fallback(others, default_fallback)
+            reports.say_what_is_left_out(layers, self._plan)
+        if rest and self._fallback is None:
+            self._fallback = Fallback(rest, default_fallback)
             self.param_groups.extend(self._fallback.optimizer.param_groups)
-        elif others and self._fallback is not None:
-            self._fallback.optimizer.add_param_group({"params": others})
+        elif rest and self._fallback is not None:
+            self._fallback.add(rest)
             self.param_groups.append(self._fallback.optimizer.param_groups[-1])
 
     # ------------------------------------------------------------------ what it reports
@@ -194,7 +193,37 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
         At a layer's start, once, three float64 matrices of its n_a x n_a come on top.
         """
-        return memory_usage(self._layers(), self._plan, self._fallback)
+        return memory_usage(self._layers(), self._plan, self._fallback, self._buffers)
+
+    def coverage(self) -> reports.Coverage:
+        """What is covered: a row per layer with its sizes and factor bytes, and one per parameter
+        that goes to the fallback, with the reason. ``print(opt.coverage())`` is a table."""
+        return reports.coverage(self._layers(), self._plan, self._rest, self._reasons)
+
+    def explain(self) -> str:
+        """Which backend each op of the last step took, and why not a faster one.
+
+        Before the first step it is what `kbfgs_ext.explain` says of the device.
+        """
+        if not self._trace:
+            return registry.explain(self.device)
+        return registry.explain_step(self._trace)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the hooks are gone."""
+        return self._recorder.closed
+
+    def close(self) -> None:
+        """Remove every hook from the model. The optimizer makes no step afterwards; its state can
+        still be saved. The same happens when it is collected as garbage."""
+        self._recorder.close()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of all parameters, as every optimizer of torch does."""
+        super().zero_grad(set_to_none)
+        for layer in self._layers():
+            layer.observer.zero_virtual()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -204,21 +233,20 @@ class CoveredOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit for bit, but for torch's random state.
 
-        Tensors are not copied. Layers are found by name, so save the model's weights beside it.
+        In torch's own form: "state" holds the tensors of each parameter, "param_groups" the
+        hyperparameters, and in the first of them, under "kbfgs", numbers and names alone. Tensors
+        are not copied. Save the model's weights beside it.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        packed: dict[str, Any] = {
-            "state": {},
-            "param_groups": checkpoint.pack_groups(self.param_groups),
-            "kbfgs": {
-                "about": self._about(),
-                "iteration": self._iteration,
-                "layers": checkpoint.save_layers(self._layers()),
-                "safeguard": self._guard.tensors(),
-                "fallback": self._fallback and self._fallback.optimizer.state_dict(),
-            },
-        }
+        self._materialize()
+        packed = checkpoint.pack(
+            self.param_groups,
+            self._layers(),
+            self._guard.tensors(),
+            None if self._fallback is None else self._fallback.state_dict(),
+            {"iteration": self._iteration, **self._about()},
+        )
         for after in self._optimizer_state_dict_post_hooks.values():
             replaced = after(self, packed)
             packed = packed if replaced is None else replaced
@@ -234,18 +262,20 @@ class CoveredOptimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        saved = checkpoint.check(state_dict, self._about(), len(self.param_groups))
+        saved = checkpoint.check(state_dict, self._about(), self.param_groups)
+        if self._fallback is not None:
+            self._fallback.check_state(saved.fallback)
+        self._materialize()
         with torch.no_grad():
-            checkpoint.load_layers(self._layers(), self._plan, saved["layers"])
-            checkpoint.copy_into(self._guard.tensors(), saved["safeguard"])
-        self._iteration = saved["iteration"]
+            checkpoint.load(self._layers(), self._guard.tensors(), saved)
+        self._iteration = saved.iteration
         self._generation += 1
         own_groups = [dict(group) for group in self.param_groups]
-        groups = copy.deepcopy(state_dict["param_groups"])  # an lr may be a tensor
+        groups = copy.deepcopy(saved.groups)  # an lr may be a tensor
         for group, values in zip(self.param_groups, groups, strict=True):
-            group.update({key: value for key, value in values.items() if key != "params"})
+            group.update(values)
         if self._fallback is not None:
-            self._fallback.optimizer.load_state_dict(saved["fallback"])
+            self._fallback.optimizer.load_state_dict(saved.fallback)
             self.param_groups[len(self._covered) :] = self._fallback.optimizer.param_groups
         for group, own in zip(self.param_groups, own_groups, strict=True):
             checkpoint.keep_devices(group, own)
@@ -275,14 +305,14 @@ class CoveredOptimizer(torch.optim.Optimizer):
     def _split(
         self, layers: list[LayerFactors]
     ) -> Iterator[tuple[dict[str, Any], list[LayerFactors], hyper.DeviceScalars]]:
-        """``layers`` by param group, and within one by the factors they have."""
+        """``layers`` by param group, and within one by the factors that their step has."""
         wanted = {id(layer) for layer in layers}
         for covered in self._covered:
-            alike: dict[tuple[bool, bool], list[LayerFactors]] = {}
+            alike: dict[tuple[bool, ...], list[LayerFactors]] = {}
             for layer in covered.layers:
                 if id(layer) in wanted:
                     sides = self._plan.keeps_a(layer), self._plan.keeps_g(layer)
-                    alike.setdefault(sides, []).append(layer)
+                    alike.setdefault((*sides, layer.bare, layer.halved), []).append(layer)
             for part in alike.values():
                 yield covered.group, part, covered.scalars
 
@@ -304,8 +334,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
     def _publish_state(self) -> None:
         """The kept tensors under torch's own name for them."""
         for layer in self._layers():
-            if layer.kept:
-                self.state[layer.weight] = layer.kept
+            self.state[layer.weight] = layer.kept
 
     def _copies(self) -> list[torch.Tensor]:
         """What a step keeps to put buffers and the fallback's parameters back."""
@@ -313,7 +342,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
     def _scratch(self, layers: list[LayerFactors]) -> list[torch.Tensor]:
         """Each layer's part of the product scratch, n_g x n_a; none for layers without an H_a."""
-        if not layers[0].has("H_a"):
+        if not layers[0].uses("H_a"):
             return []
         alone = self._product.device.type == "cpu"
         views, at = [], 0
@@ -326,12 +355,3 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
 def _parameters(layers: list[LayerFactors]) -> list[nn.Parameter]:
     return [p for layer in layers for p in layer.parameters()]
-
-
-def _level_outside() -> int:
-    """The stacklevel at which the caller's warning points at the first line outside the package."""
-    package = __name__.partition(".")[0]
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame, level = frame.f_back, level + 1
-    return level

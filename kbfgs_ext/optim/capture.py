@@ -1,18 +1,28 @@
-"""Capture: what the two passes of a step leave behind, seen by forward hooks.
+"""Capture: what the two passes of a step leave behind.
 
-In the first pass each covered layer yields its input rows X, the mean row h_bar of its output and
-the gradient sum g_bar; in the second pass h_bar_next and g_bar_next. A layer that is used several
-times in one pass contributes the rows of all uses.
+A covered layer is linear on its rows, h = W x + b, so two things are enough:
 
-The gradient is caught by an identity in the graph, put right behind the layer's output. In the
-second pass the weights want no gradient; that identity then also starts the graph, through an
-anchor that does want one.
+    its input     a forward hook of the module sees the rows X; their mean is a_bar
+    g_bar         the gradient of the layer's bias, as the backward pass leaves it in `.grad`
+
+h_bar = W a_bar follows, and so does its change (`output_change_`). A layer without a trained bias
+gets a virtual one: a zero that the hook adds to the output, whose gradient autograd fills as any
+other's.
+
+Only a backward pass that fills `.grad` counts: gradients taken inside a closure (penalties,
+physics, attacks) never reach a bias's `.grad`, and a use of a layer that no such pass reaches has
+no part in the loss. A layer that is used several times in one pass has the rows of all uses.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import functools
+import sys
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +30,8 @@ from torch import nn
 from kbfgs_ext.optim.layers import Linear
 
 WHY_NOT_COMPILED = (
-    "K-BFGS notes each covered layer's input and output between graphs: torch.compile works, with"
-    " a graph break per covered layer while training; use fullgraph=False (the default)"
+    "K-BFGS notes each covered layer's input between graphs: torch.compile works, with a graph"
+    " break per covered layer while training; use fullgraph=False (the default)"
 )
 
 
@@ -34,85 +44,201 @@ class Pass(enum.Enum):
     SECOND = "second pass"
 
 
-class Slot:
-    """What one layer leaves behind in a step. Buffers are kept from step to step."""
+@dataclasses.dataclass
+class Use:
+    """One call of a covered layer in a pass."""
+
+    rows: int
+    X: torch.Tensor | None  # m x d_in, where it is wanted
+    mean: torch.Tensor | None  # d_in, where that is enough
+    reached: bool = False  # by a backward pass that fills .grad
+
+
+class Observer:
+    """What one layer leaves behind in a pass. Buffers are kept from step to step."""
 
     def __init__(self, name: str, kind: type[Linear], n_g: int) -> None:
         self.name = name
         self.kind = kind
         self.n_g = n_g
-        self.keep_inputs = True  # whether the present pass needs X at all
-        self.inputs: list[torch.Tensor] = []  # X of each use, m x d_in
-        self.rows = 0  # m over all uses in the present pass
-        self.gradients = 0  # uses that the backward pass has reached
-        self.h = torch.empty(0)  # n_g: where the present pass averages the outputs
-        self.g = torch.empty(0)  # n_g: where the present pass sums the gradients
+        self.weight: torch.Tensor = torch.empty(0)
+        self.bias: torch.Tensor | None = None  # trained with the layer
+        self.gradient_hook: Callable[[torch.Tensor], None] = lambda anchor: None
+        self._virtual: torch.Tensor | None = None
+        self._means: list[torch.Tensor] = []  # d_in each: of the second use of a pass and on
+        self.begin(None, torch.empty(0), keep_inputs=False)
 
-    def begin(self, h: torch.Tensor, g: torch.Tensor, keep_inputs: bool) -> None:
-        """Start a pass that writes to ``h`` and ``g``, and keeps X if ``keep_inputs``."""
-        self.inputs, self.rows, self.gradients = [], 0, 0
-        self.h, self.g, self.keep_inputs = h, g, keep_inputs
+    def begin(self, a_bar: torch.Tensor | None, g_bar: torch.Tensor, keep_inputs: bool) -> None:
+        """Start a pass.
 
-    def add_input(self, X: torch.Tensor) -> None:
-        """One use's input rows."""
-        self.inputs.append(X.detach())
+        Args:
+            a_bar: n_a, where the mean row goes if the rows themselves are not kept; None: nowhere.
+            g_bar: n_g, where the bias gradient goes.
+            keep_inputs: keep the rows of all uses.
+        """
+        self.uses: list[Use] = []
+        self.a_bar, self.g_bar, self.keep_inputs = a_bar, g_bar, keep_inputs
+        self.empty: tuple[int, ...] = ()  # shape of an input without rows
+        self.dark = self.recomputed = False  # a use without gradients, and again in backward
+        self.by_hand = False  # the closure takes gradients by torch.autograd.grad and assigns them
+        self.filled = False  # g_bar holds the bias gradient
+        self._stale: dict[int, tuple[torch.Tensor, int]] = {}
+        self._checked = True  # that the closure zeroes the gradients first
+        if self._virtual is not None:
+            self._virtual.grad = None
 
-    def add_output(self, h: torch.Tensor) -> None:
-        """One use's output rows; they may be overwritten right after, so average them now."""
-        rows = h.shape[0]
-        if self.rows == 0:
-            torch.mean(h, 0, dtype=self.h.dtype, out=self.h)
-        else:
-            share = rows / (self.rows + rows)
-            self.h.mul_(1 - share).add_(h.mean(0, dtype=self.h.dtype), alpha=share)
-        self.rows += rows
+    def expect_fresh_gradients(self) -> None:
+        """From here to the pass's first backward, the closure must drop the gradients of before."""
+        for p in (self.weight, self.bias):
+            if p is not None and p.grad is not None:
+                self._stale[id(p)] = (p.grad, p.grad._version)
+                self._checked = False
 
-    def add_gradient(self, gradient: torch.Tensor) -> None:
-        """One use's output gradient, summed over its rows."""
-        rows = gradient.reshape(-1, self.n_g)
-        if self.gradients == 0:
-            torch.sum(rows, 0, dtype=self.g.dtype, out=self.g)
-        else:
-            self.g.add_(rows.sum(0, dtype=self.g.dtype))
-        self.gradients += 1
+    def is_stale(self, p: torch.Tensor) -> bool:
+        """Whether the pass has left the gradient of ``p`` as it was before."""
+        gradient, version = self._stale.get(id(p), (None, 0))
+        return gradient is not None and p.grad is gradient and gradient._version == version
+
+    # ------------------------------------------------------------------ the bias, real or virtual
+
+    def anchor(self) -> torch.Tensor:
+        """The leaf whose gradient is g_bar: the bias, or a zero that stands in for it."""
+        if self.bias is not None and self.bias.requires_grad:
+            return self.bias
+        if self._virtual is None or self._virtual.device != self.weight.device:
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            self._virtual = torch.zeros(
+                self.n_g, dtype=wide, device=self.weight.device, requires_grad=True
+            )
+            self._virtual.register_post_accumulate_grad_hook(self.gradient_hook)
+        return self._virtual
+
+    def zero_virtual(self) -> None:
+        """What zero_grad() does to the virtual bias."""
+        if self._virtual is not None:
+            self._virtual.grad = None
+
+    def with_virtual_bias(self, output: torch.Tensor) -> torch.Tensor | None:
+        """``output`` plus the virtual bias; None where the layer's own is trained."""
+        anchor = self.anchor()
+        return None if anchor is self.bias else output + anchor.to(output.dtype)
+
+    # ------------------------------------------------------------------ uses
+
+    def add(self, X: torch.Tensor) -> Use:
+        """One use, with its input rows."""
+        X, mean = X.detach(), None
+        if self.a_bar is not None and not self.keep_inputs:
+            mean = torch.mean(X, 0, dtype=self.a_bar.dtype, out=self._mean(len(self.uses), X))
+        use = Use(X.shape[0], X if self.keep_inputs else None, mean)
+        self.uses.append(use)
+        return use
+
+    def _mean(self, k: int, X: torch.Tensor) -> torch.Tensor:
+        assert self.a_bar is not None
+        if k == 0:
+            return self.a_bar[: X.shape[1]]
+        while len(self._means) < k:
+            self._means.append(torch.empty_like(self.a_bar[: X.shape[1]]))
+        return self._means[k - 1]
+
+    def reach(self, use: Use, *_: Any) -> None:
+        """A backward pass arrives at ``use``: does it fill the layer's gradients?"""
+        if self._accumulates():
+            use.reached = True
+            if not self._checked and not self.by_hand:
+                self._check_fresh()
+        elif torch.is_grad_enabled():
+            use.reached = True  # create_graph=True: the loss is made of these gradients
+
+    def _accumulates(self) -> bool:
+        """Whether the backward pass under way fills the gradient of weight or bias."""
+        for leaf in (self.anchor(), self.weight):
+            if not leaf.requires_grad:
+                continue
+            node = torch.autograd.graph.get_gradient_edge(leaf).node
+            try:
+                if torch._C._will_engine_execute_node(node):
+                    return True
+            except RuntimeError:  # torch.autograd.grad(loss, parameters): the engine refuses to say
+                self.by_hand = True
+                return True
+        return False
+
+    def _check_fresh(self) -> None:
+        """The first backward of a step must not add to gradients from before."""
+        if any(p is not None and self.is_stale(p) for p in (self.weight, self.bias)):
+            raise RuntimeError(
+                f"the closure adds to gradients from before the step: that of layer '{self.name}'"
+                " is there and has not been zeroed. Both passes must see the same minibatch:"
+                " begin the closure with optimizer.zero_grad(), and go through all parts of the"
+                " batch inside it"
+            )
+        self._checked = True
+        self.zero_virtual()  # the closure has zeroed the layer's gradients, perhaps by another way
+
+    # ------------------------------------------------------------------ after the pass
+
+    def settle(self) -> None:
+        """After the backward pass: keep the uses that it has reached, and their mean."""
+        self.uses = [use for use in self.uses if use.reached]
+        if not self.filled:
+            anchor = self.anchor()
+            gradient = None if self.is_stale(anchor) else anchor.grad
+            if gradient is not None:
+                self.g_bar.copy_(gradient)  # the closure has assigned it
+            else:
+                self.g_bar.zero_()  # the loss does not depend on the bias
+            self.filled = gradient is not None or not self.by_hand
+        if self.a_bar is not None and not self.keep_inputs and self.uses:
+            first, *others = self.uses
+            assert first.mean is not None
+            place, rows = self.a_bar[: first.mean.shape[0]], first.rows
+            if first.mean.data_ptr() != place.data_ptr():
+                place.copy_(first.mean)
+            for use in others:
+                assert use.mean is not None
+                rows += use.rows
+                place.lerp_(use.mean, use.rows / rows)
+
+    @property
+    def seen(self) -> bool:
+        """Whether the layer's input was seen in the pass, in a use that reaches the loss."""
+        return bool(self.uses)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the pass has shown all that a pair needs: a_bar and g_bar."""
+        return self.seen and self.filled
+
+    def has_inputs(self) -> bool:
+        """Whether the rows themselves are at hand."""
+        return self.keep_inputs and self.seen
 
     def X(self) -> torch.Tensor:
         """The input rows of all uses, m x d_in."""
-        return self.inputs[0] if len(self.inputs) == 1 else torch.cat(self.inputs)
+        rows = [use.X for use in self.uses if use.X is not None]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-
-class _Identity(torch.autograd.Function):
-    """Identity on a layer's output; its backward hands the gradient to the layer's slot.
-
-    The output is marked as modified in place: a fresh tensor or a view would not survive an
-    in-place activation behind the layer.
-    """
-
-    @staticmethod
-    def forward(ctx, output, anchor, slot):
-        ctx.slot = slot
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx, gradient):
-        with torch.no_grad():
-            ctx.slot.add_gradient(gradient)
-        return gradient, None, None
+    def forget_inputs(self) -> None:
+        """Let go of the activations."""
+        for use in self.uses:
+            use.X = None
+        self.keep_inputs = False
 
 
 class Hook:
     """A module's forward hook. A copy of the module (deepcopy, pickle) carries a dead hook."""
 
-    def __init__(self, recorder: Recorder | None, slot: Slot | None) -> None:
+    def __init__(self, recorder: Recorder | None, observer: Observer | None) -> None:
         self._recorder = weakref.ref(recorder) if recorder is not None else lambda: None
-        self._slot = slot
+        self._observer = observer
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor):
         recorder = self._recorder()
-        if recorder is None or self._slot is None or recorder.at is Pass.OFF:
+        if recorder is None or self._observer is None or recorder.at is Pass.OFF:
             return None
-        return recorder.record(self._slot, module, args[0] if args else kwargs["input"], output)
+        return recorder.record(self._observer, args[0] if args else kwargs["input"], output)
 
     def __deepcopy__(self, memo: dict) -> Hook:
         return Hook(None, None)
@@ -121,46 +247,117 @@ class Hook:
         return Hook, (None, None)
 
 
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: torch.compile leaves ``function`` alone. Unlike `torch.compiler.disable` it does
+    not import the compiler where nobody has."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not disabled and "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function, reason=WHY_NOT_COMPILED))
+        return disabled[0](*args, **kwargs)
+
+    return call
+
+
 class Recorder:
     """The hooks of a model's covered layers, and which pass they are in."""
 
     def __init__(self) -> None:
         self.at = Pass.OFF
         self.in_the_dark = False  # the present pass has run a layer without gradients
-        self._anchor: torch.Tensor | None = None
+        self.closed = False
+        self._noted: list[Observer] = []  # whose gradient the backward under way has filled
+        self._task = -1  # which backward that is
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def attach(self, module: nn.Module, slot: Slot) -> None:
-        """Let ``module`` report to ``slot``."""
-        self._handles.append(module.register_forward_hook(Hook(self, slot), with_kwargs=True))
+    def attach(self, modules: list[nn.Module], observer: Observer) -> None:
+        """Let ``modules`` and the bias report to ``observer``; before the hooks of others, which
+        see the output as the layer has made it, virtual bias and all."""
+        for module in modules:
+            self._handles.append(
+                module.register_forward_hook(Hook(self, observer), with_kwargs=True, prepend=True)
+            )
+        observer.gradient_hook = GradientHook(self, observer)
+        if observer.bias is not None:
+            self._handles.append(
+                observer.bias.register_post_accumulate_grad_hook(observer.gradient_hook)
+            )
 
-    def detach(self) -> None:
-        """Remove every hook."""
+    def note_gradient(self, observer: Observer) -> None:
+        """A backward pass has filled a bias's gradient. All of them are kept at its end, in one
+        call, before the closure can clip or change them."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            self._noted = []
+            torch.autograd.Variable._execution_engine.queue_callback(self._keep_gradients)
+        self._noted.append(observer)
+
+    def _keep_gradients(self) -> None:
+        pairs = [(one.g_bar, one.anchor().grad) for one in self._noted]
+        with torch.no_grad():
+            torch._foreach_copy_([to for to, _ in pairs], [g for _, g in pairs if g is not None])
+        for observer in self._noted:
+            observer.filled = True
+        self._noted, self._task = [], -1
+
+    def close(self) -> None:
+        """Remove every hook, for good."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.closed = True
 
-    @torch.compiler.disable(reason=WHY_NOT_COMPILED)
-    def record(self, slot: Slot, module: nn.Module, x: torch.Tensor, output: torch.Tensor):
+    @uncompiled
+    def record(self, observer: Observer, x: torch.Tensor, output: torch.Tensor):
         """Note one use of a layer; returns what the layer shall return instead, or None."""
         if x.numel() == 0:
-            raise ValueError(
-                f"the input of layer '{slot.name}' is empty: shape {tuple(x.shape)};"
-                " a step needs a batch with at least one row"
-            )
+            observer.empty = observer.empty or tuple(x.shape)
+            return None
         if self.at is Pass.WARM:
-            if slot.keep_inputs:
-                slot.add_input(slot.kind.input_rows(module, x))
+            if observer.keep_inputs:
+                observer.add(observer.kind.input_rows(x)).reached = True
             return None
         if not torch.is_grad_enabled():
-            self.in_the_dark = True
+            self.in_the_dark = observer.dark = True
             return None  # a forward on the side, with no part in the loss
+        replaced = observer.with_virtual_bias(output)
+        if torch._C._current_graph_task_id() != -1:
+            observer.recomputed = True  # activation checkpointing: the same use again
+            return replaced
         with torch.no_grad():
-            # A recomputation inside backward (activation checkpointing) is the same use again.
-            if torch._C._current_graph_task_id() == -1:
-                if slot.keep_inputs:
-                    slot.add_input(slot.kind.input_rows(module, x))
-                slot.add_output(slot.kind.output_rows(module, output.detach()))
-        if self._anchor is None or self._anchor.device != output.device:
-            self._anchor = torch.zeros((), device=output.device, requires_grad=True)
-        return _Identity.apply(output, self._anchor, slot)
+            use = observer.add(observer.kind.input_rows(x))
+        node = _origin(output if replaced is None else replaced)
+        if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
+            use.reached = True  # inside torch.func nothing tells
+        else:
+            node.register_prehook(functools.partial(observer.reach, use))
+        return replaced
+
+
+def _origin(output: torch.Tensor) -> Any:
+    """The node of the graph that the output's gradient is sure to pass.
+
+    An in-place activation on a view (of an output with more dimensions than two) rewrites the
+    history of the view, and leaves its base's as it was.
+    """
+    base = output._base
+    return output.grad_fn if base is None or base.grad_fn is None else base.grad_fn
+
+
+class GradientHook:
+    """The hook of a bias's gradient, real or virtual."""
+
+    def __init__(self, recorder: Recorder, observer: Observer) -> None:
+        self._recorder, self._observer = weakref.ref(recorder), weakref.ref(observer)
+
+    def __call__(self, bias: torch.Tensor) -> None:
+        recorder, observer = self._recorder(), self._observer()
+        if recorder is None or observer is None or bias is not observer.anchor():
+            return
+        if recorder.at in (Pass.FIRST, Pass.SECOND):
+            recorder.note_gradient(observer)

@@ -1,7 +1,16 @@
-"""Checkpoints: checked as a whole before anything is loaded."""
+"""Checkpoints in torch's own form, checked as a whole before anything is loaded.
+
+    {"state":        {number of a parameter: {name: tensor}},
+     "param_groups": [{"lr": ..., "params": [numbers]}, ...]}
+
+A layer's tensors are its weight's, those of the whole optimizer the first weight's, under
+"safeguard_...". Every covered parameter has "progress", (started, warm_batches). What is neither a
+tensor nor a hyperparameter stands in the first group, under "kbfgs": plain numbers and names.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +18,18 @@ import torch
 
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 
-FORMAT = 4
+FORMAT = 5
+GLOBAL = "safeguard_"
+
+
+@dataclasses.dataclass
+class Saved:
+    """A checked state dict: the entries of each parameter by its place in the own groups."""
+
+    state: list[Mapping[str, torch.Tensor]]  # of the covered parameters
+    groups: list[dict[str, Any]]
+    iteration: int
+    fallback: dict[str, Any]
 
 
 def describe(plan: Plan, layers: list[LayerFactors]) -> dict[str, Any]:
@@ -26,47 +46,98 @@ def describe(plan: Plan, layers: list[LayerFactors]) -> dict[str, Any]:
     }
 
 
-def save_layers(layers: list[LayerFactors]) -> dict[str, dict[str, Any]]:
-    """Every layer's kept tensors and host flags, by name; tensors are not copied."""
-    return {
-        layer.name: {
-            "started": layer.started,
-            "warm_batches": layer.warm_batches,
-            "tensors": dict(layer.kept),
-        }
-        for layer in layers
-    }
-
-
-def pack_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Param groups as torch saves them: hyperparameters, and parameters by running number."""
+def pack(
+    groups: list[dict[str, Any]],
+    layers: list[LayerFactors],
+    whole: Mapping[str, torch.Tensor],
+    fallback: Mapping[str, Any] | None,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """The state dict. ``whole`` are the tensors of the optimizer as such, ``fallback`` the state
+    dict of the fallback, whose groups come last."""
     packed, at = [], 0
     for group in groups:
-        count = len(group["params"])
         options = {key: value for key, value in group.items() if key != "params"}
-        packed.append({**options, "params": list(range(at, at + count))})
-        at += count
-    return packed
+        packed.append({**options, "params": list(range(at, at + len(group["params"])))})
+        at += len(group["params"])
+    state: dict[int, dict[str, Any]] = {}
+    for layer in layers:
+        progress = torch.tensor([int(layer.started), layer.warm_batches])
+        state[len(state)] = {**layer.kept, "progress": progress}
+        if layer.bias is not None:
+            state[len(state)] = {"progress": progress.clone()}
+    state[0] |= {GLOBAL + name: tensor for name, tensor in whole.items()}
+    if fallback is not None:
+        covered = len(state)
+        state |= {covered + i: entry for i, entry in fallback["state"].items()}
+        about = {**about, "fallback": _rest(fallback)}
+    packed[0]["kbfgs"] = about
+    return {"state": state, "param_groups": packed}
 
 
-def check(saved: Any, own: dict, groups: int) -> Mapping[str, Any]:
-    """The K-BFGS part of a state dict, if it fits this optimizer; else ValueError says why not."""
-    if not isinstance(saved, Mapping) or "kbfgs" not in saved:
-        raise ValueError("state_dict was not made by KBFGS or KBFGSL: it has no entry 'kbfgs'")
-    part = saved["kbfgs"]
-    for key, value in own.items():
-        theirs = part["about"].get(key)
-        if key == "layers" and theirs != value:
-            raise ValueError(_layer_difference(theirs, value))
-        if theirs != value:
-            raise ValueError(
-                f"state_dict has {key} = {theirs!r}, this optimizer has {key} = {value!r}"
-            )
-    if len(saved["param_groups"]) != groups:
+def _rest(fallback: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fallback keeps beside torch's two entries."""
+    return {key: v for key, v in fallback.items() if key not in ("state", "param_groups")}
+
+
+def check(saved: Any, own: dict, groups: list[dict[str, Any]]) -> Saved:
+    """The parts of a state dict, if it fits this optimizer; else ValueError says why not."""
+    if isinstance(saved, Mapping) and "kbfgs" in saved:
         raise ValueError(
-            f"state_dict has {len(saved['param_groups'])} param groups, this optimizer has {groups}"
+            f"state_dict has format {saved['kbfgs']['about'].get('format')!r}, from before version"
+            f" 0.2; this optimizer reads format {FORMAT}"
         )
-    return part
+    theirs = saved.get("param_groups") if isinstance(saved, Mapping) else None
+    if not theirs or "kbfgs" not in theirs[0]:
+        raise ValueError(
+            "state_dict was not made by KBFGS or KBFGSL: its first param group has no entry 'kbfgs'"
+        )
+    about = theirs[0]["kbfgs"]
+    for key, value in own.items():
+        if key == "layers" and about.get(key) != value:
+            raise ValueError(_layer_difference(about[key], value))
+        if about.get(key) != value:
+            raise ValueError(
+                f"state_dict has {key} = {about.get(key)!r}, this optimizer has {key} = {value!r}"
+            )
+    if len(theirs) != len(groups):
+        raise ValueError(
+            f"state_dict has {len(theirs)} param groups, this optimizer has {len(groups)}"
+        )
+    sizes = [len(group["params"]) for group in theirs], [len(g["params"]) for g in groups]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"state_dict has {sizes[0]} parameters in its groups, this optimizer {sizes[1]}"
+        )
+    covered = sum("powell" in group for group in groups)
+    names = [name for group in theirs[:covered] for name in group["params"]]
+    missing = [name for name in names if "progress" not in saved["state"].get(name, {})]
+    if missing:
+        raise ValueError(f"state_dict has no state of the covered parameters {missing}")
+    others = [name for group in theirs[covered:] for name in group["params"]]
+    entries = {i: saved["state"][n] for i, n in enumerate(others) if n in saved["state"]}
+    options = [
+        {key: value for key, value in group.items() if key not in ("params", "kbfgs")}
+        for group in theirs
+    ]
+    return Saved(
+        [saved["state"][name] for name in names],
+        options,
+        about["iteration"],
+        {
+            "state": entries,
+            "param_groups": _numbered(options[covered:], theirs[covered:]),
+            **about.get("fallback", {}),
+        },
+    )
+
+
+def _numbered(options: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    numbered, at = [], 0
+    for values, group in zip(options, groups, strict=True):
+        numbered.append({**values, "params": list(range(at, at + len(group["params"])))})
+        at += len(group["params"])
+    return numbered
 
 
 def _layer_difference(theirs: Mapping[str, list[int]], own: Mapping[str, list[int]]) -> str:
@@ -79,20 +150,20 @@ def _layer_difference(theirs: Mapping[str, list[int]], own: Mapping[str, list[in
     return "state_dict is of another model: its layers come in another order"
 
 
-def load_layers(
-    layers: list[LayerFactors], plan: Plan, saved: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Copy the saved tensors into the layers' own, which keep their place in memory."""
-    for layer in layers:
-        entry = saved[layer.name]
-        if entry["tensors"]:
-            layer.allocate(plan)
-            for name, tensor in layer.kept.items():
-                tensor.copy_(entry["tensors"][name])
-        else:  # saved before the first step
-            layer.clear()
-        layer.started = entry["started"]
-        layer.warm_batches = entry["warm_batches"]
+def load(layers: list[LayerFactors], whole: Mapping[str, torch.Tensor], saved: Saved) -> None:
+    """Copy the saved tensors into the own ones, which keep their place in memory."""
+    entries = iter(saved.state)
+    for at, layer in enumerate(layers):
+        entry = next(entries)
+        for name, tensor in layer.kept.items():
+            tensor.copy_(entry[name])
+        started, warm_batches = entry["progress"].tolist()
+        layer.started, layer.warm_batches = bool(started), int(warm_batches)
+        if layer.bias is not None:
+            next(entries)
+        if at == 0:
+            for name, tensor in whole.items():
+                tensor.copy_(entry[GLOBAL + name])
 
 
 def keep_devices(group: dict[str, Any], own: Mapping[str, Any]) -> None:
@@ -103,9 +174,3 @@ def keep_devices(group: dict[str, Any], own: Mapping[str, Any]) -> None:
     for name, value in group.items():
         if isinstance(value, torch.Tensor) and isinstance(own.get(name), torch.Tensor):
             group[name] = value.to(own[name].device)
-
-
-def copy_into(own: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
-    """Copy each saved tensor into the own one of its name."""
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,48 +14,124 @@ from kbfgs_ext.optim.factors import LayerFactors
 from kbfgs_ext.optim.layers import Linear, kind_of
 
 
+class Excluded:
+    """What ``exclude=`` names: modules with all that is in them, and layers or parameters by name
+    or pattern ("decoder", "blocks.*.qkv"); a name covers what lies below it."""
+
+    def __init__(self, model: nn.Module, given: Any) -> None:
+        self._modules: set[int] = set()
+        self._patterns: list[str] = []
+        inside = {id(module) for module in model.modules()}
+        for one in [given] if isinstance(given, (str, nn.Module)) else given:
+            if isinstance(one, str):
+                self._patterns.append(one)
+            elif isinstance(one, nn.Module):
+                if id(one) not in inside:
+                    raise ValueError(
+                        f"exclude: a {type(one).__name__} is no part of the model:"
+                        " give its modules, their names, or patterns of names"
+                    )
+                self._modules |= {id(module) for module in one.modules()}
+            else:
+                raise TypeError(f"exclude must hold modules and names, got {one!r}")
+        names = [name for name, _ in model.named_modules()]
+        for pattern in self._patterns:
+            if not any(self._fits(pattern, _plain(name)) for name in names):
+                raise ValueError(f"exclude: no layer of the model has a name like {pattern!r}")
+
+    @staticmethod
+    def _fits(pattern: str, name: str) -> bool:
+        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        """Whether the layer is left out."""
+        return id(module) in self._modules or any(self._fits(p, name) for p in self._patterns)
+
+
+def _plain(name: str) -> str:
+    """A compiled model wraps its own: a checkpoint fits both."""
+    return name.replace("_orig_mod.", "")
+
+
+@dataclasses.dataclass
+class Found:
+    """What `cover` finds: the layers, every other trained parameter, and why it is not covered."""
+
+    layers: list[LayerFactors]
+    rest: dict[str, nn.Parameter]
+    reasons: dict[str, str]  # by the names in ``rest``
+
+
 def cover(
-    model: nn.Module, within: set[int] | None = None
-) -> tuple[list[LayerFactors], dict[str, nn.Parameter]]:
+    model: nn.Module,
+    excluded: Callable[[str, nn.Module], bool] = lambda name, module: False,
+    within: set[int] | None = None,
+) -> Found:
     """Find the covered layers of ``model``.
 
     A layer is covered if its kind is known and its weight is trained. Modules that share weight and
-    bias are one layer used several times; modules that share the weight alone are left out.
+    bias are one layer used several times; modules that share the weight alone, or the bias alone,
+    are left out.
 
     Args:
         model: searched in the order of ``named_modules``.
+        excluded: whether the layer of this name is left out on purpose.
         within: ids of the parameters to look at; None looks at all.
-
-    Returns:
-        The layers, and every other trained parameter by name.
 
     Raises:
         TypeError: the weight of a known kind is not real floating point.
         ValueError: a weight is not initialised yet (lazy modules).
     """
     by_weight: dict[int, tuple[type[Linear], list[tuple[str, nn.Module]]]] = {}
+    why: dict[int, str] = {}  # parameter -> why it is not covered
+    biases: dict[int, set[int]] = {}  # bias -> the weights beside it
     for name, module in model.named_modules():
+        for p in module._parameters.values():
+            if p is not None:
+                why.setdefault(
+                    id(p), f"{type(module).__name__} is no kind of layer that is covered"
+                )
         kind = kind_of(module)
-        if kind is None or not isinstance(module.weight, nn.Parameter):
+        if kind is None:
             continue
-        if not module.weight.is_floating_point():
+        weight, bias = kind.weight(module), kind.bias(module)
+        if not isinstance(weight, nn.Parameter):
+            continue
+        if not weight.is_floating_point():
             raise TypeError(
-                f"model: the weight of layer '{name}' is {module.weight.dtype};"
+                f"model: the weight of layer '{name}' is {weight.dtype};"
                 " only real floating-point weights can be trained"
             )
-        if module.weight.requires_grad:
-            by_weight.setdefault(id(module.weight), (kind, []))[1].append((name, module))
+        if bias is not None:
+            biases.setdefault(id(bias), set()).add(id(weight))
+        if excluded(_plain(name), module):
+            reason = "excluded"
+        elif not weight.requires_grad:
+            reason = "the weight of its layer is frozen"
+        else:
+            reason = ""
+            by_weight.setdefault(id(weight), (kind, []))[1].append((name, module))
+        if reason:
+            why.update({id(p): reason for p in (weight, bias) if p is not None})
 
     layers: list[LayerFactors] = []
     for kind, uses in by_weight.values():
         name, module = uses[0]
-        wanted = within is None or id(module.weight) in within
-        if not wanted or any(other.bias is not module.bias for _, other in uses):
-            continue
-        # A compiled model wraps its own: a checkpoint fits both.
-        plain = name.replace("_orig_mod.", "")
-        modules = [user for _, user in uses]
-        layers.append(LayerFactors(plain or type(module).__name__, modules, kind))
+        weight, bias = kind.weight(module), kind.bias(module)
+        if any(kind.bias(other) is not bias for _, other in uses):
+            reason = "its layers share the weight and not the bias"
+        elif bias is not None and len(biases[id(bias)]) > 1:
+            reason = "its layers share the bias and not the weight"
+        elif why[id(weight)] == "excluded":
+            reason = "excluded"  # under another name
+        else:
+            reason = ""
+        if reason:
+            shared = [p for _, user in uses for p in (kind.weight(user), kind.bias(user))]
+            why.update({id(p): reason for p in shared if p is not None})
+        elif within is None or id(weight) in within:
+            modules = [user for _, user in uses]
+            layers.append(LayerFactors(_plain(name) or type(module).__name__, modules, kind))
 
     covered = {id(p) for layer in layers for p in layer.parameters()}
     rest = {
@@ -66,7 +144,7 @@ def cover(
             raise ValueError(
                 f"model: parameter '{name}' is not initialised yet; run one forward pass first"
             )
-    return layers, rest
+    return Found(layers, rest, {name: why[id(p)] for name, p in rest.items()})
 
 
 def divide(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
-from kbfgs_ext.optim.capture import Slot
+from kbfgs_ext.optim.capture import Observer
 from kbfgs_ext.optim.layers import Linear
 
 ACCUMULATION = torch.float32  # factors of 16-bit parameters are kept in this dtype
@@ -70,9 +70,12 @@ class LayerFactors:
         bias = kind.bias(module)
         self.bias: nn.Parameter | None = bias if bias is not None and bias.requires_grad else None
         n_g, d_in = kind.matrix(self.weight).shape
-        self.n_g, self.n_a = n_g, d_in + (self.bias is not None)
-        self.slot = Slot(name, kind, n_g)
+        self.n_g, self.d_in, self.n_a = n_g, d_in, d_in + (self.bias is not None)
+        self.observer = Observer(name, kind, n_g)
+        self.observer.weight, self.observer.bias = self.weight, self.bias
         self.started = False  # H_a is the inverse factor, no longer the average
+        self.moving: list[nn.Parameter] = []  # the parameters that this step moves
+        self.bare = False  # this step goes without factors: the layer's input was never seen
         self.warm_batches = 0  # averaged into the factor by warm_start so far
         self.kept: dict[str, torch.Tensor] = {}
         self.scratch: dict[str, torch.Tensor] = {}
@@ -117,9 +120,8 @@ class LayerFactors:
             "work": (workspace_size(n_a, n_g),),
             "slope": (n_g,),
         }
-        if plan.keeps_a(self):
-            shapes["a_bar"] = (n_a,)
-        for name in ("h_bar", "h_bar_next", "g_bar", "g_bar_next"):
+        shapes["a_bar"] = shapes["a_bar_next"] = (n_a,)
+        for name in ("h_origin", "h_change", "g_bar", "g_bar_next"):
             shapes[name] = (n_g,)
         if plan.memory is not None:
             for name in ("s_damped", "y_damped", "Hy"):
@@ -136,6 +138,8 @@ class LayerFactors:
         if not self.scratch:
             for name, shape in self.scratch_shapes(plan).items():
                 self.scratch[name] = torch.zeros(shape, dtype=self.dtype, device=device)
+            for name in ("a_bar", "a_bar_next"):
+                self.scratch[name][self.d_in :] = 1.0  # the mean of the column of ones
             self._no_bias = torch.empty(0, dtype=self.weight.dtype, device=device)
 
     def clear(self) -> None:
@@ -153,6 +157,10 @@ class LayerFactors:
         """Whether the kept tensor exists, once they are allocated."""
         return name in self.kept
 
+    def uses(self, factor: str) -> bool:
+        """Whether this step is made with the factor."""
+        return self.has(factor) and not self.bare
+
     # The parameters and their gradients as the ops want them: matrices, and empty for no bias.
 
     def W(self) -> torch.Tensor:
@@ -163,25 +171,50 @@ class LayerFactors:
         """The bias, or an empty tensor."""
         return self._no_bias if self.bias is None else self.bias.detach()
 
-    def dW(self) -> torch.Tensor:
-        """The weight's gradient, d_out x d_in."""
-        assert self.weight.grad is not None  # has_gradients() has seen it
-        return self.kind.matrix(self.weight.grad)
+    def dW(self, decay: float = 0.0) -> torch.Tensor:
+        """The weight's gradient plus ``decay*W``, d_out x d_in; zero where it is frozen."""
+        return self.kind.matrix(self._gradient(self.weight, "no_dW", decay))
 
-    def db(self) -> torch.Tensor:
-        """The bias's gradient, or an empty tensor."""
-        if self.bias is None:
-            return self._no_bias
-        assert self.bias.grad is not None
-        return self.bias.grad
+    def db(self, decay: float = 0.0) -> torch.Tensor:
+        """The bias's gradient, as the weight's; or an empty tensor."""
+        return self._no_bias if self.bias is None else self._gradient(self.bias, "no_db", decay)
+
+    def _gradient(self, p: nn.Parameter, zero: str, decay: float) -> torch.Tensor:
+        if any(p is moved for moved in self.moving):
+            assert p.grad is not None
+            return p.grad.add(p.detach(), alpha=decay) if decay else p.grad
+        if zero not in self.scratch or self.scratch[zero].dtype != p.dtype:
+            self.scratch[zero] = torch.zeros_like(p, requires_grad=False)
+        return self.scratch[zero]
 
     def parameters(self) -> list[nn.Parameter]:
         """The covered parameters: the weight, and the bias where it is trained."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def has_gradients(self) -> bool:
-        """Whether this step's backward pass has reached the layer."""
-        return self.slot.gradients > 0 and all(p.grad is not None for p in self.parameters())
+    def look(self) -> None:
+        """After the first pass: which parameters move, those with a new gradient that want one."""
+        self.moving = [
+            p
+            for p in self.parameters()
+            if p.grad is not None and p.requires_grad and not self.observer.is_stale(p)
+        ]
+        if self.moving:
+            self.observer.settle()
+        self.bare = not self.started and not self.observer.seen
+
+    @property
+    def halved(self) -> bool:
+        """Whether this step moves the weight or the bias alone: the other is frozen."""
+        return len(self.moving) < len(self.parameters())
+
+    def hold(self) -> None:
+        """Put the frozen half of a layer back after a step, bit for bit."""
+        moving = {id(p) for p in self.moving}
+        saved = self.scratch["P"]
+        if id(self.weight) not in moving:
+            self.W().copy_(saved[:, : self.d_in])
+        if self.bias is not None and id(self.bias) not in moving:
+            self.b().copy_(saved[:, self.d_in])
 
     def average(self, plan: Plan) -> torch.Tensor:
         """Where X~'X~/m is averaged before the start: A, or the place of H_a without A."""

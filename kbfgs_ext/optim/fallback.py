@@ -7,7 +7,8 @@ that the safeguard undoes leaves the parameters as they were; both are decided o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -32,16 +33,54 @@ class Fallback:
 
     def __init__(
         self,
-        parameters: Sequence[torch.Tensor],
+        named: Mapping[str, torch.Tensor],
         factory: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer],
     ) -> None:
-        self.optimizer = factory(parameters)
+        self._names = {id(p): name for name, p in named.items()}
+        self.optimizer = factory(list({id(p): p for p in named.values()}.values()))
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"fallback must return a torch.optim.Optimizer, got {type(self.optimizer).__name__}"
             )
         self._saved: list[torch.Tensor] = []
         self._stepped: list[torch.Tensor] = []
+
+    def add(self, named: Mapping[str, torch.Tensor]) -> None:
+        """Take more parameters, in a group of their own."""
+        self._names |= {id(p): name for name, p in named.items()}
+        parameters = list({id(p): p for p in named.values()}.values())
+        self.optimizer.add_param_group({"params": parameters})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's, with the state that its first step would make: tools that load a
+        checkpoint in place need the tensors to be there."""
+        if not self.optimizer.state:
+            self._make_state()
+        return self.optimizer.state_dict()
+
+    def _make_state(self) -> None:
+        """A step with gradients of zero that moves nothing, and all that it has made set to 0."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        before = [(p.grad, p.detach().clone()) for p in parameters]
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        with torch.no_grad():
+            for p, (gradient, value) in zip(parameters, before, strict=True):
+                p.grad = gradient
+                p.copy_(value)
+            for tensor in self._state_tensors():
+                tensor.zero_()
+
+    def check_state(self, saved: Mapping[str, Any]) -> None:
+        """Raise ValueError where a saved state has tensors of another shape."""
+        for i, p in enumerate(self.parameters()):
+            for name, value in saved["state"].get(i, {}).items():
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != p.shape:
+                    raise ValueError(
+                        f"state_dict is of another model: {name} of {self._names[id(p)]!r} is"
+                        f" {tuple(value.shape)} there and the parameter {tuple(p.shape)} here"
+                    )
 
     def parameters(self) -> list[torch.Tensor]:
         """All parameters of the fallback's groups."""
@@ -60,9 +99,27 @@ class Fallback:
         for p in parameters:  # a non-finite gradient must not enter state made by this very step
             if p.grad is not None and not p.grad.is_sparse:
                 p.grad.copy_(torch.where(ok, p.grad, 0.0))
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            for saved, tensor in zip(self._saved, before, strict=True):
+                tensor.copy_(saved)
+            raise self._explained(error, parameters) from error
         self._put_back(before, ~ok)
         self._stepped = parameters
+
+    def _explained(self, error: Exception, parameters: list[torch.Tensor]) -> Exception:
+        """The error of a step, with what to do about a sparse gradient."""
+        sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
+        if not sparse:
+            return error
+        names = ", ".join(self._names.get(id(p), "?") for p in sparse)
+        return RuntimeError(
+            f"the fallback, {type(self.optimizer).__name__}, cannot take the sparse gradients of"
+            f" {names}: make the embedding with sparse=False, or give a fallback that takes them,"
+            " such as fallback=lambda parameters: torch.optim.SGD(parameters, lr=0.1)."
+            f" It said: {error}"
+        )
 
     def slope(self, like: torch.Tensor) -> torch.Tensor:
         """The change of the loss that the gradient promises for the step just taken."""

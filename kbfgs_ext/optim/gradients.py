@@ -1,4 +1,5 @@
-"""Between backward and the step: gradients are unscaled, checked and clipped, on the device."""
+"""Between backward and the step: the loss is looked at, and gradients are unscaled, checked and
+clipped, on the device."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from kbfgs_ext.optim.safeguard import resolution
 
 CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
@@ -65,3 +69,29 @@ def is_finite(x: torch.Tensor) -> torch.Tensor:
 def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Whether every element of every tensor is finite; a bool scalar on the device."""
     return torch.stack([is_finite(t).all() for t in tensors]).all()
+
+
+def scalar(loss: Any, like: torch.Tensor) -> torch.Tensor:
+    """The loss as a detached scalar of ``like``'s dtype and device."""
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1 and not loss.is_complex():
+        return loss.detach().reshape(()).to(like)
+    if isinstance(loss, float):
+        return torch.full_like(like, loss)
+    shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
+    raise TypeError(
+        f"closure must return the loss as a real scalar, got {type(loss).__name__}{shape}"
+    )
+
+
+def noise(loss: Any) -> float:
+    """The relative difference below which two such losses say nothing."""
+    kind = loss.dtype if isinstance(loss, torch.Tensor) and loss.is_floating_point() else None
+    return resolution(kind or torch.float64)
+
+
+def known_true(flag: torch.Tensor) -> bool:
+    """The host's one look at the device, before the factors start: is the first batch sound?
+
+    A fake tensor has no value; the shapes of a step are then followed through its usual course.
+    """
+    return isinstance(flag, FakeTensor) or bool(flag)

@@ -11,7 +11,7 @@ from torch import nn
 from kbfgs_ext import ops
 from kbfgs_ext.ops import checks
 from kbfgs_ext.optim import gradients, hyper
-from kbfgs_ext.optim.capture import Pass
+from kbfgs_ext.optim.capture import Pass, uncompiled
 from kbfgs_ext.optim.factors import Plan
 from kbfgs_ext.optim.method import KBFGSLMethod, KBFGSMethod
 from kbfgs_ext.optim.passes import RandomState
@@ -75,6 +75,12 @@ class KBFGS(SteppingOptimizer):
             length alike: -lr*(R/r)*P, with r the root mean square of the rows of a layer's P and R
             that of the rows of all P of its param group (of the layers with the same factors).
             "layer" takes from P the direction alone: -lr*P/r.
+        exclude: layers that go to the fallback: modules, with all that is in them, and names or
+            patterns of names ("head", "blocks.*.qkv").
+        context: modules outside ``model`` that the closure runs too, such as a frozen or otherwise
+            trained backbone: their buffers and gradients see one pass, as those of ``model`` do.
+        generators: `torch.Generator` objects that the closure draws from; both passes get the same
+            numbers, as from torch's own.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
             nothing, for every step is all that; maximize and differentiable are refused.
 
@@ -117,6 +123,9 @@ class KBFGS(SteppingOptimizer):
         restart_after: int | None = 10,
         initial_scale: float | str = 1.0,
         step_length: str = "direction",
+        exclude: nn.Module | str | Iterable[nn.Module | str] = (),
+        context: nn.Module | Iterable[nn.Module] | None = None,
+        generators: Iterable[torch.Generator] = (),
         **torch_keywords: bool | None,
     ) -> None:
         hyper.check_torch_keywords(torch_keywords)
@@ -164,7 +173,9 @@ class KBFGS(SteppingOptimizer):
         )
         method = KBFGSMethod if self.memory is None else KBFGSLMethod
         self._method = method(plan, backend, step_length)
-        super().__init__(model, defaults, groups, plan, fallback, rule, backend)
+        super().__init__(
+            model, defaults, groups, plan, fallback, rule, backend, exclude, context, generators
+        )
 
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, scaler: torch.amp.GradScaler | None = None
@@ -206,6 +217,7 @@ class KBFGS(SteppingOptimizer):
         gradients.check_scaler(scaler)
         return self._step(closure, scaler)
 
+    @uncompiled
     def _step(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
         """`step` without its checks of the call, and without hooks."""
         loss = self._run(closure, Pass.FIRST)
@@ -282,7 +294,7 @@ class KBFGS(SteppingOptimizer):
     def _warm_batch(self, batch: Any) -> torch.Tensor:
         """Average one batch into the factors; whether its activations are finite."""
         for layer in self._layers():
-            layer.slot.begin(layer["h_bar"], layer["g_bar"], keep_inputs=layer.has("H_a"))
+            layer.observer.begin(None, layer["g_bar"], keep_inputs=layer.has("H_a"))
         if isinstance(batch, Mapping):
             self.model(**batch)
         elif isinstance(batch, (tuple, list)):
@@ -291,13 +303,13 @@ class KBFGS(SteppingOptimizer):
             self.model(batch)
         fine = torch.ones((), dtype=torch.bool, device=self._guard.scale.device)
         for layer in self._layers():
-            if layer.slot.inputs:
+            if layer.observer.has_inputs():
                 k = layer.warm_batches
-                A, a_bar, X = layer.average(self._plan), layer["a_bar"], layer.slot.X()
+                A, a_bar, X = layer.average(self._plan), layer["a_bar"], layer.observer.X()
                 with self._own_work():
                     ops.factor_ema_([A], [a_bar], [X], k / (k + 1), None, self._method.backend)
                 layer.warm_batches = k + 1
-                layer.slot.inputs.clear()
+                layer.observer.forget_inputs()
                 fine &= torch.isfinite(a_bar).all()
         return fine
 

@@ -1,8 +1,8 @@
 """Layer kinds: what a layer looks like to the algorithm.
 
-A kind turns a module's input into rows X (the column of ones is implied), its output into rows h,
-and its weight and weight gradient into matrices d_out x d_in. A new kind of layer is one small
-class here, added to `KINDS`.
+A kind turns a module's input into rows X (the column of ones is implied), and its weight and weight
+gradient into matrices d_out x d_in. A new kind of layer is one small class here, added to `KINDS`;
+nothing outside this file asks a module for its weight.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Linear:
     module_type = nn.Linear
 
     @staticmethod
-    def weight(module: Any) -> nn.Parameter:
-        """The weight parameter."""
+    def weight(module: Any) -> Any:
+        """The weight: a parameter, unless something else computes it."""
         return module.weight
 
     @staticmethod
@@ -29,14 +29,10 @@ class Linear:
         return module.bias
 
     @staticmethod
-    def input_rows(module: Any, x: torch.Tensor) -> torch.Tensor:
+    def input_rows(x: torch.Tensor) -> torch.Tensor:
         """The input as m x d_in rows."""
-        return x.reshape(-1, module.in_features)
-
-    @staticmethod
-    def output_rows(module: Any, h: torch.Tensor) -> torch.Tensor:
-        """The output, or a gradient of its shape, as m x d_out rows."""
-        return h.reshape(-1, module.out_features)
+        x = plain(x)
+        return x.reshape(-1, x.shape[-1])
 
     @staticmethod
     def matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -55,3 +51,19 @@ def kind_of(module: nn.Module) -> type[Linear] | None:
         if type(module) is kind.module_type:
             return kind
     return None
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as a dense tensor with the features last: out of torch.func's wrappers (vmap, grad,
+    jvp), of nested tensors and of sparse ones."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        batch = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else -1
+        x = functorch.get_unwrapped(x)
+        if batch >= 0:
+            x = x.movedim(batch, 0)
+    if x.is_nested:
+        if x.layout is torch.jagged:
+            return x.values()
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
+    return x.to_dense() if x.layout is not torch.strided else x

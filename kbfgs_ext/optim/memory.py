@@ -11,6 +11,7 @@ import torch
 
 from kbfgs_ext.optim.factors import LayerFactors, Plan
 from kbfgs_ext.optim.fallback import Fallback
+from kbfgs_ext.optim.passes import Buffers
 
 
 def product_scratch_elements(layers: list[LayerFactors], plan: Plan, device: torch.device) -> int:
@@ -21,12 +22,13 @@ def product_scratch_elements(layers: list[LayerFactors], plan: Plan, device: tor
 
 
 def memory_usage(
-    layers: list[LayerFactors], plan: Plan, fallback: Fallback | None
+    layers: list[LayerFactors], plan: Plan, fallback: Fallback | None, buffers: Buffers
 ) -> dict[str, int]:
     """Bytes by kind, and their "total".
 
     Kinds are the names of `LayerFactors`; "vectors" are all tensors of one dimension, "product" is
-    the scratch of the direction, "fallback" the fallback's state and copies as they are at present.
+    the scratch of the direction, "fallback" the fallback's state and copies as they are at present,
+    "buffers" the copies of the model's buffers.
     """
     usage: dict[str, int] = {}
 
@@ -41,5 +43,6 @@ def memory_usage(
     first = layers[0]
     add("product", product_scratch_elements(layers, plan, first.weight.device), first.dtype)
     usage["fallback"] = 0 if fallback is None else fallback.bytes()
+    usage["buffers"] = buffers.bytes()
     usage["total"] = sum(usage.values())
     return usage

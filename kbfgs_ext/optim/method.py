@@ -42,10 +42,10 @@ class KBFGSMethod:
         for layer in layers:
             if not layer.started:
                 cold = [] if layer.warm_batches else [layer.average(self.plan)]
-                ops.factor_ema_(cold, [layer["a_bar"]], [layer.slot.X()], 0.0, ok, self.backend)
+                ops.factor_ema_(cold, [layer["a_bar"]], [layer.observer.X()], 0.0, ok, self.backend)
         old = [layer for layer in layers if layer.started]
         A = _each(old, "A") if self.plan.keep_A else []
-        X = [layer.slot.X() for layer in old]
+        X = [layer.observer.X() for layer in old]
         ops.factor_ema_(A, _each(old, "a_bar"), X, group["stat_decay"], ok, self.backend)
         for layer in layers:
             if not layer.started:
@@ -60,27 +60,40 @@ class KBFGSMethod:
         ok: torch.Tensor,
     ) -> None:
         """Steps 2 and 4: momentum, direction, weights."""
-        whole = layers[0].has("H_a") and layers[0].has("H_g")
+        whole = layers[0].uses("H_a") and layers[0].uses("H_g")
         if not whole or self.step_length != "direction":
             self._descend_in_parts(layers, group, scalars, scratch, ok)
             return
+        dW, db, decay = self._gradients(layers, group)
         ops.kron_step_(
             W=[layer.W() for layer in layers],
             b=[layer.b() for layer in layers],
             M=_each(layers, "M"),
             P=_each(layers, "P"),
             work=scratch,
-            dW=[layer.dW() for layer in layers],
-            db=[layer.db() for layer in layers],
+            dW=dW,
+            db=db,
             H_g=_each(layers, "H_g"),
             H_a=_each(layers, "H_a"),
             step_size=self._step_sizes(layers, scalars),
             momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
+            weight_decay=decay,
             ok=ok,
             backend=self.backend,
         )
         written(layers)
+
+    def _gradients(
+        self, layers: Layers, group: Group
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
+        """dL/dW and dL/db, and the weight decay still to be added to them.
+
+        A frozen half of a layer has none: the other half's is then in its gradient already.
+        """
+        decay = group["weight_decay"]
+        inside = decay if layers[0].halved else 0.0
+        dW = [layer.dW(inside) for layer in layers]
+        return dW, [layer.db(inside) for layer in layers], decay - inside
 
     def _descend_in_parts(
         self,
@@ -91,14 +104,15 @@ class KBFGSMethod:
         ok: torch.Tensor,
     ) -> None:
         W, b = [layer.W() for layer in layers], [layer.b() for layer in layers]
+        dW, db, decay = self._gradients(layers, group)
         ops.momentum_(
             _each(layers, "M"),
-            [layer.dW() for layer in layers],
-            [layer.db() for layer in layers],
+            dW,
+            db,
             W,
             b,
             group["momentum"],
-            group["weight_decay"],
+            decay,
             ok,
             self.backend,
         )
@@ -116,10 +130,10 @@ class KBFGSMethod:
     def _direction(self, layers: Layers, scratch: list[torch.Tensor]) -> None:
         """Step 4's P; a factor that is missing is the identity."""
         M, P = _each(layers, "M"), _each(layers, "P")
-        if layers[0].has("H_a"):
-            H_g = _each(layers, "H_g") if layers[0].has("H_g") else []
+        if layers[0].uses("H_a"):
+            H_g = _each(layers, "H_g") if layers[0].uses("H_g") else []
             ops.kron_precondition_(P, H_g, M, _each(layers, "H_a"), scratch, self.backend)
-        elif layers[0].has("H_g"):
+        elif layers[0].uses("H_g"):
             for layer in layers:
                 torch.mm(layer["H_g"], layer["M"], out=layer["P"])
         else:
@@ -137,6 +151,19 @@ class KBFGSMethod:
             backend=self.backend,
         )
 
+    def output_change(self, layers: Layers) -> None:
+        """Step 6's h_bar+ - h_bar, without the difference of two large means."""
+        if layers:
+            ops.output_change_(
+                change=_each(layers, "h_change"),
+                W=[layer.W() for layer in layers],
+                b=[layer.b() for layer in layers],
+                saved=_each(layers, "P"),
+                a_bar=_each(layers, "a_bar"),
+                a_bar_next=_each(layers, "a_bar_next"),
+                backend=self.backend,
+            )
+
     def undo(self, layers: Layers, undo: torch.Tensor) -> None:
         """Put the parameters of before the step back where ``undo``."""
         W, b = [layer.W() for layer in layers], [layer.b() for layer in layers]
@@ -153,7 +180,7 @@ class KBFGSMethod:
     ) -> None:
         """Step 9 by itself: before the second pass, so that the activations of the first need not
         outlive it, or without one."""
-        X = [] if self.plan.keep_A else [layer.slot.X() for layer in layers]
+        X = [] if self.plan.keep_A else [layer.observer.X() for layer in layers]
         self._curvature(layers, [], X, group, scalars, ok, ok, orders)
 
     def curvature(
@@ -167,8 +194,8 @@ class KBFGSMethod:
         orders: Orders,
     ) -> None:
         """Steps 6 to 8, and step 9 in the same call if ``with_activations`` (for "ema" alone)."""
-        a_side = layers if with_activations and layers[0].has("H_a") else []
-        g_side = layers if layers[0].has("H_g") else []
+        a_side = layers if with_activations and layers[0].uses("H_a") else []
+        g_side = layers if layers[0].uses("H_g") else []
         if a_side or g_side:
             self._curvature(a_side, g_side, [], group, scalars, ok, ok_pair, orders)
 
@@ -194,8 +221,8 @@ class KBFGSMethod:
             A=[] if X else _each(a_side, "A"),
             X=X,
             a_bar=_each(a_side, "a_bar"),
-            h_bar=_each(g_side, "h_bar"),
-            h_bar_next=_each(g_side, "h_bar_next"),
+            h_bar=_origin(g_side),
+            h_bar_next=_each(g_side, "h_change"),
             g_bar=_each(g_side, "g_bar"),
             g_bar_next=_each(g_side, "g_bar_next"),
             lam_a=[scalars.lam_a] * len(a_side),
@@ -260,7 +287,10 @@ class KBFGSLMethod(KBFGSMethod):
     def _direction(self, layers: Layers, scratch: list[torch.Tensor]) -> None:
         """P = H_g (M H_a), layer after layer on the CPU, where all share the scratch."""
         M, P, work = _each(layers, "M"), _each(layers, "P"), scratch
-        if not layers[0].has("H_a"):
+        if layers[0].bare:
+            torch._foreach_copy_(P, M)
+            return
+        if not layers[0].uses("H_a"):
             self._apply_H_g(layers, P, M)
             return
         step = 1 if work[0].device.type == "cpu" else len(layers)
@@ -282,15 +312,15 @@ class KBFGSLMethod(KBFGSMethod):
         orders: Orders,
     ) -> None:
         """Steps 6 to 8 on the ring of pairs, and step 9 if ``with_activations``."""
-        if with_activations and layers[0].has("H_a"):
+        if with_activations and layers[0].uses("H_a"):
             self._curvature(layers, [], [], group, scalars, ok, ok, orders)
         s, y, Hy = (_each(layers, name) for name in ("s_damped", "y_damped", "Hy"))
         counts, c, gamma = _each(layers, "counts_g"), _each(layers, "g_bar"), _gamma(layers)
         ops.pair_ema_(
             _each(layers, "s"),
             _each(layers, "y"),
-            _each(layers, "h_bar"),
-            _each(layers, "h_bar_next"),
+            _origin(layers),
+            _each(layers, "h_change"),
             c,
             _each(layers, "g_bar_next"),
             group["pair_decay"],
@@ -334,8 +364,14 @@ def _sizes(P: list[torch.Tensor], size: torch.Tensor, balanced: bool) -> list[to
     return sizes
 
 
+def _origin(layers: Layers) -> list[torch.Tensor]:
+    """Where mean outputs are measured from: the first pass's own, so that the second's is the
+    change itself."""
+    return _each(layers, "h_origin")
+
+
 def _gamma(layers: Layers) -> list[torch.Tensor]:
-    return _each(layers, "gamma") if layers[0].has("gamma") else []
+    return _each(layers, "gamma") if layers[0].uses("gamma") else []
 
 
 def written(layers: Layers) -> None:

@@ -1,74 +1,137 @@
 """The second pass must see the first one's world: same random numbers, same buffers, other weights.
 
 `SecondPass` is a context manager around the second run of the closure. Inside it the random
-generators stand where they stood before the first pass, and parameters want no gradient. On
-leaving, buffers (BatchNorm statistics) are as the first pass left them, and every parameter has its
-requires_grad and its first-pass gradient again.
+generators stand where they stood before the first pass, and parameters want no gradient, but for
+the biases of covered layers, real or virtual: theirs is all that the second pass is for, and they
+are where its graph starts. On leaving, buffers (BatchNorm statistics) are as the first pass left
+them, and every parameter has its requires_grad and its first-pass gradient again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
+LARGE_BUFFER = 2**16  # elements: below, a copy costs no more than the launch that makes it
+
 
 class RandomState:
-    """The state of the random generators that a pass may draw from: CPU, and a CUDA device's.
+    """The state of the random generators that a pass may draw from: CPU, a CUDA device's, and the
+    user's own ``generators``.
 
     A capture has no state to read: graph.py sees to it that nothing is drawn in one.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
         self._cpu = torch.get_rng_state()
         readable = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
         self._cuda = torch.cuda.get_rng_state(device) if readable else None
         self._device = device
+        self._own = [(generator, generator.get_state()) for generator in generators]
 
     def restore(self) -> None:
         """Put the generators back."""
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
+        for generator, state in self._own:
+            generator.set_state(state)
 
 
 class Buffers:
     """Copies of a model's buffers, kept from step to step.
 
-    All of them: BatchNorm's kernels write the running statistics without a trace in the tensor's
-    version, so which buffers a pass has changed cannot be told beforehand.
+    Small ones are all copied: BatchNorm's kernels write the running statistics without a trace in
+    the tensor's version. A large one (a mask, a table of positions) is copied if its version shows
+    that the first pass has written it, which the second then does as well. One that cannot be
+    written, expanded or made in inference mode, needs no copy.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._saved: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = []
+        self._versions: dict[int, tuple[torch.Tensor, int]] = {}  # large ones, by id
+        self._saved: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor | None]] = []
 
-    def save(self) -> None:
-        """Copy every buffer."""
-        kept = {id(buffer): copy for _, _, buffer, copy in self._saved}
-        self._saved = []
+    def _all(self) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
-                if buffer is None:
-                    continue
+                if buffer is not None:
+                    yield module, name, buffer
+
+    def watch(self) -> None:
+        """Note the versions of the large ones, before the first pass."""
+        self._versions = {
+            id(b): (b, b._version) for _, _, b in self._all() if not _small(b) and _writable(b)
+        }
+
+    def save(self) -> None:
+        """Copy every buffer that a pass may write."""
+        kept = {id(buffer): copy for _, _, buffer, copy in self._saved}
+        self._saved = []
+        for module, name, buffer in self._all():
+            before = self._versions.get(id(buffer))
+            quiet = before is not None and before[0] is buffer and before[1] == buffer._version
+            copy = None
+            if _writable(buffer) and not quiet:
                 copy = kept.get(id(buffer))
                 if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
                     copy = buffer.clone()
                 else:
                     copy.copy_(buffer)
-                self._saved.append((module, name, buffer, copy))
+            self._saved.append((module, name, buffer, copy))
 
     def copies(self) -> list[torch.Tensor]:
         """The copies as they stand."""
-        return [copy for *_, copy in self._saved]
+        return [copy for *_, copy in self._saved if copy is not None]
+
+    def bytes(self) -> int:
+        """Bytes of the copies: of all small buffers, and of the large ones that are copied now."""
+        copied = {id(b) for _, _, b, copy in self._saved if copy is not None}
+        mine = {id(b): b for _, _, b in self._all() if _writable(b)}.values()
+        return sum(b.numel() * b.element_size() for b in mine if _small(b) or id(b) in copied)
 
     def restore(self) -> None:
         """Put every buffer back as `save` found it, replaced ones too."""
         for module, name, buffer, copy in self._saved:
-            buffer.copy_(copy)
+            if copy is not None:
+                buffer.copy_(copy)
             module._buffers[name] = buffer
+
+
+def _small(buffer: torch.Tensor) -> bool:
+    return buffer.numel() <= LARGE_BUFFER
+
+
+def _writable(buffer: torch.Tensor) -> bool:
+    """Whether a pass can write it in place: no tensor of inference mode, no elements that share a
+    place in memory."""
+    if buffer.is_inference():
+        return False
+    strides = buffer.stride() if buffer.layout is torch.strided else ()
+    return not any(n > 1 and step == 0 for n, step in zip(buffer.shape, strides, strict=False))
+
+
+def joined(model: nn.Module, given: nn.Module | Iterable[nn.Module] | None) -> nn.Module:
+    """The modules that a closure runs: ``model`` with those ``given``."""
+    if given is None:
+        return model
+    given = [given] if isinstance(given, nn.Module) else list(given)
+    for one in given:
+        if not isinstance(one, nn.Module):
+            raise TypeError(f"context must be a torch.nn.Module, got {type(one).__name__}")
+    return nn.ModuleList([model, *given])
+
+
+def check_generators(given: Iterable[torch.Generator]) -> list[torch.Generator]:
+    """``given`` as a list; TypeError where one is no `torch.Generator`."""
+    generators = list(given)
+    for one in generators:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(f"generators must be torch.Generators, got {type(one).__name__}")
+    return generators
 
 
 class SecondPass:
@@ -77,11 +140,13 @@ class SecondPass:
     def __init__(
         self,
         parameters: Iterable[torch.Tensor],
+        anchors: Iterable[torch.Tensor],
         random: RandomState,
         buffers: Buffers,
         freeze: bool,
     ) -> None:
-        self._parameters = list(parameters)
+        self._parameters = list({id(p): p for p in parameters}.values())
+        self._anchors = {id(p) for p in anchors}
         self._random = random
         self._buffers = buffers
         self._freeze = freeze
@@ -89,20 +154,38 @@ class SecondPass:
     def __enter__(self) -> None:
         self._buffers.save()
         self._gradients = [p.grad for p in self._parameters]
-        self._wanted = [p.requires_grad for p in self._parameters]
+        self._frozen = []
         for p in self._parameters:
             p.grad = None
-            if self._freeze:
+            if self._freeze and p.requires_grad and id(p) not in self._anchors:
+                self._frozen.append(p)
                 p.requires_grad_(False)
         self._random.restore()
 
-    def __exit__(self, *exception: object) -> None:
-        for p, gradient, wanted in zip(
-            self._parameters, self._gradients, self._wanted, strict=True
-        ):
-            p.requires_grad_(wanted)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        for p in self._frozen:
+            p.requires_grad_(True)
+        for p, gradient in zip(self._parameters, self._gradients, strict=True):
             p.grad = gradient
         self._buffers.restore()
+        if self._freeze and error is not None and _misses_weight_gradients(error):
+            raise RuntimeError(
+                "the closure failed in the second pass, in which weights have no gradient: if it"
+                " reads, assigns or differentiates weight gradients, make the optimizer with"
+                f" freeze_second_pass=False. It failed with {type(error).__name__}: {error}"
+            ) from error
+
+
+def _misses_weight_gradients(error: BaseException) -> bool:
+    """Whether the error may come from a weight that wants no gradient, or a `.grad` of None."""
+    said = str(error)
+    if isinstance(error, (AttributeError, TypeError)):
+        return "NoneType" in said
+    return isinstance(error, RuntimeError) and (
+        "does not require grad" in said or "not to require grad" in said or "NoneType" in said
+    )
 
 
 @contextlib.contextmanager

@@ -155,7 +155,7 @@ class Safeguard:
         """Whether the activation side, which is updated now, restarts; a void step leaves it."""
         waiting = self._decision[2]
         order = waiting & ok
-        waiting.logical_and_(~ok)
+        waiting.logical_xor_(order)
         return order
 
     def reset(self) -> None:

@@ -17,17 +17,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from kbfgs_ext.optim import gradients, hyper
+from kbfgs_ext.ops import registry
+from kbfgs_ext.optim import gradients, hyper, reports
 from kbfgs_ext.optim.base import CoveredOptimizer
 from kbfgs_ext.optim.capture import Pass
 from kbfgs_ext.optim.factors import LayerFactors
 from kbfgs_ext.optim.method import KBFGSMethod
 from kbfgs_ext.optim.passes import RandomState, SecondPass, own_work
 from kbfgs_ext.optim.restart import Orders
-from kbfgs_ext.optim.safeguard import resolution
 
 Closure = Callable[[], torch.Tensor]
 FIRST, DESCEND, SECOND, FINISH = "first_pass()", "descend(loss)", "second_pass()", "finish(loss)"
@@ -40,6 +39,7 @@ class Flight:
     random: RandomState
     next: str = DESCEND  # the call that comes next
     active: list[LayerFactors] = dataclasses.field(default_factory=list)
+    paired: list[LayerFactors] = dataclasses.field(default_factory=list)  # they yield a pair
     value: torch.Tensor | None = None  # the loss of the first pass
     ok: torch.Tensor | None = None  # false: the step is void
     slope: torch.Tensor | None = None  # derivative of the loss along the step, if it is wanted
@@ -116,11 +116,16 @@ class SteppingOptimizer(CoveredOptimizer):
         try:
             with (
                 SecondPass(
-                    self._parameters(), flight.random, self._buffers, self.freeze_second_pass
+                    itertools.chain(self._context.parameters(), self._parameters()),
+                    [layer.observer.anchor() for layer in self._layers()],
+                    flight.random,
+                    self._buffers,
+                    self.freeze_second_pass,
                 ),
                 self._recording(Pass.SECOND),
             ):
                 yield
+                flight.paired = _settled(flight.paired)
         except BaseException:
             self._flight = None
             if flight.active:
@@ -149,10 +154,14 @@ class SteppingOptimizer(CoveredOptimizer):
             raise RuntimeError(f"first_pass() inside the {self._recorder.at.value} of a step")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a step needs gradients: it cannot run under inference_mode()")
+        if self.closed:
+            raise RuntimeError("this optimizer is closed: make a new one to go on training")
         for covered in self._covered:
             hyper.check_group(covered.group)
+        self._trace.clear()
         self._materialize()
-        self._flight = Flight(RandomState(self._guard.scale.device))
+        self._buffers.watch()
+        self._flight = Flight(RandomState(self._guard.scale.device, self._generators))
 
     def _expect(self, call: str) -> Flight:
         wanted = FIRST if self._flight is None else self._flight.next
@@ -165,45 +174,50 @@ class SteppingOptimizer(CoveredOptimizer):
         flight = self._expect(DESCEND)
         gradients.check_scaler(scaler)
         with self._own_work():
-            value, active = _scalar(loss, self._guard.scale), self._active()
+            value, active = gradients.scalar(loss, self._guard.scale), self._active()
             flight.unscale = gradients.unscale(self, scaler, self._guard.scale.device)
             if flight.unscale is not None:
                 torch._foreach_mul_([layer["g_bar"] for layer in active], flight.unscale)
             found = gradients.Gradients(self._with_gradients(active), value)
             ok = found.finite(value)
             clipped = found.clip(self.max_grad_norm)
+            started = all(layer.started for layer in active) or gradients.known_true(ok)
+            if started and self._fallback is not None:
+                self._fallback.step(ok)  # first: it may raise, and then nothing has moved
             self._guard.count(ok)
             flight.value, flight.ok, flight.next = value, ok, SECOND
-            if not all(layer.started for layer in active) and not _known_true(ok):
+            if not started:
                 return  # nothing to start the factors from yet
             flight.active = active
+            flight.paired = [layer for layer in active if layer.observer.complete]
             paired = self._iteration % self.pair_every == 0
             self._iteration += 1
             flight.late = (
                 paired
                 and self._plan.keep_A
-                and all(layer.slot.inputs or not layer.has("H_a") for layer in active)
+                and all(layer.observer.has_inputs() for layer in active if layer.uses("H_a"))
             )
-            early = not flight.late and any(layer.slot.inputs for layer in active)
+            early = not flight.late and any(layer.observer.has_inputs() for layer in active)
             orders = Orders(a=self._guard.take_order_a(ok)) if early else Orders()
             for group, layers, scalars in self._split(active):
                 if not self._capturing:
                     scalars.refresh(group)
                 scalars.set_step_size(self._guard.scale)
                 for layer in layers:
-                    if not layer.started:
+                    if not layer.started and not layer.bare:
                         layer.start_g(scalars.lam_g, self._plan)
-                seen = [layer for layer in layers if layer.slot.inputs]
+                seen = [layer for layer in layers if layer.observer.has_inputs()]
                 if seen:
                     self._method.statistics(seen, group, scalars, ok)
                 self._method.descend(layers, group, scalars, self._scratch(layers), ok)
+                if layers[0].halved:
+                    for layer in layers:
+                        layer.hold()
                 if seen and not flight.late:
                     self._method.curvature_from_activations(seen, group, scalars, ok, orders)
             for layer in active:
-                layer.slot.inputs.clear()  # the activations need not outlive the first pass
-                layer.started = True
-            if self._fallback is not None:
-                self._fallback.step(ok)
+                layer.observer.forget_inputs()  # the activations need not outlive the first pass
+                layer.started = layer.started or not layer.bare
             if not paired:
                 self._flight = None
             elif self.safeguard and self._guard.wants_slope:
@@ -214,24 +228,26 @@ class SteppingOptimizer(CoveredOptimizer):
     def _finish(self, loss: Any) -> None:
         flight = self._expect(FINISH)
         with self._own_work():
-            value = _scalar(loss, self._guard.scale)
+            value = gradients.scalar(loss, self._guard.scale)
             ok = flight.ok
             assert ok is not None and flight.value is not None
             self._flight = None
             if not flight.active:
                 return
+            self._method.output_change(flight.paired)  # by the step as it was taken
             if self.safeguard:
-                undo = self._guard.judge(flight.value, value, flight.slope, _noise(loss), ok)
+                undo = self._guard.judge(
+                    flight.value, value, flight.slope, gradients.noise(loss), ok
+                )
                 self._undo(flight.active, undo)
             ok_pair = ok & gradients.is_finite(value)
-            seen_twice = [layer for layer in flight.active if layer.slot.gradients > 0]
-            if flight.unscale is not None and seen_twice:
-                g_bar_next = [layer["g_bar_next"] for layer in seen_twice]
+            if flight.unscale is not None and flight.paired:
+                g_bar_next = [layer["g_bar_next"] for layer in flight.paired]
                 torch._foreach_mul_(g_bar_next, flight.unscale)
                 ok_pair &= gradients.all_finite(g_bar_next)
             order_a = self._guard.take_order_a(ok) if flight.late else None
             orders = Orders(order_a, self._guard.order_g)
-            for group, layers, scalars in self._split(seen_twice):
+            for group, layers, scalars in self._split(flight.paired):
                 self._method.curvature(layers, flight.late, group, scalars, ok, ok_pair, orders)
 
     # ------------------------------------------------------------------ around a replayed step
@@ -251,18 +267,24 @@ class SteppingOptimizer(CoveredOptimizer):
 
     # ------------------------------------------------------------------ small things
 
-    def _own_work(self) -> contextlib.AbstractContextManager[None]:
-        return own_work(self._guard.scale.device, self.matmul_precision)
+    @contextlib.contextmanager
+    def _own_work(self) -> Iterator[None]:
+        with own_work(self._guard.scale.device, self.matmul_precision), registry.watch(self._trace):
+            yield
 
     @contextlib.contextmanager
     def _recording(self, which: Pass) -> Iterator[None]:
         """The hooks in the given state."""
         suffix = "_next" if which is Pass.SECOND else ""
         fresh = self._iteration % self.factor_every == 0
+        paired = which is Pass.SECOND or self._iteration % self.pair_every == 0
         for layer in self._layers():
             wanted = layer.has("H_a") and (fresh or not layer.started)
             keep_inputs = which is not Pass.SECOND and wanted
-            layer.slot.begin(layer["h_bar" + suffix], layer["g_bar" + suffix], keep_inputs)
+            a_bar = layer["a_bar" + suffix] if paired else None
+            layer.observer.begin(a_bar, layer["g_bar" + suffix], keep_inputs)
+            if which is Pass.FIRST:
+                layer.observer.expect_fresh_gradients()
         self._recorder.at, self._recorder.in_the_dark = which, False
         try:
             with torch.set_grad_enabled(which is not Pass.WARM):
@@ -276,17 +298,31 @@ class SteppingOptimizer(CoveredOptimizer):
 
     def _in_the_dark(self) -> bool:
         """Whether the pass has run covered layers, but none with gradients."""
-        return self._recorder.in_the_dark and not any(layer.slot.rows for layer in self._layers())
+        return self._recorder.in_the_dark and not any(
+            layer.observer.uses for layer in self._layers()
+        )
 
     def _active(self) -> list[LayerFactors]:
-        """The layers that this minibatch has used and reached with gradients."""
-        active = [layer for layer in self._layers() if layer.has_gradients()]
-        for layer in active:
-            if layer.slot.rows == 0:
+        """The layers that this step moves: a gradient has reached them."""
+        active, empty = [], []
+        for layer in self._layers():
+            observer = layer.observer
+            if observer.dark and observer.recomputed and not observer.uses:
                 raise RuntimeError(
                     f"layer '{layer.name}' ran forward without gradients and was recomputed in"
                     " backward: use torch.utils.checkpoint with use_reentrant=False"
                 )
+            if observer.empty and not observer.uses:
+                empty.append(layer)  # its gradients are zero: no use at all
+                continue
+            layer.look()
+            if layer.moving:
+                active.append(layer)
+        if not active and empty:
+            raise ValueError(
+                f"the input of layer '{empty[0].name}' is empty: shape {empty[0].observer.empty};"
+                " a step needs a batch with at least one row"
+            )
         if not active:
             names = ", ".join(layer.name for layer in self._layers())
             raise RuntimeError(
@@ -295,10 +331,14 @@ class SteppingOptimizer(CoveredOptimizer):
                 else "closure must call backward() on a loss that depends on the covered layers,"
                 f" and leave their gradients in place: no gradient has reached any of {names}"
             )
+        unseen = {layer.name for layer in active if not layer.observer.seen} - self._unseen
+        if unseen:
+            self._unseen |= unseen
+            reports.say_what_is_unseen(sorted(unseen))
         return active
 
     def _with_gradients(self, active: list[LayerFactors]) -> list[torch.Tensor]:
-        parameters: list[torch.Tensor] = [p for layer in active for p in layer.parameters()]
+        parameters: list[torch.Tensor] = [p for layer in active for p in layer.moving]
         return parameters + (self._fallback.parameters() if self._fallback is not None else [])
 
     def _slope(self, active: list[LayerFactors]) -> torch.Tensor:
@@ -335,27 +375,8 @@ _DARK = (
 )
 
 
-def _scalar(loss: Any, like: torch.Tensor) -> torch.Tensor:
-    """The loss as a detached scalar of ``like``'s dtype and device."""
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1 and not loss.is_complex():
-        return loss.detach().reshape(()).to(like)
-    if isinstance(loss, float):
-        return torch.full_like(like, loss)
-    shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
-    raise TypeError(
-        f"closure must return the loss as a real scalar, got {type(loss).__name__}{shape}"
-    )
-
-
-def _noise(loss: Any) -> float:
-    """The relative difference below which two such losses say nothing."""
-    kind = loss.dtype if isinstance(loss, torch.Tensor) and loss.is_floating_point() else None
-    return resolution(kind or torch.float64)
-
-
-def _known_true(flag: torch.Tensor) -> bool:
-    """The host's one look at the device, before the factors start: is the first batch sound?
-
-    A fake tensor has no value; the shapes of a step are then followed through its usual course.
-    """
-    return isinstance(flag, FakeTensor) or bool(flag)
+def _settled(layers: list[LayerFactors]) -> list[LayerFactors]:
+    """After the second pass: the layers whose input and bias gradient it has shown again."""
+    for layer in layers:
+        layer.observer.settle()
+    return [layer for layer in layers if layer.observer.complete]

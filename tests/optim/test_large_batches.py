@@ -249,7 +249,7 @@ def test_a_step_without_pair_and_factors_changes_the_rest_alone(method, action):
     after = snapshot(model, opt)
     assert_same(before, after, but=("weight", "bias", " M"))
     assert not torch.equal(before["0 M"], after["0 M"])
-    assert all(not layer.slot.inputs for layer in opt._layers())
+    assert all(not layer.observer.has_inputs() for layer in opt._layers())
 
 
 @METHODS
@@ -272,12 +272,12 @@ def test_steps_between_pairs_keep_no_activations(monkeypatch):
     monkeypatch.setattr(
         KBFGSMethod,
         "descend",
-        lambda self, layers, *rest: seen.append([len(layer.slot.inputs) for layer in layers]),
+        lambda self, layers, *rest: seen.append([layer.observer.has_inputs() for layer in layers]),
     )
     _, opt, closure = problem(factor_every=3, pair_every=3)
     for _ in range(4):
         opt.step(closure)
-    assert seen == [[1, 1], [0, 0], [0, 0], [1, 1]]
+    assert seen == [[True] * 2, [False] * 2, [False] * 2, [True] * 2]
 
 
 def test_only_steps_with_a_pair_are_judged():

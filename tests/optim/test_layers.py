@@ -239,7 +239,7 @@ def test_hooks_sleep_outside_a_step_and_die_in_copies():
     twin(x).sum().backward()
     model(x).sum().backward()
     assert_same(before, snapshot(model, opt))
-    assert all(not layer.slot.inputs for layer in opt._layers())
+    assert all(not layer.observer.has_inputs() for layer in opt._layers())
 
 
 def test_checkpointed_layers():

@@ -175,7 +175,7 @@ def test_state_is_published_and_serialisable(tmp_path):
     opt.step(closure_of(model, opt, rows(8, 5), rows(8, 3)))
     assert set(opt.state[model[0].weight]) >= {"M", "H_a", "H_g", "s", "y"}
     torch.save(opt.state_dict(), tmp_path / "opt.pt")
-    about = torch.load(tmp_path / "opt.pt")["kbfgs"]["about"]
+    about = torch.load(tmp_path / "opt.pt")["param_groups"][0]["kbfgs"]
     assert json.loads(json.dumps(about))["layers"] == {"0": [7, 6], "2": [3, 8]}
 
 
