@@ -170,14 +170,19 @@ def _wrong_device(backend: str, args: tuple) -> str | None:
     """Why ``backend`` does not run where the tensors of ``args`` are, or None."""
     if backend == "reference":
         return None
-    on_cpu = backend == "cpu"
+    kind = "cpu" if backend == "cpu" else "cuda"
     for arg in args:
-        for item in arg if isinstance(arg, (list, tuple)) else (arg,):
-            if isinstance(item, torch.Tensor) and not (item.is_cpu if on_cpu else item.is_cuda):
+        if isinstance(arg, (list, tuple)):
+            tensors = arg
+        elif isinstance(arg, torch.Tensor):
+            tensors = (arg,)
+        else:
+            continue
+        for item in tensors:
+            if (item.is_cpu if kind == "cpu" else item.is_cuda) is False:
                 if backend == "triton" and environment.triton_interpreted():
                     return None
-                wanted = "cpu" if on_cpu else "cuda"
-                return f"the {backend} backend needs {wanted} tensors, got {item.device}"
+                return f"the {backend} backend needs {kind} tensors, got {item.device}"
     return None
 
 

@@ -70,6 +70,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         found = cover(model, self._excluded)
         layers, rest = found.layers, found.rest
         self._rest, self._reasons = dict(rest), dict(found.reasons)
+        self._frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
         if not layers:
             raise ValueError(
                 f"model has no layer to cover: {type(model).__name__} contains no"
@@ -335,6 +336,20 @@ class CoveredOptimizer(torch.optim.Optimizer):
         """The kept tensors under torch's own name for them."""
         for layer in self._layers():
             self.state[layer.weight] = layer.kept
+
+    def _warn_once(self, active: list[LayerFactors]) -> None:
+        """Name the layers that step without their input, and the parameters that nobody moves."""
+        unseen = {layer.name for layer in active if not layer.observer.seen} - self._unseen
+        if unseen:
+            self._unseen |= unseen
+            reports.say_what_is_unseen(sorted(unseen))
+        wanted = {n: p for n, p in self._frozen.items() if p.requires_grad and p.grad is not None}
+        if wanted:
+            taken = {id(p) for p in self._parameters()}
+            self._frozen = {n: p for n, p in self._frozen.items() if n not in wanted}
+            thawed = [name for name, p in wanted.items() if id(p) not in taken]
+            if thawed:
+                reports.say_what_has_thawed(thawed)
 
     def _copies(self) -> list[torch.Tensor]:
         """What a step keeps to put buffers and the fallback's parameters back."""

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
 from kbfgs_ext.optim.layers import Linear
 
@@ -65,6 +66,7 @@ class Observer:
         self.bias: torch.Tensor | None = None  # trained with the layer
         self.gradient_hook: Callable[[torch.Tensor], None] = lambda anchor: None
         self._virtual: torch.Tensor | None = None
+        self._accumulators: dict[int, tuple[Any, Any]] = {}
         self._means: list[torch.Tensor] = []  # d_in each: of the second use of a pass and on
         self.begin(None, torch.empty(0), keep_inputs=False)
 
@@ -82,7 +84,7 @@ class Observer:
         self.dark = self.recomputed = False  # a use without gradients, and again in backward
         self.by_hand = False  # the closure takes gradients by torch.autograd.grad and assigns them
         self.filled = False  # g_bar holds the bias gradient
-        self._stale: dict[int, tuple[torch.Tensor, int]] = {}
+        self._stale: dict[int, tuple[TensorWeakRef, int]] = {}
         self._checked = True  # that the closure zeroes the gradients first
         if self._virtual is not None:
             self._virtual.grad = None
@@ -91,13 +93,15 @@ class Observer:
         """From here to the pass's first backward, the closure must drop the gradients of before."""
         for p in (self.weight, self.bias):
             if p is not None and p.grad is not None:
-                self._stale[id(p)] = (p.grad, p.grad._version)
+                self._stale[id(p)] = (TensorWeakRef(p.grad), p.grad._version)
                 self._checked = False
 
     def is_stale(self, p: torch.Tensor) -> bool:
         """Whether the pass has left the gradient of ``p`` as it was before."""
-        gradient, version = self._stale.get(id(p), (None, 0))
-        return gradient is not None and p.grad is gradient and gradient._version == version
+        if p.grad is None or id(p) not in self._stale:
+            return False
+        before, version = self._stale[id(p)]
+        return before() is p.grad and p.grad._version == version
 
     # ------------------------------------------------------------------ the bias, real or virtual
 
@@ -156,14 +160,22 @@ class Observer:
         for leaf in (self.anchor(), self.weight):
             if not leaf.requires_grad:
                 continue
-            node = torch.autograd.graph.get_gradient_edge(leaf).node
             try:
-                if torch._C._will_engine_execute_node(node):
+                if torch._C._will_engine_execute_node(self._accumulator(leaf)):
                     return True
             except RuntimeError:  # torch.autograd.grad(loss, parameters): the engine refuses to say
                 self.by_hand = True
                 return True
         return False
+
+    def _accumulator(self, leaf: torch.Tensor) -> Any:
+        """The node of the graph that fills ``leaf.grad``; it stays, unless the leaf is cast."""
+        key = leaf.dtype, leaf.device
+        known = self._accumulators.get(id(leaf))
+        if known is None or known[0] != key:
+            known = key, torch.autograd.graph.get_gradient_edge(leaf).node
+            self._accumulators[id(leaf)] = known
+        return known[1]
 
     def _check_fresh(self) -> None:
         """The first backward of a step must not add to gradients from before."""
@@ -270,8 +282,8 @@ class Recorder:
         self.at = Pass.OFF
         self.in_the_dark = False  # the present pass has run a layer without gradients
         self.closed = False
-        self._noted: list[Observer] = []  # whose gradient the backward under way has filled
-        self._task = -1  # which backward that is
+        # Whose bias gradient a backward has filled, by its number: backwards may be nested.
+        self._noted: dict[int, list[Observer]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self, modules: list[nn.Module], observer: Observer) -> None:
@@ -287,23 +299,29 @@ class Recorder:
                 observer.bias.register_post_accumulate_grad_hook(observer.gradient_hook)
             )
 
+    def begin(self, which: Pass) -> None:
+        """The hooks do what ``which`` asks for."""
+        self.at, self.in_the_dark = which, False
+        self._noted.clear()
+
     def note_gradient(self, observer: Observer) -> None:
         """A backward pass has filled a bias's gradient. All of them are kept at its end, in one
         call, before the closure can clip or change them."""
         task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
-            self._noted = []
-            torch.autograd.Variable._execution_engine.queue_callback(self._keep_gradients)
-        self._noted.append(observer)
+        if task not in self._noted:
+            self._noted[task] = []
+            torch.autograd.Variable._execution_engine.queue_callback(
+                functools.partial(self._keep_gradients, task)
+            )
+        self._noted[task].append(observer)
 
-    def _keep_gradients(self) -> None:
-        pairs = [(one.g_bar, one.anchor().grad) for one in self._noted]
+    def _keep_gradients(self, task: int) -> None:
+        noted = self._noted.pop(task, [])
+        gradients = [g for one in noted if (g := one.anchor().grad) is not None]
         with torch.no_grad():
-            torch._foreach_copy_([to for to, _ in pairs], [g for _, g in pairs if g is not None])
-        for observer in self._noted:
+            torch._foreach_copy_([one.g_bar for one in noted], gradients)
+        for observer in noted:
             observer.filled = True
-        self._noted, self._task = [], -1
 
     def close(self) -> None:
         """Remove every hook, for good."""

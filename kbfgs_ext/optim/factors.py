@@ -138,6 +138,7 @@ class LayerFactors:
         if not self.scratch:
             for name, shape in self.scratch_shapes(plan).items():
                 self.scratch[name] = torch.zeros(shape, dtype=self.dtype, device=device)
+            self.scratch["saved"] = self.scratch["P"]  # descend_ leaves [W, b] of before there
             for name in ("a_bar", "a_bar_next"):
                 self.scratch[name][self.d_in :] = 1.0  # the mean of the column of ones
             self._no_bias = torch.empty(0, dtype=self.weight.dtype, device=device)
@@ -210,7 +211,7 @@ class LayerFactors:
     def hold(self) -> None:
         """Put the frozen half of a layer back after a step, bit for bit."""
         moving = {id(p) for p in self.moving}
-        saved = self.scratch["P"]
+        saved = self.scratch["saved"]
         if id(self.weight) not in moving:
             self.W().copy_(saved[:, : self.d_in])
         if self.bias is not None and id(self.bias) not in moving:

@@ -145,7 +145,7 @@ class KBFGSMethod:
             slope=_each(layers, "slope"),
             W=[layer.W() for layer in layers],
             b=[layer.b() for layer in layers],
-            saved=_each(layers, "P"),
+            saved=_each(layers, "saved"),
             dW=[layer.dW() for layer in layers],
             db=[layer.db() for layer in layers],
             backend=self.backend,
@@ -158,7 +158,7 @@ class KBFGSMethod:
                 change=_each(layers, "h_change"),
                 W=[layer.W() for layer in layers],
                 b=[layer.b() for layer in layers],
-                saved=_each(layers, "P"),
+                saved=_each(layers, "saved"),
                 a_bar=_each(layers, "a_bar"),
                 a_bar_next=_each(layers, "a_bar_next"),
                 backend=self.backend,
@@ -167,7 +167,7 @@ class KBFGSMethod:
     def undo(self, layers: Layers, undo: torch.Tensor) -> None:
         """Put the parameters of before the step back where ``undo``."""
         W, b = [layer.W() for layer in layers], [layer.b() for layer in layers]
-        ops.restore_(W, b, _each(layers, "P"), undo, self.backend)
+        ops.restore_(W, b, _each(layers, "saved"), undo, self.backend)
         written(layers)
 
     def curvature_from_activations(

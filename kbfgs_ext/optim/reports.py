@@ -117,6 +117,16 @@ def say_what_falls_back(optimizer: Any, names: Iterable[str], lr: float | torch.
     )
 
 
+def say_what_has_thawed(names: Iterable[str]) -> None:
+    """Warn of parameters that have a gradient and that nobody moves."""
+    warnings.warn(
+        "these parameters were frozen when the optimizer was made and have a gradient now, but it"
+        ' does not move them; optimizer.add_param_group({"params": [...]}) takes them in:'
+        f" {', '.join(names)}",
+        stacklevel=_level_outside(),
+    )
+
+
 def say_what_is_unseen(names: Iterable[str]) -> None:
     """Warn of layers whose weight is used without a call of the layer."""
     warnings.warn(

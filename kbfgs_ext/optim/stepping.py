@@ -20,7 +20,7 @@ import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from kbfgs_ext.ops import registry
-from kbfgs_ext.optim import gradients, hyper, reports
+from kbfgs_ext.optim import gradients, hyper
 from kbfgs_ext.optim.base import CoveredOptimizer
 from kbfgs_ext.optim.capture import Pass
 from kbfgs_ext.optim.factors import LayerFactors
@@ -285,7 +285,7 @@ class SteppingOptimizer(CoveredOptimizer):
             layer.observer.begin(a_bar, layer["g_bar" + suffix], keep_inputs)
             if which is Pass.FIRST:
                 layer.observer.expect_fresh_gradients()
-        self._recorder.at, self._recorder.in_the_dark = which, False
+        self._recorder.begin(which)
         try:
             with torch.set_grad_enabled(which is not Pass.WARM):
                 yield
@@ -331,10 +331,7 @@ class SteppingOptimizer(CoveredOptimizer):
                 else "closure must call backward() on a loss that depends on the covered layers,"
                 f" and leave their gradients in place: no gradient has reached any of {names}"
             )
-        unseen = {layer.name for layer in active if not layer.observer.seen} - self._unseen
-        if unseen:
-            self._unseen |= unseen
-            reports.say_what_is_unseen(sorted(unseen))
+        self._warn_once(active)
         return active
 
     def _with_gradients(self, active: list[LayerFactors]) -> list[torch.Tensor]:

@@ -43,13 +43,13 @@ def test_no_host_read(method, action, backend, length):
 
 @METHODS
 def test_the_one_look_is_at_the_start(method, monkeypatch):
-    """The flag of `_known_true` is read for the first step alone."""
+    """The flag of `known_true` is read for the first step alone."""
     model = mlp(5, 7, 3)
     opt = method(model)
     closure = closure_of(model, opt, rows(8, 5), rows(8, 3))
     opt.step(closure)
     monkeypatch.setattr(
-        stepping, "_known_true", lambda flag: pytest.fail("host read after the start")
+        stepping, "known_true", lambda flag: pytest.fail("host read after the start")
     )
     for _ in range(3):
         opt.step(closure)
