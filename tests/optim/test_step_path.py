@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.step.counts import OpCounter
 from kbfgs_ext import KBFGS, KBFGSL, presets
 from kbfgs_ext.ops import registry
-from kbfgs_ext.optim import stepping
+from kbfgs_ext.optim import gradients
 from tests.helpers.storage import StorageMeter
 from tests.optim.models import closure_of, mlp, rows
 
@@ -49,7 +49,7 @@ def test_the_one_look_is_at_the_start(method, monkeypatch):
     closure = closure_of(model, opt, rows(8, 5), rows(8, 3))
     opt.step(closure)
     monkeypatch.setattr(
-        stepping, "known_true", lambda flag: pytest.fail("host read after the start")
+        gradients, "known_true", lambda flag: pytest.fail("host read after the start")
     )
     for _ in range(3):
         opt.step(closure)
