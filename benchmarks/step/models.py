@@ -107,4 +107,13 @@ MODELS = {
         senseless={"SOAP": "heavyball's leaves sides above 2048 as they are: it would be Adam"},
         long=("K-FAC",),
     ),
+    "small": Model(  # all of it is what the host does
+        "MLP of 10 layers 16-16",
+        lambda: mlp(*[16] * 11),
+        (16,),
+        half_squared_error,
+        batch_size=64,
+        rounds=60,
+        senseless={"SOAP": "its steps are no shorter for being small"},
+    ),
 }
