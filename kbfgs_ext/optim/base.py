@@ -190,7 +190,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
     def memory_usage(self) -> dict[str, int]:
         """Bytes by kind and in "total", the same before training starts and after, but for the
-        fallback's, which makes its state in its first step.
+        fallback's, which makes its state in its first step, and the copies of large buffers, which
+        are made when a first pass writes them.
 
         At a layer's start, once, three float64 matrices of its n_a x n_a come on top.
         """

@@ -1,6 +1,6 @@
 """Memory of the optimizer, counted from shapes: the same before and after training starts.
 
-The fallback's alone is counted as it is at present.
+The fallback's, and the copies of large buffers, are counted as they are at present.
 """
 
 from __future__ import annotations
