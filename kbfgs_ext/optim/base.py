@@ -131,6 +131,10 @@ class CoveredOptimizer(torch.optim.Optimizer):
             raise ValueError("params: some parameters are in another param group already")
         found = cover(self.model, self._excluded, within={id(p) for p in given})
         layers, rest = found.layers, found.rest
+        for layer in [x for x in layers if x.bias is not None and id(x.bias) in taken]:
+            layers.remove(layer)
+            rest[f"{layer.name}.weight"] = layer.weight
+            found.reasons[f"{layer.name}.weight"] = "its bias is in another param group"
         common_device(self._layers() + layers)
         known = {id(p) for layer in layers for p in layer.parameters()}
         known |= {id(p) for p in rest.values()}

@@ -51,7 +51,7 @@ class Use:
 
     rows: int
     X: torch.Tensor | None  # m x d_in, where it is wanted
-    mean: torch.Tensor | None  # d_in, where that is enough
+    mean: torch.Tensor | None  # d_in, where that is enough; the first use's stands in a_bar
     reached: bool = False  # by a backward pass that fills .grad
 
 
@@ -193,6 +193,7 @@ class Observer:
 
     def settle(self) -> None:
         """After the backward pass: keep the uses that it has reached, and their mean."""
+        self._first = self.uses[0] if self.uses else None
         self.uses = [use for use in self.uses if use.reached]
         if not self.filled:
             anchor = self.anchor()
@@ -206,7 +207,7 @@ class Observer:
             first, *others = self.uses
             assert first.mean is not None
             place, rows = self.a_bar[: first.mean.shape[0]], first.rows
-            if first.mean.data_ptr() != place.data_ptr():
+            if first is not self._first:
                 place.copy_(first.mean)
             for use in others:
                 assert use.mean is not None
@@ -236,7 +237,7 @@ class Observer:
         """Let go of the activations."""
         for use in self.uses:
             use.X = None
-        self.keep_inputs = False
+        self._first, self.keep_inputs = None, False
 
 
 class Hook:
@@ -347,7 +348,7 @@ class Recorder:
         if torch._C._current_graph_task_id() != -1:
             observer.recomputed = True  # activation checkpointing: the same use again
             return replaced
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableFuncTorch():
             use = observer.add(observer.kind.input_rows(x))
         node = _origin(output if replaced is None else replaced)
         if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):

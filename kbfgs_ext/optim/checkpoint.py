@@ -84,8 +84,8 @@ def check(saved: Any, own: dict, groups: list[dict[str, Any]]) -> Saved:
     """The parts of a state dict, if it fits this optimizer; else ValueError says why not."""
     if isinstance(saved, Mapping) and "kbfgs" in saved:
         raise ValueError(
-            f"state_dict has format {saved['kbfgs']['about'].get('format')!r}, from before version"
-            f" 0.2; this optimizer reads format {FORMAT}"
+            f"state_dict has format {saved['kbfgs']['about'].get('format')!r}, of an older version"
+            f" of kbfgs_ext; this one reads format {FORMAT}"
         )
     theirs = saved.get("param_groups") if isinstance(saved, Mapping) else None
     if not theirs or "kbfgs" not in theirs[0]:

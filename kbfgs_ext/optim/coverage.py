@@ -129,7 +129,10 @@ def cover(
         if reason:
             shared = [p for _, user in uses for p in (kind.weight(user), kind.bias(user))]
             why.update({id(p): reason for p in shared if p is not None})
-        elif within is None or id(weight) in within:
+        elif within is not None and id(weight) not in within:
+            if bias is not None:
+                why[id(bias)] = "its layer is covered without it"
+        else:
             modules = [user for _, user in uses]
             layers.append(LayerFactors(_plain(name) or type(module).__name__, modules, kind))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 LR = 1e-3
+ZERO_STATE = (torch.optim.Adam, torch.optim.AdamW)  # their state is zero before the first step
 
 
 def default_fallback(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
@@ -54,7 +55,7 @@ class Fallback:
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, with the state that its first step would make: tools that load a
         checkpoint in place need the tensors to be there."""
-        if not self.optimizer.state:
+        if not self.optimizer.state and isinstance(self.optimizer, ZERO_STATE):
             self._make_state()
         return self.optimizer.state_dict()
 
@@ -93,6 +94,9 @@ class Fallback:
     def step(self, ok: torch.Tensor) -> None:
         """Step where ``ok``; elsewhere leave parameters and state."""
         parameters = [p for p in self.parameters() if p.grad is not None]
+        sparse = any(p.grad.is_sparse for p in parameters if p.grad is not None)
+        if sparse and any(group.get("momentum") for group in self.optimizer.param_groups):
+            raise self._explained(ValueError("momentum would be sparse too"), parameters)
         state = self._state_tensors()
         before = [t.detach() for t in parameters + state]
         self._keep(before)

@@ -251,7 +251,7 @@ class KBFGS(SteppingOptimizer):
         if any(layer.started for layer in self._layers()):
             raise RuntimeError("warm_start must come before the first step")
         self._materialize()
-        random = RandomState(self._guard.scale.device)
+        random = RandomState(self._guard.scale.device, self._generators)
         self._buffers.save()
         finite: list[torch.Tensor] = []
         try:

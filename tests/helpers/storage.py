@@ -22,18 +22,18 @@ class StorageMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for value in tree_leaves((args, kwargs or {})):
             if isinstance(value, torch.Tensor):
-                self._known.add(value.untyped_storage()._cdata)  # made before, or counted
+                self._count(value.untyped_storage(), size=0)  # made before, unless it is counted
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, torch.Tensor):
-                self._count(value.untyped_storage())
+                storage = value.untyped_storage()
+                self._count(storage, storage.nbytes())
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata  # an address: free for another when the storage is gone
         if key in self._known:
             return
-        size = storage.nbytes()
         self._known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
