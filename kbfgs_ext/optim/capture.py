@@ -83,6 +83,7 @@ class Observer:
         self.empty: tuple[int, ...] = ()  # shape of an input without rows
         self.dark = self.recomputed = False  # a use without gradients, and again in backward
         self.by_hand = False  # the closure takes gradients by torch.autograd.grad and assigns them
+        self.bypassed = False  # backward(inputs=...) leaves the bias out
         self.filled = False  # g_bar holds the bias gradient
         self._stale: dict[int, tuple[TensorWeakRef, int]] = {}
         self._checked = True  # that the closure zeroes the gradients first
@@ -157,11 +158,13 @@ class Observer:
 
     def _accumulates(self) -> bool:
         """Whether the backward pass under way fills the gradient of weight or bias."""
-        for leaf in (self.anchor(), self.weight):
+        anchor = self.anchor()
+        for leaf in (anchor, self.weight):
             if not leaf.requires_grad:
                 continue
             try:
                 if torch._C._will_engine_execute_node(self._accumulator(leaf)):
+                    self.bypassed |= leaf is not anchor
                     return True
             except RuntimeError:  # torch.autograd.grad(loss, parameters): the engine refuses to say
                 self.by_hand = True
@@ -202,7 +205,7 @@ class Observer:
                 self.g_bar.copy_(gradient)  # the closure has assigned it
             else:
                 self.g_bar.zero_()  # the loss does not depend on the bias
-            self.filled = gradient is not None or not self.by_hand
+            self.filled = gradient is not None or not (self.by_hand or self.bypassed)
         if self.a_bar is not None and not self.keep_inputs and self.uses:
             first, *others = self.uses
             assert first.mean is not None

@@ -167,10 +167,11 @@ class SecondPass:
     ) -> None:
         for p in self._frozen:
             p.requires_grad_(True)
+        empty = all(p.grad is None for p in self._parameters)
         for p, gradient in zip(self._parameters, self._gradients, strict=True):
             p.grad = gradient
         self._buffers.restore()
-        if self._freeze and error is not None and _misses_weight_gradients(error):
+        if self._freeze and error is not None and _misses_weight_gradients(error, empty):
             raise RuntimeError(
                 "the closure failed in the second pass, in which weights have no gradient: if it"
                 " reads, assigns or differentiates weight gradients, make the optimizer with"
@@ -178,14 +179,16 @@ class SecondPass:
             ) from error
 
 
-def _misses_weight_gradients(error: BaseException) -> bool:
-    """Whether the error may come from a weight that wants no gradient, or a `.grad` of None."""
+def _misses_weight_gradients(error: BaseException, empty: bool) -> bool:
+    """Whether the error may come from a weight that wants no gradient, from a `.grad` of None, or,
+    where no parameter has one (``empty``), from a list of those that there are."""
     said = str(error)
+    if empty and isinstance(error, (RuntimeError, ValueError)) and "empty" in said:
+        return True
     if isinstance(error, (AttributeError, TypeError)):
         return "NoneType" in said
-    return isinstance(error, RuntimeError) and (
-        "does not require grad" in said or "not to require grad" in said or "NoneType" in said
-    )
+    asked = ("does not require grad", "not to require grad", "requires_grad=False", "NoneType")
+    return isinstance(error, RuntimeError) and any(part in said for part in asked)
 
 
 @contextlib.contextmanager

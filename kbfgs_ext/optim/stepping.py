@@ -117,7 +117,7 @@ class SteppingOptimizer(CoveredOptimizer):
             with (
                 SecondPass(
                     itertools.chain(self._context.parameters(), self._parameters()),
-                    [layer.observer.anchor() for layer in self._layers()],
+                    self._anchors(flight),
                     flight.random,
                     self._buffers,
                     self.freeze_second_pass,
@@ -337,6 +337,13 @@ class SteppingOptimizer(CoveredOptimizer):
     def _with_gradients(self, active: list[LayerFactors]) -> list[torch.Tensor]:
         parameters: list[torch.Tensor] = [p for layer in active for p in layer.moving]
         return parameters + (self._fallback.parameters() if self._fallback is not None else [])
+
+    def _anchors(self, flight: Flight) -> list[torch.Tensor]:
+        """Where the graph of a second pass starts: every layer's bias, real or virtual, and in its
+        place what moves of a layer whose call was not seen, which may be all that the loss has."""
+        anchors = [layer.observer.anchor() for layer in self._layers()]
+        unseen = [layer for layer in flight.active if not layer.observer.seen]
+        return anchors + [p for layer in unseen for p in layer.moving]
 
     def _slope(self, active: list[LayerFactors]) -> torch.Tensor:
         """The derivative of the loss along the step just taken, a scalar on the device."""
