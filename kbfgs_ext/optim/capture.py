@@ -108,9 +108,10 @@ class Observer:
             return self.bias
         if self._virtual is None or self._virtual.device != self.weight.device:
             wide = torch.promote_types(self.weight.dtype, torch.float32)
-            self._virtual = torch.zeros(
-                self.n_g, dtype=wide, device=self.weight.device, requires_grad=True
-            )
+            with torch._C._DisableFuncTorch():  # the first call may come from inside torch.func
+                self._virtual = torch.zeros(
+                    self.n_g, dtype=wide, device=self.weight.device, requires_grad=True
+                )
             self._virtual.register_post_accumulate_grad_hook(self.gradient_hook)
         return self._virtual
 
@@ -122,7 +123,12 @@ class Observer:
     def with_virtual_bias(self, output: torch.Tensor) -> torch.Tensor | None:
         """``output`` plus the virtual bias; None where the layer's own is trained."""
         anchor = self.anchor()
-        return None if anchor is self.bias else output + anchor.to(output.dtype)
+        if anchor is self.bias:
+            return None
+        bias = anchor.to(output.dtype)
+        if output.is_nested and output.layout is torch.strided:  # it takes no sum with a vector
+            return torch.nested.as_nested_tensor([part + bias for part in output.unbind()])
+        return output + bias
 
     # ------------------------------------------------------------------ uses
 
@@ -332,7 +338,7 @@ class Recorder:
         if torch._C._current_graph_task_id() != -1:
             observer.recomputed = True  # activation checkpointing: the same use again
             return replaced
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableFuncTorch():
             use = observer.add(observer.kind.input_rows(x))
         node = _origin(output if replaced is None else replaced)
         if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
