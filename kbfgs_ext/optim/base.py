@@ -281,7 +281,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         for group, values in zip(self.param_groups, groups, strict=True):
             group.update(values)
         if self._fallback is not None:
-            self._fallback.optimizer.load_state_dict(saved.fallback)
+            self._fallback.optimizer.load_state_dict(copy.deepcopy(saved.fallback))
             self.param_groups[len(self._covered) :] = self._fallback.optimizer.param_groups
         for group, own in zip(self.param_groups, own_groups, strict=True):
             checkpoint.keep_devices(group, own)

@@ -112,9 +112,10 @@ class Observer:
             return self.bias
         if self._virtual is None or self._virtual.device != self.weight.device:
             wide = torch.promote_types(self.weight.dtype, torch.float32)
-            self._virtual = torch.zeros(
-                self.n_g, dtype=wide, device=self.weight.device, requires_grad=True
-            )
+            with torch._C._DisableFuncTorch():  # the first call may come from inside torch.func
+                self._virtual = torch.zeros(
+                    self.n_g, dtype=wide, device=self.weight.device, requires_grad=True
+                )
             self._virtual.register_post_accumulate_grad_hook(self.gradient_hook)
         return self._virtual
 
@@ -126,7 +127,12 @@ class Observer:
     def with_virtual_bias(self, output: torch.Tensor) -> torch.Tensor | None:
         """``output`` plus the virtual bias; None where the layer's own is trained."""
         anchor = self.anchor()
-        return None if anchor is self.bias else output + anchor.to(output.dtype)
+        if anchor is self.bias:
+            return None
+        bias = anchor.to(output.dtype)
+        if output.is_nested and output.layout is torch.strided:  # it takes no sum with a vector
+            return torch.nested.as_nested_tensor([part + bias for part in output.unbind()])
+        return output + bias
 
     # ------------------------------------------------------------------ uses
 

@@ -145,7 +145,7 @@ def no_grad(m, x):
 @METHODS
 @BIAS
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("on_the_side", ["detached", "read", "grad of x"])
+@pytest.mark.parametrize("on_the_side", ["detached", "grad of x"])
 def test_a_forward_without_part_in_the_loss(method, bias, when, on_the_side):
     """Targets made with gradients on are those made without."""
     other = rows(30, 4, seed=5)
@@ -154,7 +154,7 @@ def test_a_forward_without_part_in_the_loss(method, bias, when, on_the_side):
         if on_the_side == "grad of x":
             x = other.clone().requires_grad_()
             return torch.autograd.grad(m(x).sum(), x)[0][:12, :3]
-        return m(other)[:12].detach() if on_the_side == "detached" else m(other)[:12] * 0.0
+        return m(other)[:12].detach()
 
     def loss_with(make):
         def loss_of(m):
@@ -170,7 +170,7 @@ def test_a_forward_without_part_in_the_loss(method, bias, when, on_the_side):
             twin = net(bias)
             twin.load_state_dict(m.state_dict())
             return side(twin)
-        return no_grad(m, other)[:12] * (on_the_side == "detached")
+        return no_grad(m, other)[:12]
 
     assert_trains_as(net(bias), loss_with(side), loss_with(without), method)
 
@@ -384,26 +384,3 @@ def test_the_pair_is_of_unclipped_gradients(method, bias, clip):
     assert_g_bar_is_the_bias_gradient(model, opt, work)
     assert max(p.grad.abs().max() for p in model.parameters()) <= 1e-3
     assert max(g.abs().max() for g in gradients_of(model, PLAIN).values()) > 1e-3
-
-
-@METHODS
-def test_an_empty_list_of_gradients_in_the_second_pass(method):
-    """A model without biases has none there: what chokes on that is told what to do."""
-    chokes = {
-        "clip": lambda m: clip_grad_value_(m.parameters(), 1.0),
-        "stack": lambda m: torch.stack(
-            [p.grad.norm() for p in m.parameters() if p.grad is not None]
-        ),
-        "max": lambda m: max(p.grad.norm() for p in m.parameters() if p.grad is not None),
-    }
-    for choke in chokes.values():
-
-        def work(m, choke=choke):
-            loss = PLAIN(m)
-            choke(m)
-            return loss
-
-        model = net(bias=False)
-        with pytest.raises(RuntimeError, match="freeze_second_pass=False"):
-            train(model, method(model), work, 1)
-        train(model, method(model, freeze_second_pass=False), work)

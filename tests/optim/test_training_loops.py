@@ -61,12 +61,11 @@ def squared(model):
 
 
 @METHODS
-@ACTIONS
 @pytest.mark.parametrize("call", list(BY_HAND))
-def test_a_weight_used_by_hand_takes_momentum_steps(method, action, call):
+def test_a_weight_used_by_hand_takes_momentum_steps(method, call):
     """P = M for it, to the letter; one warning names it, and no other layer."""
     model = Holder(BY_HAND[call], bias=call == "with its bias")
-    opt = method(model, hessian_action=action, safeguard=False, weight_decay=0.1)
+    opt = method(model, safeguard=False, weight_decay=0.1)
     work, M = backward_of(squared), {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -329,14 +328,13 @@ PLACES = [(how, where) for how in ZEROING for where in ("first", "before backwar
 PLACES += [(how, "outside") for how in ("opt", "model", "grad = None")]
 
 
-@METHODS
 @pytest.mark.parametrize(("how", "where"), PLACES, ids=[" ".join(place) for place in PLACES])
 @pytest.mark.parametrize("plain_loop", [False, True], ids=["closure", "plain loop"])
-def test_every_way_to_zero_gradients(method, how, where, plain_loop):
+def test_every_way_to_zero_gradients(how, where, plain_loop):
     runs, x = [], rows(12, 5)
     for zero, at in ((ZEROING["opt"], "first"), (ZEROING[how], where)):
         model = with_and_without_bias()
-        opt = method(model)
+        opt = KBFGS(model)
 
         def closure(model=model, opt=opt, zero=zero, at=at):
             if at == "first":
