@@ -1,0 +1,313 @@
+"""Physics-informed networks, equal seconds: ``python -m benchmarks.physics``.
+
+K-BFGS, L-BFGS and Adam on the equations of equations.py, in float64 and full batches, judged by the
+error of the solution when the seconds of training are spent. Each optimizer runs the first of its
+settings; with ``--grid`` all of them, an equal number each, and the one of the lowest median error
+over the seeds counts. A run is a row; it replaces that of the same run on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from benchmarks import plots, summary
+from benchmarks.environment import ROOT, environment
+from benchmarks.equations import PROBLEMS
+from benchmarks.micro.measure import same_machine, store
+from benchmarks.plots import Look
+from benchmarks.progress import REFRESH
+from benchmarks.summary import Row
+from benchmarks.training import Stopwatch, counters
+from kbfgs_ext import KBFGS, presets
+
+OUT = ROOT / "benchmarks" / "results"
+EVALUATIONS = 60  # of a run, evenly over its seconds
+IDENTITY = ("problem", "points", "width", "optimizer", "setting", "seed", "seconds")
+
+Options = dict[str, Any]  # of an optimizer; "cosine": anneal the learning rate over the seconds
+
+# The batch is the whole set: a pair of its own step, no average over others.
+_TUNED: Options = presets.TUNED | {"pair_decay": 0.0}
+_LENGTH = _TUNED | {"lr": 0.03, "step_length": "layer", "cosine": True}
+
+# As many settings for each; the first is the one that runs without --grid.
+GRIDS: dict[str, tuple[Options, ...]] = {
+    "kbfgs": (
+        _TUNED,
+        _TUNED | {"lr": 1.0},
+        _TUNED | {"damping_a": 0.03, "damping_g": 0.1},
+        _TUNED | {"damping_a": 0.01, "damping_g": 0.01},
+        _TUNED | {"hessian_action": "ema"},
+        _LENGTH,
+    ),
+    "lbfgs": tuple({"lr": 1.0, "history_size": n} for n in (100, 50, 10, 20, 200, 400)),
+    "adam": tuple(
+        {"lr": lr, "cosine": cosine} for cosine in (True, False) for lr in (1e-3, 3e-3, 1e-2)
+    ),
+}
+
+LOOKS = {
+    "kbfgs": plots.LOOKS["kbfgs"],
+    "lbfgs": Look("L-BFGS", "#D55E00", "--"),
+    "adam": Look("Adam", "#009E73", "--"),
+}
+
+
+def build(name: str, model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """The optimizer ``name`` over all parameters of ``model``."""
+    if name == "kbfgs":
+        return KBFGS(model, **options)
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), fused=True, **options)
+    # Without tolerances, which would end its steps early at the small losses of float64.
+    return torch.optim.LBFGS(
+        model.parameters(),
+        max_iter=20,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+        **options,
+    )
+
+
+def run(
+    problem: str,
+    name: str,
+    options: Options,
+    seed: int,
+    seconds: float,
+    points: int | None = None,
+    width: int | None = None,
+    device: str = "cpu",
+) -> Row:
+    """Train for ``seconds``, evaluation excluded, and return the row.
+
+    The network is evaluated at the first step's end past each point of the time grid; a step of
+    L-BFGS is 20 iterations and may pass several.
+    """
+    torch.manual_seed(seed)
+    kind = PROBLEMS[problem]
+    task, model = kind(seed, points, device), kind.network(width).to(device)
+    opt = build(name, model, {k: v for k, v in options.items() if k != "cosine"})
+    watch, gap = Stopwatch(torch.device(device)), seconds / EVALUATIONS
+    steps = closures = 0
+
+    def closure() -> Tensor:
+        nonlocal closures
+        closures += 1
+        opt.zero_grad()
+        loss = task.loss(model)
+        loss.backward()
+        return loss
+
+    def evaluated() -> tuple[float, float, float]:
+        return watch.seconds, float(task.loss(model).detach()), task.error(model)
+
+    task.loss(model).backward()  # what the process's first pass costs is not the optimizer's
+    curve = [evaluated()]
+    while watch.seconds < seconds and np.isfinite(curve[-1]).all():
+        due = gap * (math.floor(watch.seconds / gap) + 1)
+        with watch:
+            while (spent := watch.read()) < due:
+                if options.get("cosine"):
+                    anneal(opt, options["lr"], spent / seconds)
+                opt.step(closure)
+                steps += 1
+        curve.append(evaluated())
+    row = {
+        "kind": "physics",
+        "problem": problem,
+        "points": len(task.inside),
+        "width": model[0].out_features,
+        "optimizer": name,
+        "options": options,
+        "setting": summary.point_text(options),
+        "seed": seed,
+        "seconds": seconds,
+        "dtype": "float64",
+        **environment(device),
+        "status": "complete" if np.isfinite(curve[-1]).all() else "diverged",
+        "steps": steps,
+        "closures": closures,
+        "curve": [[x if math.isfinite(x) else None for x in place] for place in curve],
+        "counters": counters(opt),
+    }
+    error = errors_at(row, [seconds])[0]
+    return row | {"final_error": float(error) if math.isfinite(error) else None}
+
+
+def anneal(opt: torch.optim.Optimizer, lr: float, spent: float) -> None:
+    """Half a cosine from ``lr`` to 0 as ``spent``, a share of the seconds, goes from 0 to 1."""
+    for group in opt.param_groups:
+        group["lr"] = lr * (1 + math.cos(math.pi * min(spent, 1.0))) / 2
+
+
+def errors_at(row: Row, places: Sequence[float]) -> np.ndarray:
+    """The error after each of ``places`` seconds, log-linear between evaluations; infinite where
+    the run diverged."""
+    names = ("seconds", "loss", "error")
+    columns = dict(zip(names, map(list, zip(*row["curve"], strict=True)), strict=True))
+    return summary.values_at(columns, places, "seconds", "error")
+
+
+def final_error(row: Row) -> float:
+    """When the seconds were spent; infinite where the run diverged."""
+    return math.inf if row["final_error"] is None else row["final_error"]
+
+
+def comparable(rows: Sequence[Row], problem: str) -> list[Row]:
+    """The rows of the problem of one size, budget and machine: those of the newest."""
+    rows = [row for row in rows if row["problem"] == problem]
+    alike = ("points", "width", "seconds")
+    return [
+        row
+        for row in rows
+        if all(row[key] == rows[-1][key] for key in alike) and same_machine(row, rows[-1])
+    ]
+
+
+def best(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Per optimizer the runs of the setting with the lowest median error at the end, among the
+    settings of the most seeds; the lowest first."""
+    found: dict[str, list[Row]] = {}
+    for name in LOOKS:
+        settings: dict[str, list[Row]] = {}
+        for row in rows:
+            if row["optimizer"] == name:
+                settings.setdefault(row["setting"], []).append(row)
+        most = max(map(len, settings.values()), default=0)
+        full = [runs for runs in settings.values() if len(runs) == most]
+        if full:
+            found[name] = min(full, key=median_error)
+    return dict(sorted(found.items(), key=lambda item: median_error(item[1])))
+
+
+def median_error(rows: Sequence[Row]) -> float:
+    """Of the errors at the end."""
+    return statistics.median(map(final_error, rows))
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw the error over seconds of training, a panel a problem: the median of the seeds of each
+    optimizer's best setting, and their range."""
+    groups = {name: group for name in PROBLEMS if (group := comparable(rows, name))}
+    figure = Figure(figsize=(1 + 5 * len(groups), 4.8), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axis, (name, group) in zip(axes, groups.items(), strict=True):
+        axis.set_title(PROBLEMS[name].title, loc="left", fontsize=11)
+        panel(axis, group)
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside right center", frameon=False, fontsize=10)
+    figure.suptitle("Relative error of the solution", x=0.01, ha="left", fontweight="bold")
+    last = rows[-1]
+    note = (
+        f"float64, full batch; {last['device']}, {last['threads']} threads, torch {last['torch']}"
+    )
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#555555")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def panel(axis: Axes, rows: Sequence[Row]) -> None:
+    """One problem."""
+    places = np.linspace(0, rows[-1]["seconds"], plots.POINTS)
+    for name, runs in best(rows).items():
+        errors, look = np.stack([errors_at(row, places) for row in runs]), LOOKS[name]
+        axis.plot(places, np.median(errors, 0), look.line, color=look.colour, label=look.label)
+        low, high = errors.min(0), errors.max(0)
+        axis.fill_between(places, low, high, color=look.colour, alpha=0.15, linewidth=0)
+    axis.set_yscale("log")
+    axis.set_xlabel("seconds of training")
+    axis.grid(True, color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks.physics", description=__doc__)
+    made.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    made.add_argument("--optimizers", nargs="+", choices=GRIDS, default=list(GRIDS))
+    made.add_argument("--seconds", type=float, default=15.0, help="of training a run")
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--grid", action="store_true", help="run every setting of every optimizer")
+    made.add_argument("--points", type=int, help="inside, default the problem's")
+    made.add_argument("--width", type=int, help="of the hidden layers, default the problem's")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--threads", type=int, help="CPU threads, default torch's choice")
+    made.add_argument("--out", type=Path, default=OUT, help="for physics.jsonl and physics/*.png")
+    ours = made.add_argument_group("K-BFGS", "changes to the setting, or all settings, that run")
+    for option in ("lr", "damping-a", "damping-g", "momentum", "pair-decay"):
+        ours.add_argument(f"--{option}", type=float)
+    ours.add_argument("--hessian-action", choices=("minibatch", "ema"))
+    ours.add_argument("--step-length", choices=("direction", "balanced", "layer"))
+    ours.add_argument("--cosine", action="store_true", default=None)
+    return made
+
+
+def settings(name: str, arguments: argparse.Namespace) -> list[Options]:
+    """What ``name`` runs, each setting once."""
+    chosen = GRIDS[name] if arguments.grid else GRIDS[name][:1]
+    if name != "kbfgs":
+        return list(chosen)
+    flags = ("lr", "damping_a", "damping_g", "momentum", "pair_decay")
+    flags += ("hessian_action", "step_length", "cosine")
+    given = {key: value for key in flags if (value := getattr(arguments, key)) is not None}
+    return list({summary.point_text(o | given): o | given for o in chosen}.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments = parser().parse_args(argv)
+    console = Console(stderr=True)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    path, figure = arguments.out / "physics.jsonl", arguments.out / "physics" / "physics.png"
+    # Seed by seed over all optimizers: a slow spell of the machine is shared.
+    jobs = [
+        (problem, seed, name, options)
+        for problem in arguments.problems
+        for seed in arguments.seeds
+        for name in arguments.optimizers
+        for options in settings(name, arguments)
+    ]
+    for problem, seed, name, options in track(
+        jobs, "runs", console=console, refresh_per_second=REFRESH
+    ):
+        row = run(
+            problem,
+            name,
+            options,
+            seed,
+            arguments.seconds,
+            arguments.points,
+            arguments.width,
+            arguments.device,
+        )
+        store(path, [row], IDENTITY)
+        console.print(
+            f"{problem} {name} seed {seed} {row['setting']}: error {final_error(row):.3g} after"
+            f" {row['steps']} steps, {row['curve'][-1][0]:.1f} s ({row['status']})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    plot(summary.read_rows(path), figure)
+    console.print(f"written: {path}, {figure}", highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
