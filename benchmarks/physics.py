@@ -112,6 +112,7 @@ def run(
     def evaluated() -> tuple[float, float, float]:
         return watch.seconds, float(task.loss(model).detach()), task.error(model)
 
+    task.loss(model).backward()  # what the process's first pass costs is not the optimizer's
     curve = [evaluated()]
     while watch.seconds < seconds and np.isfinite(curve[-1]).all():
         due = gap * (math.floor(watch.seconds / gap) + 1)
@@ -204,8 +205,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for axis, (name, group) in zip(axes, groups.items(), strict=True):
         axis.set_title(PROBLEMS[name].title, loc="left", fontsize=11)
         panel(axis, group)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10)
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside right center", frameon=False, fontsize=10)
     figure.suptitle("Relative error of the solution", x=0.01, ha="left", fontweight="bold")
     last = rows[-1]
     note = (

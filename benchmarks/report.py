@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import physics as physics_runs
 from benchmarks import summary
 from benchmarks.demo import TARGETS, seconds_to
 from benchmarks.grids import GRIDS
@@ -297,6 +298,27 @@ def tuning() -> str:
     )
 
 
+def physics() -> str:
+    """Errors of the physics-informed networks at the end: each optimizer's best setting."""
+    heads = ["problem", "optimizer", "settings", "of", "seeds", "seconds", "steps", "passes"]
+    heads += ["error: median", "smallest", "largest"]
+    rows, body, places = lines_of("physics"), [], {}
+    for name, problem in physics_runs.PROBLEMS.items():
+        group = physics_runs.comparable(rows, name)
+        for optimizer, runs in physics_runs.best(group).items():
+            tried = {r["setting"] for r in group if r["optimizer"] == optimizer}
+            errors = Spread.of([physics_runs.final_error(r) for r in runs])
+            counts = (statistics.median(r[key] for r in runs) for key in ("steps", "closures"))
+            body.append([problem.title, physics_runs.LOOKS[optimizer].label, runs[0]["setting"]])
+            body[-1] += [str(len(tried)), str(len(runs)), f"{runs[0]['seconds']:g}"]
+            body[-1] += [f"{count:.0f}" for count in counts]
+            body[-1] += [f"{x:.1e}" for x in (errors.median, errors.smallest, errors.largest)]
+            places |= dict.fromkeys(machine(r) for r in runs)
+    text = markdown(heads, body) + "".join(f"\n{place}.\n" for place in places)
+    figure = "\n![Error against seconds](../benchmarks/results/physics/physics.png)\n"
+    return text + (figure if rows else "")
+
+
 def comparison(rows: list[Row], figures: str | None = None) -> str:
     """Seconds and epochs to fixed losses, by data set; ``figures`` is the folder to link to."""
     return "\n".join(_comparison(group, figures) for group in summary.groups(rows))
@@ -340,6 +362,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
     "tuning": tuning,
     "sufficient": sufficient,
+    "physics": physics,
 }
 
 
