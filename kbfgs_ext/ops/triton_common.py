@@ -27,6 +27,9 @@ TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+# Said at every launch, because Triton's default goes from on to off with 3.10: `total += a * b` is
+# one instruction with it, and rounds once. No result's symmetry hangs on it (see `store_both`).
+COMPILER = {"enable_fp_fusion": True}
 NEVER = 1 << 62  # first program of the rows that only fill up the table
 CACHED_TABLES = 256  # a step needs about ten; gradients that move make a few more
 
@@ -129,7 +132,7 @@ def launch(kernel, programs: int, *args, device: torch.device, **options) -> Non
         return
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[(programs,)](*args, **options)
+        kernel[(programs,)](*args, **COMPILER, **options)
 
 
 def real_type(*tensors: torch.Tensor) -> tl.dtype:
@@ -284,6 +287,19 @@ def tile(base, stride, i, j, n_rows, n_cols):
     """base[i, j], zero outside."""
     inside = (i < n_rows)[:, None] & (j < n_cols)[None, :]
     return tl.load(base + i[:, None] * stride + j[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_both(base, stride, i, j, n, new, keep):
+    """base[i, j] = base[j, i] = new[i, j] for j <= i < n, where ``keep``.
+
+    A diagonal tile's upper half is not stored as computed: of a*b + c*d the compiler fuses one
+    product into the sum and rounds the other, so new[i, j] and new[j, i] need not be the same.
+    """
+    below = (i < n)[:, None] & (j[None, :] <= i[:, None]) & keep
+    tl.store(base + i[:, None] * stride + j[None, :], new, mask=below)
+    above = (i < n)[None, :] & (j[:, None] < i[None, :]) & keep
+    tl.store(base + j[:, None] * stride + i[None, :], tl.trans(new), mask=above)
 
 
 @triton.jit
