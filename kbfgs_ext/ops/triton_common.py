@@ -151,17 +151,17 @@ def input_type(tensors: Sequence[torch.Tensor]) -> tl.dtype:
     return TYPES[types.pop()]
 
 
-def operand_type(given: tl.dtype, T: tl.dtype) -> tl.dtype:
+def operand_type(given: tl.dtype, T: tl.dtype, device: torch.device) -> tl.dtype:
     """What a product's operands are rounded to; sums are in T whatever they are.
 
-    16-bit inputs stay (their products are exact in fp32). fp32 becomes bf16 where
-    `torch.set_float32_matmul_precision("medium")` asks for it.
+    16-bit inputs stay (their products are exact in fp32). fp32 becomes bf16 where torch's setting
+    is "medium".
     """
     if T is not tl.float32:
         return T
     if given.primitive_bitwidth == 16:
         return given
-    return tl.bfloat16 if torch.get_float32_matmul_precision() == "medium" else T
+    return tl.bfloat16 if environment.float32_matmul_precision(device) == "medium" else T
 
 
 def warps(fp32: int, T: tl.dtype) -> int:
@@ -169,9 +169,9 @@ def warps(fp32: int, T: tl.dtype) -> int:
     return fp32 * (2 if T is tl.float64 else 1)
 
 
-def precision(T: tl.dtype) -> str:
+def precision(T: tl.dtype, device: torch.device) -> str:
     """Of products: "ieee", or "tf32" for fp32 where torch's own products may use it too."""
-    exact = T is not tl.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = T is not tl.float32 or environment.float32_matmul_precision(device) == "highest"
     return "ieee" if exact else "tf32"
 
 

@@ -262,7 +262,7 @@ def _factor_ema(tiles: Tiles, A, a_bar, X, decay, ok) -> None:
     if A:
         launch(
             _squares, table.programs[1], table.starts[1], table.starts[0], table.rows, bad, ok,
-            decay, OPERAND=operand_type(XT, T), PRECISION=precision(T),
+            decay, OPERAND=operand_type(XT, T, device), PRECISION=precision(T, device),
             PARTS=triton.next_power_of_2(max(by_columns)), TILE=tiles.tile, ROWS=tiles.rows,
             num_warps=warps(tiles.warps, T), num_stages=tiles.stages, **common,
         )  # fmt: skip
