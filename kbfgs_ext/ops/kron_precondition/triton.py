@@ -268,7 +268,8 @@ def _by_products(kernel, product, table, device, **constants) -> None:
     launch(
         kernel, table.programs[0], table.starts[0], table.rows, WORDS=WORDS, ENTRIES=table.entries,
         PRECISION=precision(T, device), OPERAND=operand_type(T, T, device),
-        TILE=product.tile, DEPTH=product.depth, num_warps=product.warps, num_stages=product.stages, device=device, **constants,
+        TILE=product.tile, DEPTH=product.depth, num_warps=product.warps,
+        num_stages=product.stages, device=device, **constants,
     )  # fmt: skip
 
 
