@@ -68,7 +68,7 @@ class Tables:
     def __init__(self) -> None:
         self._tables: collections.OrderedDict[tuple, Table] = collections.OrderedDict()
         self._staging: dict[torch.device, tuple[torch.Tensor, int]] = {}
-        self._captured: list[torch.Tensor] = []
+        self._captured: dict[int, Table | torch.Tensor] = {}
 
     def get(
         self, device: torch.device, rows: Sequence[Sequence[int]], *programs: Sequence[int]
@@ -78,6 +78,7 @@ class Tables:
         table = self._tables.get(key)
         if table is not None:
             self._tables.move_to_end(key)
+            self._keep(table, device)
             return table
         entries = max(2, triton.next_power_of_2(len(rows)))
         words: list[int] = []
@@ -114,9 +115,13 @@ class Tables:
         if used + size > block.numel():
             block, used = torch.empty(max(1 << 16, size), dtype=torch.int64, pin_memory=True), 0
         self._staging[device] = block, used + size
-        if _capturing(device) and not any(block is kept for kept in self._captured):
-            self._captured.append(block)  # read at every replay, so kept for good
+        self._keep(block, device)
         return block[used : used + size]
+
+    def _keep(self, used: Table | torch.Tensor, device: torch.device) -> None:
+        """What a capture uses is read at every replay: kept for good, whatever the cache drops."""
+        if _capturing(device):
+            self._captured[id(used)] = used
 
 
 TABLES = Tables()
