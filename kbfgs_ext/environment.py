@@ -92,6 +92,23 @@ def triton_missing() -> str | None:
     return None
 
 
+def float32_matmul_precision(device: torch.device) -> str:
+    """The precision of fp32 products on ``device``: "highest", "high" (TF32) or "medium" (bf16).
+
+    By `torch.set_float32_matmul_precision` or `fp32_precision` of `torch.backends`, whichever was
+    set last: torch's own kernels go by the latter, which the former sets too.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    setting = backend.matmul.fp32_precision  # of the device, or else what it inherits
+    if setting == "tf32":
+        try:  # cuBLAS has no bf16 setting: "medium" is there in the old one alone
+            old = torch.get_float32_matmul_precision()
+        except RuntimeError:  # some setting of the new interface contradicts the old one
+            return "high"
+        return "medium" if old == "medium" else "high"
+    return "medium" if setting == "bf16" else "highest"
+
+
 def summary() -> str:
     """One line each for what is there and what is missing."""
     lines = [f"torch {torch.__version__}"]

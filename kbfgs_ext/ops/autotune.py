@@ -31,7 +31,7 @@ def choose(op: str, candidates: Sequence[Config], run: Callable[..., None], args
     tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
     device = tensors[0].device
     shapes = ((t.shape, t.dtype) for t in tensors)
-    case = (op, device, torch.get_float32_matmul_precision(), *shapes)
+    case = (op, device, environment.float32_matmul_precision(device), *shapes)
     if case not in _chosen:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return candidates[0]

@@ -27,6 +27,9 @@ TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+# Said at every launch, because Triton's default goes from on to off with 3.10: `total += a * b` is
+# one instruction with it, and rounds once. No result's symmetry hangs on it (see `store_both`).
+COMPILER = {"enable_fp_fusion": True}
 NEVER = 1 << 62  # first program of the rows that only fill up the table
 CACHED_TABLES = 256  # a step needs about ten; gradients that move make a few more
 
@@ -65,7 +68,7 @@ class Tables:
     def __init__(self) -> None:
         self._tables: collections.OrderedDict[tuple, Table] = collections.OrderedDict()
         self._staging: dict[torch.device, tuple[torch.Tensor, int]] = {}
-        self._captured: list[torch.Tensor] = []
+        self._captured: dict[int, Table | torch.Tensor] = {}
 
     def get(
         self, device: torch.device, rows: Sequence[Sequence[int]], *programs: Sequence[int]
@@ -75,6 +78,7 @@ class Tables:
         table = self._tables.get(key)
         if table is not None:
             self._tables.move_to_end(key)
+            self._keep(table, device)
             return table
         entries = max(2, triton.next_power_of_2(len(rows)))
         words: list[int] = []
@@ -111,9 +115,13 @@ class Tables:
         if used + size > block.numel():
             block, used = torch.empty(max(1 << 16, size), dtype=torch.int64, pin_memory=True), 0
         self._staging[device] = block, used + size
-        if _capturing(device) and not any(block is kept for kept in self._captured):
-            self._captured.append(block)  # read at every replay, so kept for good
+        self._keep(block, device)
         return block[used : used + size]
+
+    def _keep(self, used: Table | torch.Tensor, device: torch.device) -> None:
+        """What a capture uses is read at every replay: kept for good, whatever the cache drops."""
+        if _capturing(device):
+            self._captured[id(used)] = used
 
 
 TABLES = Tables()
@@ -129,7 +137,7 @@ def launch(kernel, programs: int, *args, device: torch.device, **options) -> Non
         return
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[(programs,)](*args, **options)
+        kernel[(programs,)](*args, **COMPILER, **options)
 
 
 def real_type(*tensors: torch.Tensor) -> tl.dtype:
@@ -148,17 +156,17 @@ def input_type(tensors: Sequence[torch.Tensor]) -> tl.dtype:
     return TYPES[types.pop()]
 
 
-def operand_type(given: tl.dtype, T: tl.dtype) -> tl.dtype:
+def operand_type(given: tl.dtype, T: tl.dtype, device: torch.device) -> tl.dtype:
     """What a product's operands are rounded to; sums are in T whatever they are.
 
-    16-bit inputs stay (their products are exact in fp32). fp32 becomes bf16 where
-    `torch.set_float32_matmul_precision("medium")` asks for it.
+    16-bit inputs stay (their products are exact in fp32). fp32 becomes bf16 where torch's setting
+    is "medium".
     """
     if T is not tl.float32:
         return T
     if given.primitive_bitwidth == 16:
         return given
-    return tl.bfloat16 if torch.get_float32_matmul_precision() == "medium" else T
+    return tl.bfloat16 if environment.float32_matmul_precision(device) == "medium" else T
 
 
 def warps(fp32: int, T: tl.dtype) -> int:
@@ -166,9 +174,9 @@ def warps(fp32: int, T: tl.dtype) -> int:
     return fp32 * (2 if T is tl.float64 else 1)
 
 
-def precision(T: tl.dtype) -> str:
+def precision(T: tl.dtype, device: torch.device) -> str:
     """Of products: "ieee", or "tf32" for fp32 where torch's own products may use it too."""
-    exact = T is not tl.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = T is not tl.float32 or environment.float32_matmul_precision(device) == "highest"
     return "ieee" if exact else "tf32"
 
 
@@ -284,6 +292,19 @@ def tile(base, stride, i, j, n_rows, n_cols):
     """base[i, j], zero outside."""
     inside = (i < n_rows)[:, None] & (j < n_cols)[None, :]
     return tl.load(base + i[:, None] * stride + j[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_both(base, stride, i, j, n, new, keep):
+    """base[i, j] = base[j, i] = new[i, j] for j <= i < n, where ``keep``.
+
+    A diagonal tile's upper half is not stored as computed: of a*b + c*d the compiler fuses one
+    product into the sum and rounds the other, so new[i, j] and new[j, i] need not be the same.
+    """
+    below = (i < n)[:, None] & (j[None, :] <= i[:, None]) & keep
+    tl.store(base + i[:, None] * stride + j[None, :], new, mask=below)
+    above = (i < n)[None, :] & (j[:, None] < i[None, :]) & keep
+    tl.store(base + j[:, None] * stride + i[None, :], tl.trans(new), mask=above)
 
 
 @triton.jit

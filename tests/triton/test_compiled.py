@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton", reason="needs Triton: pip install triton"
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from kbfgs_ext.ops.triton_common import COMPILER  # noqa: E402
 from tests.triton import recorder  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block can have
@@ -50,6 +51,7 @@ def source(launch: recorder.Launch) -> ASTSource:
 
 def compiled(launch: recorder.Launch, arch: int):
     options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages")}
+    options |= COMPILER
     return triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options)
 
 

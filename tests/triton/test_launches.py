@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
+from kbfgs_ext.ops import triton_common
 from tests.helpers import traffic
 from tests.triton import recorder
 
@@ -75,3 +76,15 @@ def test_calls_without_layers_launch_nothing():
     for op, args in recorder.model_calls("mnist", torch.float32).values():
         none = [[] if isinstance(arg, list) else arg for arg in args]
         assert not recorder.launches_of(op, none), op
+
+
+def test_fused_multiply_adds_do_not_hang_on_tritons_default():
+    """It changes with 3.10, and 3.9 warns of it at every compilation without the option."""
+    given = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: given.append(options)
+
+    triton_common.launch(Kernel(), 1, device=torch.device("cpu"), num_warps=1)
+    assert given == [{"enable_fp_fusion": True, "num_warps": 1}]

@@ -71,6 +71,7 @@ from kbfgs_ext.ops.triton_common import (
     real_type,
     root,
     size,
+    store_both,
     tile,
     triangle,
     vector,
@@ -223,11 +224,7 @@ def _update(
         Hy_i, Hy_j = vector(Hy, i, n)[:, None], vector(Hy, j, n)[None, :]
         new = tile(H_, stride, i, j, n, n) - rho * (s_i * Hy_j + Hy_i * s_j)  # (9)
         new += coefficient * (s_i * s_j)  # (9)
-        inside = (i < n)[:, None] & (j < n)[None, :]
-        tl.store(H_ + i[:, None] * stride + j[None, :], new, mask=inside)
-        if block_i > block_j:
-            mirror = H_ + j[:, None] * stride + i[None, :]
-            tl.store(mirror, tl.trans(new), mask=(j < n)[:, None] & (i < n)[None, :])
+        store_both(H_, stride, i, j, n, new, accept)
     if t == 0:
         counts = at(row, COUNTS, tl.int64)
         tl.store(counts + ACCEPTED, tl.load(counts + ACCEPTED) + accept)

@@ -51,6 +51,7 @@ from kbfgs_ext.ops.triton_common import (
     precision,
     real_type,
     size,
+    store_both,
     tile,
     triangle,
     vector,
@@ -68,12 +69,13 @@ class Tiles:
     """X~'X~ by tiles of 64 x 64, along 32 rows of X at a time.
 
     The MNIST autoencoder then has 456 tiles for 132 SMs; 128 x 128 would leave it 127. Three stages
-    of two 64 x 32 fp32 operands are 48 KB of shared memory: four programs per H100 SM.
+    of two 64 x 32 fp32 operands are 48 KB of shared memory: four programs per H100 SM. Eight warps,
+    because with four the addresses of the tile and of its mirror spill.
     """
 
     tile: int = 64
     rows: int = 32
-    warps: int = 4
+    warps: int = 8
     stages: int = 3
 
 
@@ -100,7 +102,7 @@ class Rows:
 
 
 # The first is taken unless KBFGS_AUTOTUNE=1 (autotune.py) finds another faster.
-TILES = (Tiles(), Tiles(tile=128, warps=8), Tiles(tile=32))
+TILES = (Tiles(), Tiles(tile=128), Tiles(tile=32, warps=4))
 COLUMNS, ROWS_OF_X = Columns(), Rows()
 
 
@@ -157,11 +159,7 @@ def _squares(
     A, stride = at(row, H, T), tl.load(row + LD_H)
     old = tile(A, stride, i, j, n, n)
     new = number(decay, T) * old + divide(number(1 - decay, T) * total, m.to(T))  # (1)
-    inside = (i < n)[:, None] & (j < n)[None, :] & keep
-    tl.store(A + i[:, None] * stride + j[None, :], new, mask=inside)
-    if block_i > block_j:
-        mirror = A + j[:, None] * stride + i[None, :]
-        tl.store(mirror, tl.trans(new), mask=(j < n)[:, None] & (i < n)[None, :] & keep)
+    store_both(A, stride, i, j, n, new, keep)
 
 
 @triton.jit
@@ -264,7 +262,7 @@ def _factor_ema(tiles: Tiles, A, a_bar, X, decay, ok) -> None:
     if A:
         launch(
             _squares, table.programs[1], table.starts[1], table.starts[0], table.rows, bad, ok,
-            decay, OPERAND=operand_type(XT, T), PRECISION=precision(T),
+            decay, OPERAND=operand_type(XT, T, device), PRECISION=precision(T, device),
             PARTS=triton.next_power_of_2(max(by_columns)), TILE=tiles.tile, ROWS=tiles.rows,
             num_warps=warps(tiles.warps, T), num_stages=tiles.stages, **common,
         )  # fmt: skip

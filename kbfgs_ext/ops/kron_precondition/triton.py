@@ -131,11 +131,12 @@ def _right(
 
 
 def _by_products(kernel, product, table, device, **constants) -> None:
+    T = constants["T"]
     launch(
         kernel, table.programs[0], table.starts[0], table.rows, WORDS=WORDS, ENTRIES=table.entries,
-        PRECISION=precision(constants["T"]), OPERAND=operand_type(constants["T"], constants["T"]),
-        TILE=product.tile, DEPTH=product.depth,
-        num_warps=product.warps, num_stages=product.stages, device=device, **constants,
+        PRECISION=precision(T, device), OPERAND=operand_type(T, T, device),
+        TILE=product.tile, DEPTH=product.depth, num_warps=product.warps,
+        num_stages=product.stages, device=device, **constants,
     )  # fmt: skip
 
 

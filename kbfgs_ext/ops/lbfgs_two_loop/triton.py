@@ -282,6 +282,7 @@ def _push(
         tl.store(at(row, S, T) + r * tl.load(row + S + 1) + j, vector(s_new, j, n), mask=mask)
         tl.store(at(row, Y, T) + r * tl.load(row + Y + 1) + j, vector(y_new, j, n), mask=mask)
     tl.store(at(row, RHO, T) + r, rho, mask=accept)
+    tl.debug_barrier()  # every warp has read `pushed`, which one thread now writes
     tl.store(pushed, before + accept)
     counts = at(row, COUNTS, tl.int64)
     tl.store(counts + ACCEPTED, tl.load(counts + ACCEPTED) + accept)

@@ -91,7 +91,7 @@ def test_rounded_operands_are_summed_in_fp32(monkeypatch):
     the operands' rounding, and no better."""
     args = cases.first("kron_precondition_").build(torch.float32)
     exact = calls.flat("kron_precondition_", calls.run("kron_precondition_", args, "triton"), True)
-    monkeypatch.setattr(kron_precondition, "operand_type", lambda given, T: tl.float16)
+    monkeypatch.setattr(kron_precondition, "operand_type", lambda *_: tl.float16)
     rounded = calls.flat(
         "kron_precondition_", calls.run("kron_precondition_", args, "triton"), True
     )

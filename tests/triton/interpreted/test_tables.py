@@ -1,5 +1,8 @@
 """The layer table: found again by content, bounded, and right for layers without programs."""
 
+import weakref
+
+import pytest
 import torch
 
 from kbfgs_ext.ops import triton_common
@@ -35,3 +38,16 @@ def test_starts_are_padded_to_a_power_of_two():
     assert table.programs == (6, 3)
     assert table.starts[0].tolist() == [0, 2, 2, triton_common.NEVER]
     assert table.starts[1].tolist() == [0, 1, 2, triton_common.NEVER]
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["", "captured"])
+def test_a_graph_keeps_the_tables_that_it_reads(captured, monkeypatch):
+    """One that the warm-up made and the capture found, too: other tables would crowd it out."""
+    tables = triton_common.Tables()
+    tables.get(CPU, [[1, 1]], [1])
+    monkeypatch.setattr(triton_common, "_capturing", lambda device: captured)
+    found = weakref.ref(tables.get(CPU, [[1, 1]], [1]))
+    monkeypatch.setattr(triton_common, "_capturing", lambda device: False)
+    for i in range(triton_common.CACHED_TABLES):
+        tables.get(CPU, [[i, 2]], [1])
+    assert (found() is not None) == captured
