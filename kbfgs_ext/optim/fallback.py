@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 LR = 1e-3
-ZERO_STATE = (torch.optim.Adam, torch.optim.AdamW)  # their state is zero before the first step
 
 
 def default_fallback(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
@@ -55,9 +54,15 @@ class Fallback:
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, with the state that its first step would make: tools that load a
         checkpoint in place need the tensors to be there."""
-        if not self.optimizer.state and isinstance(self.optimizer, ZERO_STATE):
+        if not self.optimizer.state and self._starts_at_zero():
             self._make_state()
         return self.optimizer.state_dict()
+
+    def _starts_at_zero(self) -> bool:
+        """Whether a state of zeros is the optimizer's own before its first step."""
+        if isinstance(self.optimizer, torch.optim.SGD):  # its first step knows no dampening
+            return not any(group["dampening"] for group in self.optimizer.param_groups)
+        return isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
     def _make_state(self) -> None:
         """A step with gradients of zero that moves nothing, and all that it has made set to 0."""
