@@ -103,7 +103,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(method, way, fallback, stepped, tmp_p
 def test_a_checkpoint_of_the_old_format_is_refused_by_name():
     _, opt = build(KBFGS)
     old = {"kbfgs": {"about": {"format": 4}}, "state": {}, "param_groups": []}
-    with pytest.raises(ValueError, match=r"format 4, of an older version of kbfgs_ext; this one reads format 5"):
+    with pytest.raises(
+        ValueError, match=r"format 4, of an older version of kbfgs_ext; this one reads format 5"
+    ):
         opt.load_state_dict(old)
     with pytest.raises(ValueError, match="was not made by KBFGS or KBFGSL"):
         opt.load_state_dict(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0).state_dict())
