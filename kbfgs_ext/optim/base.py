@@ -57,6 +57,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         self._generators = check_generators(generators)
         self._excluded = Excluded(model, exclude)
         self._unseen: set[str] = set()  # layers that a warning has named
+        self._blind: set[str] = set()  # and that another has
         self._plan = plan
         self._recorder = Recorder()
         self._covered: list[Covered] = []
@@ -348,6 +349,10 @@ class CoveredOptimizer(torch.optim.Optimizer):
         if unseen:
             self._unseen |= unseen
             reports.say_what_is_unseen(sorted(unseen))
+        blind = {x.name for x in active if x.observer.seen and not x.observer.filled} - self._blind
+        if blind:
+            self._blind |= blind
+            reports.say_what_is_blind(sorted(blind))
         wanted = {n: p for n, p in self._frozen.items() if p.requires_grad and p.grad is not None}
         if wanted:
             taken = {id(p) for p in self._parameters()}

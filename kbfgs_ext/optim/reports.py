@@ -127,6 +127,16 @@ def say_what_has_thawed(names: Iterable[str]) -> None:
     )
 
 
+def say_what_is_blind(names: Iterable[str]) -> None:
+    """Warn of layers whose g_bar cannot be had."""
+    warnings.warn(
+        "these layers have no trained bias, and the closure takes gradients by torch.autograd.grad,"
+        " or by backward(inputs=...), which leaves out what stands in for it: their curvature does"
+        f" not follow the loss. Call loss.backward(): {', '.join(names)}",
+        stacklevel=_level_outside(),
+    )
+
+
 def say_what_is_unseen(names: Iterable[str]) -> None:
     """Warn of layers whose weight is used without a call of the layer."""
     warnings.warn(

@@ -338,7 +338,9 @@ def test_closures_that_use_weight_gradients(method, bias, how):
     if not bias and how in ("assigns", "backward(inputs=)"):
         model = net(bias)
         opt = method(model, freeze_second_pass=False)
-        train(model, opt, work)  # a virtual bias gets no gradient: no pair, and no wrong one
+        with pytest.warns(UserWarning, match="curvature does not follow") as said:
+            train(model, opt, work)  # a virtual bias gets no gradient: no pair, and no wrong one
+        assert len([w for w in said if "does not follow" in str(w.message)]) == 1
         assert [int(d["accepted"] + d["rejected"]) for d in opt.diagnostics().values()] == [0, 0]
         return
     assert_trains_as(net(bias), work, plainly, lambda m: method(m, freeze_second_pass=False))
