@@ -4,7 +4,9 @@ Everything else about the package stands in pyproject.toml.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,12 +15,14 @@ from setuptools import setup
 HERE = Path(__file__).resolve().parent
 # Ampere, Hopper, Blackwell, and PTX for what comes after.
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+USUAL_TOOLKIT = Path("/usr/local/cuda")
+HEADER = "cuda_runtime_api.h"
 
 os.chdir(HERE)
 CUDA_BINDINGS = sorted(Path("csrc").rglob("bindings_cuda.cpp"))
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(
         f"kbfgs_ext is built against the installed torch, which does not import: {error}.\n"
@@ -45,8 +49,36 @@ def why_no_cuda() -> str | None:
         return "bindings_cuda.cpp is not in this source tree"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
-    if CUDA_HOME is None:
-        return "nvcc was not found (set CUDA_HOME)"
+    if toolkit() is None:
+        named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        if named:
+            return f"CUDA_HOME is {named}, which lacks bin/nvcc or include/{HEADER}"
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            return "nvcc was not found (set CUDA_HOME)"
+        return f"no toolkit with include/{HEADER} was found for {nvcc} (set CUDA_HOME)"
+    return None
+
+
+def toolkit() -> Path | None:
+    """The CUDA toolkit, with its nvcc and its headers: the folder that CUDA_HOME names, if any.
+
+    torch takes the folder above that of the nvcc on the PATH, which may be a wrapper or a link.
+    """
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        homes = [Path(named)]
+    elif nvcc := shutil.which("nvcc"):
+        # What it would run (nothing is compiled), and from where.
+        said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+        tops = re.findall(r"^#\$ TOP=(.+)$", said, flags=re.M)
+        homes = [Path(nvcc).parents[1], Path(nvcc).resolve().parents[1], *map(Path, tops)]
+        homes.append(USUAL_TOOLKIT)
+    else:
+        homes = [USUAL_TOOLKIT]
+    for home in homes:
+        if (home / "bin/nvcc").is_file() and (home / "include" / HEADER).is_file():
+            return home.resolve()
     return None
 
 
@@ -63,10 +95,13 @@ def extension():
     reason = why_no_cuda()
     if reason is not None:
         print(f"kbfgs_ext: CUDA kernels left out: {reason}")
-        return CppExtension(sources=sources, extra_compile_args={"cxx": cxx}, **shared)
+        return cpp_extension.CppExtension(
+            sources=sources, extra_compile_args={"cxx": cxx}, **shared
+        )
+    cpp_extension.CUDA_HOME = str(toolkit())
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     kernels = sorted(str(path) for path in Path("csrc").rglob("*.cu"))
-    return CUDAExtension(
+    return cpp_extension.CUDAExtension(
         sources=[*sources, *map(str, CUDA_BINDINGS), *kernels],
         define_macros=[("KBFGS_WITH_CUDA", None)],
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
@@ -74,8 +109,9 @@ def extension():
     )
 
 
-check_compiler()
-setup(
-    ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension},
-)
+if __name__ == "__main__":
+    check_compiler()
+    setup(
+        ext_modules=[extension()],
+        cmdclass={"build_ext": cpp_extension.BuildExtension},
+    )

@@ -8,7 +8,7 @@ import importlib
 import re
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import torch
@@ -36,6 +36,15 @@ def triton_modules() -> list[types.ModuleType]:
 
 
 @contextlib.contextmanager
+def replaced(launch: Callable[..., None]) -> Iterator[None]:
+    """Within it ``launch`` gets what would be launched."""
+    with contextlib.ExitStack() as stack:
+        for module in triton_modules():
+            stack.enter_context(mock.patch.object(module, "launch", launch))
+        yield
+
+
+@contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Within it launches go into the list that it gives."""
     launches: list[Launch] = []
@@ -44,9 +53,7 @@ def recorded() -> Iterator[list[Launch]]:
         if programs:
             launches.append(Launch(kernel, programs, args, options))
 
-    with contextlib.ExitStack() as stack:
-        for module in triton_modules():
-            stack.enter_context(mock.patch.object(module, "launch", record))
+    with replaced(record):
         yield launches
 
 
