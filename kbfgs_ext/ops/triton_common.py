@@ -340,3 +340,15 @@ if environment.triton_interpreted():
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = _patch_with_index
+
+    # A comparison is a bool. The interpreter gives it its operands' dtype, and newer ones than 3.6
+    # make integers of it where it is spread over a tile: no mask.
+    _binary_op = interpreter.InterpreterBuilder.binary_op
+
+    def _with_bools(self, lhs, rhs, op):
+        result = _binary_op(self, lhs, rhs, op)
+        if result.data.dtype == bool:
+            result.dtype = tl.int1
+        return result
+
+    interpreter.InterpreterBuilder.binary_op = _with_bools

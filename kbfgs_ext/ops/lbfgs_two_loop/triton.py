@@ -71,8 +71,9 @@ class Recursion:
 
 @dataclasses.dataclass(frozen=True)
 class Compact:
-    """64 x 64 products along 32, as in kron_precondition. In fp64 `_gram` takes twice the
-    warps; `_apply` does not, because ptxas then holds it to 128 registers and it spills.
+    """64 x 64 products along 16, as in kron_precondition: along 32 newer Tritons spill. In fp64
+    `_gram` takes twice the warps; `_apply` does not, because ptxas then holds it to 128 registers
+    and it spills.
 
     `_solve` has 512 fp32 numbers of u to one warp, because each of its 2p steps is a sum over p:
     shuffles, no barrier; at most 16 columns, because 32 of them spill.
@@ -83,7 +84,7 @@ class Compact:
     """
 
     tile: int = 64
-    depth: int = 32
+    depth: int = 16
     warps: int = 4
     stages: int = 2
     solve_elements: int = 512
@@ -375,5 +376,6 @@ def lbfgs_push_(S, Y, rho, pushed, counts, s, y, c, ok) -> None:
     table = TABLES.get(device, rows, [1] * len(S))
     launch(
         _push, table.programs[0], table.starts[0], table.rows, ok, WORDS=WORDS,
-        ENTRIES=table.entries, T=T, LENGTH=VECTORS.length, num_warps=VECTORS.warps, device=device,
+        ENTRIES=table.entries, T=T, LENGTH=VECTORS.length, num_warps=warps(VECTORS.warps, T),
+        device=device,
     )  # fmt: skip
