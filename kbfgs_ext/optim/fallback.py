@@ -113,15 +113,15 @@ class Fallback:
         except Exception as error:
             for saved, tensor in zip(self._saved, before, strict=True):
                 tensor.copy_(saved)
-            raise self._explained(error, parameters) from error
+            if sparse:
+                raise self._explained(error, parameters) from error
+            raise
         self._put_back(before, ~ok)
         self._stepped = parameters
 
     def _explained(self, error: Exception, parameters: list[torch.Tensor]) -> Exception:
-        """The error of a step, with what to do about a sparse gradient."""
+        """The error of a step with sparse gradients, and what to do about them."""
         sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
-        if not sparse:
-            return error
         names = ", ".join(self._names.get(id(p), "?") for p in sparse)
         return RuntimeError(
             f"the fallback, {type(self.optimizer).__name__}, cannot take the sparse gradients of"

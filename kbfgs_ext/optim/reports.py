@@ -99,53 +99,53 @@ def say_what_is_left_out(layers: list[LayerFactors], plan: Plan) -> None:
     left_out = [(layer.name, plan.left_out(layer)) for layer in layers]
     said = "; ".join(f"{name}: {', '.join(sides)}" for name, sides in left_out if sides)
     if said:
-        warnings.warn(
+        _warn(
             f"max_factor_dim={plan.max_factor_dim}: these sides are larger and have no"
-            f" factor, which leaves the identity in its place: {said}",
-            stacklevel=_level_outside(),
+            f" factor, which leaves the identity in its place: {said}"
         )
 
 
 def say_what_falls_back(optimizer: Any, names: Iterable[str], lr: float | torch.Tensor) -> None:
     """Warn of the parameters that go to the default fallback."""
     covered = sum(row.covered for row in optimizer.coverage())
-    warnings.warn(
+    _warn(
         f"{type(optimizer).__name__} covers {covered} layers; these parameters"
         f" go to torch.optim.AdamW(lr={float(lr)}) instead (fallback=... changes that):"
-        f" {', '.join(names)}",
-        stacklevel=_level_outside(),
+        f" {', '.join(names)}"
     )
 
 
 def say_what_has_thawed(names: Iterable[str]) -> None:
     """Warn of parameters that have a gradient and that nobody moves."""
-    warnings.warn(
+    _warn(
         "these parameters were frozen when the optimizer was made and have a gradient now, but it"
         ' does not move them; optimizer.add_param_group({"params": [...]}) takes them in:'
-        f" {', '.join(names)}",
-        stacklevel=_level_outside(),
+        f" {', '.join(names)}"
     )
 
 
 def say_what_is_blind(names: Iterable[str]) -> None:
     """Warn of layers whose g_bar cannot be had."""
-    warnings.warn(
+    _warn(
         "these layers have no trained bias, and the closure takes gradients by torch.autograd.grad,"
         " or by backward(inputs=...), which leaves out what stands in for it: their curvature does"
-        f" not follow the loss. Call loss.backward(): {', '.join(names)}",
-        stacklevel=_level_outside(),
+        f" not follow the loss. Call loss.backward(): {', '.join(names)}"
     )
 
 
 def say_what_is_unseen(names: Iterable[str]) -> None:
     """Warn of layers whose weight is used without a call of the layer."""
-    warnings.warn(
+    _warn(
         "the weights of these layers have a gradient, but no call of the layer that leads to the"
         " loss was seen (F.linear(x, layer.weight), or layer.forward(x), in place of layer(x)):"
         " their factors do not follow, and before they have started the layers step along their"
-        f" momentum alone: {', '.join(names)}. exclude= gives them to the fallback",
-        stacklevel=_level_outside(),
+        f" momentum alone: {', '.join(names)}. exclude= gives them to the fallback"
     )
+
+
+def _warn(message: str) -> None:
+    """Warn at the first line outside the package."""
+    warnings.warn(message, stacklevel=_level_outside())
 
 
 def _level_outside() -> int:
