@@ -153,7 +153,10 @@ def test_a_number_that_is_not_finite_does_what_it_does_in_the_reference(op):
         spoiled = args[place][-1]
         if not spoiled.is_floating_point() or spoiled.dim() == 0:
             continue
-        spoiled.view(-1)[spoiled.numel() // 2] = value
+        if calls.schema(op)[place].name in ("A", "H"):  # symmetric, and so is what spoils it
+            spoiled[len(spoiled) // 2, len(spoiled) // 2] = value
+        else:
+            spoiled.view(-1)[spoiled.numel() // 2] = value
         wanted, got = calls.run(op, args, "reference"), calls.run(op, args, "triton")
         for (name, g), (_, w) in zip(
             calls.flat(op, got, True), calls.flat(op, wanted, True), strict=True
