@@ -13,7 +13,7 @@ from benchmarks.data import faces
 from benchmarks.optimizers import Settings
 from benchmarks.progress import Display
 from benchmarks.training import Config, Observer, train
-from kbfgs_ext.optim.hyper import STEP_LENGTHS
+from kbfgs_ext.optim.settings import STEP_LENGTHS
 
 INTERRUPTED = 130  # exit status of a shell command ended by Ctrl-C
 DIVERGED = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +34,14 @@ class OrdinaryCapture:
         self._given, self._x = x, x.clone()
         self._calls = 0
         self._graph: graph.Graph | None = None
+        self._stream: Any = None  # made by the first step
 
     def __call__(self) -> Tensor:
         self._calls += 1
         if self._calls <= graph.WARM_UP:
             return self._on_the_side()
         if self._graph is None:
-            self._graph = graph.Graph(self._step, self._x.device)
+            self._graph = graph.Graph(self._step, self._stream)
         self._x.copy_(self._given, non_blocking=True)
         self._graph.replay()
         return self._graph.result
@@ -54,8 +56,9 @@ class OrdinaryCapture:
 
     def _on_the_side(self) -> Tensor:
         """An ordinary step on another stream, as captures want it."""
-        device = self._x.device
-        stream, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._x.device)
+        stream, here = self._stream, torch.cuda.current_stream(self._x.device)
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             loss = self._step()

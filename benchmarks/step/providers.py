@@ -138,8 +138,8 @@ def _ours(method: type[KBFGS], **options: Any) -> Make:
 def fill_memory(opt: KBFGSL) -> None:
     """Let all pairs of the memory be there, as they are after that many steps: a step's cost grows
     with them. Of s = y the factor stays the identity."""
-    opt._materialize()
-    for layer in opt._layers():
+    opt.steps.parts.materialize()
+    for layer in opt.layers:
         pairs = F.normalize(torch.randn_like(layer["S"]), dim=1)
         layer["S"].copy_(pairs)
         layer["Y"].copy_(pairs)

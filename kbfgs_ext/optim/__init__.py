@@ -1,4 +1,4 @@
-"""The optimizers. Data flows one way: capture -> factors -> method -> ops."""
+"""The optimizers. Data flows one way: capture -> factors -> step -> ops."""
 
 from kbfgs_ext.optim.graph import CapturedStep
 from kbfgs_ext.optim.kbfgs import KBFGS, KBFGSL

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.utils.weak import TensorWeakRef
 
-from kbfgs_ext.optim.layers import Linear
+from kbfgs_ext.optim.layers import View
 
 WHY_NOT_COMPILED = (
     "K-BFGS notes each covered layer's input between graphs: torch.compile works, with a graph"
@@ -58,12 +58,12 @@ class Use:
 class Observer:
     """What one layer leaves behind in a pass. Buffers are kept from step to step."""
 
-    def __init__(self, name: str, kind: type[Linear], n_g: int) -> None:
+    def __init__(self, name: str, view: View, bias: torch.Tensor | None, n_g: int) -> None:
         self.name = name
-        self.kind = kind
+        self.view = view
         self.n_g = n_g
-        self.weight: torch.Tensor = torch.empty(0)
-        self.bias: torch.Tensor | None = None  # trained with the layer
+        self.weight: torch.Tensor = view.weight
+        self.bias = bias  # trained with the layer
         self.gradient_hook: Callable[[torch.Tensor], None] = lambda anchor: None
         self._virtual: torch.Tensor | None = None
         self._accumulators: dict[int, tuple[Any, Any]] = {}
@@ -348,7 +348,7 @@ class Recorder:
             return None
         if self.at is Pass.WARM:
             if observer.keep_inputs:
-                observer.add(observer.kind.input_rows(x)).reached = True
+                observer.add(observer.view.rows(x)).reached = True
             return None
         if not torch.is_grad_enabled():
             self.in_the_dark = observer.dark = True
@@ -358,7 +358,7 @@ class Recorder:
             observer.recomputed = True  # activation checkpointing: the same use again
             return replaced
         with torch.no_grad(), torch._C._DisableFuncTorch():
-            use = observer.add(observer.kind.input_rows(x))
+            use = observer.add(observer.view.rows(x))
         node = _origin(output if replaced is None else replaced)
         if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
             use.reached = True  # inside torch.func nothing tells

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from kbfgs_ext.optim.factors import LayerFactors, Plan
+from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.settings import Settings
 
 FORMAT = 5
 GLOBAL = "safeguard_"
@@ -32,23 +33,15 @@ class Saved:
     fallback: dict[str, Any]
 
 
-def describe(plan: Plan, layers: list[LayerFactors]) -> dict[str, Any]:
+def describe(settings: Settings, layers: list[CoveredLayer]) -> dict[str, Any]:
     """What a checkpoint must agree on with the optimizer that loads it."""
-    return {
-        "format": FORMAT,
-        "method": "K-BFGS" if plan.memory is None else "K-BFGS(L)",
-        "hessian_action": "ema" if plan.keep_A else "minibatch",
-        "memory": plan.memory,
-        "max_factor_dim": plan.max_factor_dim,
-        "restart_after": plan.restart_after,
-        "initial_scale": plan.initial_scale,
-        "layers": {layer.name: [layer.n_g, layer.n_a] for layer in layers},
-    }
+    sizes = {layer.name: [layer.n_g, layer.n_a] for layer in layers}
+    return {"format": FORMAT, **settings.about(), "layers": sizes}
 
 
 def pack(
     groups: list[dict[str, Any]],
-    layers: list[LayerFactors],
+    layers: list[CoveredLayer],
     whole: Mapping[str, torch.Tensor],
     fallback: Mapping[str, Any] | None,
     about: dict[str, Any],
@@ -150,7 +143,7 @@ def _layer_difference(theirs: Mapping[str, list[int]], own: Mapping[str, list[in
     return "state_dict is of another model: its layers come in another order"
 
 
-def load(layers: list[LayerFactors], whole: Mapping[str, torch.Tensor], saved: Saved) -> None:
+def load(layers: list[CoveredLayer], whole: Mapping[str, torch.Tensor], saved: Saved) -> None:
     """Copy the saved tensors into the own ones, which keep their place in memory."""
     entries = iter(saved.state)
     for at, layer in enumerate(layers):

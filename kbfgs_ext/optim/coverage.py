@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbfgs_ext.optim.factors import LayerFactors
-from kbfgs_ext.optim.layers import Linear, kind_of
+from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.layers import View, kind_of
+from kbfgs_ext.optim.settings import Settings
 
 
 class Excluded:
@@ -57,13 +58,14 @@ def _plain(name: str) -> str:
 class Found:
     """What `cover` finds: the layers, every other trained parameter, and why it is not covered."""
 
-    layers: list[LayerFactors]
+    layers: list[CoveredLayer]
     rest: dict[str, nn.Parameter]
     reasons: dict[str, str]  # by the names in ``rest``
 
 
 def cover(
     model: nn.Module,
+    settings: Settings,
     excluded: Callable[[str, nn.Module], bool] = lambda name, module: False,
     within: set[int] | None = None,
 ) -> Found:
@@ -75,6 +77,7 @@ def cover(
 
     Args:
         model: searched in the order of ``named_modules``.
+        settings: of the optimizer.
         excluded: whether the layer of this name is left out on purpose.
         within: ids of the parameters to look at; None looks at all.
 
@@ -82,7 +85,7 @@ def cover(
         TypeError: the weight of a known kind is not real floating point.
         ValueError: a weight is not initialised yet (lazy modules).
     """
-    by_weight: dict[int, tuple[type[Linear], list[tuple[str, nn.Module]]]] = {}
+    users: dict[int, list[tuple[str, nn.Module, View]]] = {}  # by the weight
     why: dict[int, str] = {}  # parameter -> why it is not covered
     biases: dict[int, set[int]] = {}  # bias -> the weights beside it
     for name, module in model.named_modules():
@@ -92,33 +95,32 @@ def cover(
                     id(p), f"{type(module).__name__} is no kind of layer that is covered"
                 )
         kind = kind_of(module)
-        if kind is None:
-            continue
-        weight, bias = kind.weight(module), kind.bias(module)
-        if not isinstance(weight, nn.Parameter):
-            continue
-        if not weight.is_floating_point():
-            raise TypeError(
-                f"model: the weight of layer '{name}' is {weight.dtype};"
-                " only real floating-point weights can be trained"
-            )
-        if bias is not None:
-            biases.setdefault(id(bias), set()).add(id(weight))
-        if excluded(_plain(name), module):
-            reason = "excluded"
-        elif not weight.requires_grad:
-            reason = "the weight of its layer is frozen"
-        else:
+        for view in [] if kind is None else kind.views(module):
+            weight, bias = view.weight, view.bias
+            if not isinstance(weight, nn.Parameter):
+                continue
+            if not weight.is_floating_point():
+                raise TypeError(
+                    f"model: the weight of layer '{name}' is {weight.dtype};"
+                    " only real floating-point weights can be trained"
+                )
+            if bias is not None:
+                biases.setdefault(id(bias), set()).add(id(weight))
             reason = ""
-            by_weight.setdefault(id(weight), (kind, []))[1].append((name, module))
-        if reason:
-            why.update({id(p): reason for p in (weight, bias) if p is not None})
+            if excluded(_plain(name), module):
+                reason = "excluded"
+            elif not weight.requires_grad:
+                reason = "the weight of its layer is frozen"
+            else:
+                users.setdefault(id(weight), []).append((name, module, view))
+            if reason:
+                why.update({id(p): reason for p in (weight, bias) if p is not None})
 
-    layers: list[LayerFactors] = []
-    for kind, uses in by_weight.values():
-        name, module = uses[0]
-        weight, bias = kind.weight(module), kind.bias(module)
-        if any(kind.bias(other) is not bias for _, other in uses):
+    layers: list[CoveredLayer] = []
+    for uses in users.values():
+        name, module, view = uses[0]
+        weight, bias = view.weight, view.bias
+        if any(other.bias is not bias for _, _, other in uses):
             reason = "its layers share the weight and not the bias"
         elif bias is not None and len(biases[id(bias)]) > 1:
             reason = "its layers share the bias and not the weight"
@@ -127,14 +129,15 @@ def cover(
         else:
             reason = ""
         if reason:
-            shared = [p for _, user in uses for p in (kind.weight(user), kind.bias(user))]
+            shared = [p for _, _, other in uses for p in (other.weight, other.bias)]
             why.update({id(p): reason for p in shared if p is not None})
         elif within is not None and id(weight) not in within:
             if bias is not None:
                 why[id(bias)] = "its layer is covered without it"
         else:
-            modules = [user for _, user in uses]
-            layers.append(LayerFactors(_plain(name) or type(module).__name__, modules, kind))
+            modules = [user for _, user, _ in uses]
+            name = _plain(name) or type(module).__name__
+            layers.append(CoveredLayer(name, modules, view, settings))
 
     covered = {id(p) for layer in layers for p in layer.parameters()}
     rest = {
@@ -151,10 +154,10 @@ def cover(
 
 
 def divide(
-    layers: list[LayerFactors],
+    layers: list[CoveredLayer],
     rest: Mapping[str, nn.Parameter],
     groups: Iterable[Mapping[str, Any]],
-) -> list[tuple[dict[str, Any], list[LayerFactors]]]:
+) -> list[tuple[dict[str, Any], list[CoveredLayer]]]:
     """Divide the covered layers among param groups.
 
     Args:
@@ -172,7 +175,7 @@ def divide(
     trained = {id(p) for layer in layers for p in layer.parameters()}
     trained |= {id(p) for p in rest.values()}
     home: dict[int, int] = {}  # parameter -> group
-    divided: list[tuple[dict[str, Any], list[LayerFactors]]] = [({}, [])]
+    divided: list[tuple[dict[str, Any], list[CoveredLayer]]] = [({}, [])]
     for i, group in enumerate(groups):
         if not isinstance(group, Mapping) or "params" not in group:
             raise TypeError(f"groups[{i}] must be a dict with an entry 'params', got {group!r}")
@@ -201,7 +204,7 @@ def _parameters_of(params: Any) -> list[torch.Tensor]:
     return [p for one in params for p in _parameters_of(one)]
 
 
-def common_device(layers: list[LayerFactors]) -> torch.device:
+def common_device(layers: list[CoveredLayer]) -> torch.device:
     """The device of all covered layers; raises ValueError naming the layers if there are two."""
     first = layers[0]
     for layer in layers:

@@ -1,253 +1,365 @@
-"""Per-layer state of K-BFGS: the factors, the pair, and the scratch of a step."""
+"""The factors: one side of a layer each, with the mathematics that is its own.
+
+================== ====== ==============================================================
+class              side   the inverse factor H
+================== ====== ==============================================================
+`ActivationMatrix` a      H_a, n_a x n_a; it follows A (hessian_action="ema") or the minibatch
+`GradientMatrix`   g      H_g, n_g x n_g, and the averaged pair that updates it
+`PairRing`         g      the last p pairs: H_g is applied and never formed (K-BFGS(L))
+`Identity`         either none: the side is larger than ``max_factor_dim``
+================== ====== ==============================================================
+
+A factor owns its tensors, their start and their checkpoint. What it does in a step is a static
+method on a `Part`, since an op takes all layers in one call: the kinds of a part's two sides decide
+which ops a step is made of. Step numbers are those of docs/algorithm.md.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from kbfgs_ext.ops.bfgs_update.api import workspace_size
-from kbfgs_ext.optim.capture import Observer
-from kbfgs_ext.optim.layers import Linear
+from kbfgs_ext import ops
+from kbfgs_ext.optim.settings import Settings
 
-ACCUMULATION = torch.float32  # factors of 16-bit parameters are kept in this dtype
+if TYPE_CHECKING:
+    from kbfgs_ext.optim.covered import Part
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Tensors = list[torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the optimizer keeps for a layer: decided once, the same for all layers."""
+class Verdict:
+    """What the device has decided of a step: bool scalars there."""
 
-    keep_A: bool  # hessian_action="ema"
-    memory: int | None  # pairs of K-BFGS(L); None keeps H_g
-    max_factor_dim: int | None = None  # a larger side has no matrix factor: the identity
-    restart_after: int | None = None  # rejected pairs, or undone steps, in a row
-    initial_scale: float | str = 1.0  # gamma: H_g starts as gamma*I; "damping" takes 1/lam_g
-
-    def keeps_a(self, layer: LayerFactors) -> bool:
-        """Whether the layer's activation side has a factor."""
-        return self.max_factor_dim is None or layer.n_a <= self.max_factor_dim
-
-    def keeps_g(self, layer: LayerFactors) -> bool:
-        """Whether the layer's gradient side has one; a ring of pairs has no matrix to be large."""
-        large = self.max_factor_dim is not None and layer.n_g > self.max_factor_dim
-        return self.memory is not None or not large
-
-    def left_out(self, layer: LayerFactors) -> list[str]:
-        """The sides without a factor, for people."""
-        sides = (("n_a", layer.n_a, self.keeps_a(layer)), ("n_g", layer.n_g, self.keeps_g(layer)))
-        return [f"{name} {size}" for name, size, kept in sides if not kept]
+    ok: torch.Tensor  # false: the step is void
+    ok_pair: torch.Tensor  # false: no pair comes of it
+    order_a: torch.Tensor | None = None  # all activation sides restart
+    order_g: torch.Tensor | None = None  # all gradient sides do
 
 
-class LayerFactors:
-    """A covered layer: its parameters, its capture slot, and its tensors.
+class Factor:
+    """One side of one layer.
 
-    ``kept`` is what a checkpoint holds; ``scratch`` lives from one half of a step to the other.
-
-    ========== ============== ==================================================================
-    kept       shape          meaning
-    ========== ============== ==================================================================
-    M          n_g x n_a      momentum
-    A          n_a x n_a      activation factor (hessian_action="ema" only)
-    H_a        n_a x n_a      inverse activation factor; before the start, the average of X~'X~/m
-    H_g        n_g x n_g      inverse gradient factor (K-BFGS)
-    S, Y       p x n_g        ring of pairs (K-BFGS(L)), with rho (p) and pushed (scalar)
-    gamma      scalar         H_g is gamma times what the ring says (initial_scale other than 1)
-    s, y       n_g            moving averages of the pair
-    counts_a/g 4              accepted, rejected, Powell-damped, LM-damped
-    marks_a/g  3              accepted, rejected at a streak's begin, restarts
-    ========== ============== ==================================================================
-
-    A side larger than ``max_factor_dim`` has none of its own but the counts, which stay zero.
+    Args:
+        side: "a" (activations) or "g" (gradients).
+        n: its size.
+        settings: of the whole optimizer.
     """
 
-    def __init__(self, name: str, modules: list[nn.Module], kind: type[Linear]) -> None:
-        self.name = name
-        self.kind = kind
-        self.modules = modules  # all that use the weight
-        module = modules[0]
-        self.weight: nn.Parameter = kind.weight(module)
-        bias = kind.bias(module)
-        self.bias: nn.Parameter | None = bias if bias is not None and bias.requires_grad else None
-        n_g, d_in = kind.matrix(self.weight).shape
-        self.n_g, self.d_in, self.n_a = n_g, d_in, d_in + (self.bias is not None)
-        self.observer = Observer(name, kind, n_g)
-        self.observer.weight, self.observer.bias = self.weight, self.bias
-        self.started = False  # H_a is the inverse factor, no longer the average
-        self.moving: list[nn.Parameter] = []  # the parameters that this step moves
-        self.bare = False  # this step goes without factors: the layer's input was never seen
-        self.warm_batches = 0  # averaged into the factor by warm_start so far
+    live = True  # false: the identity
+
+    def __init__(self, side: str, n: int, settings: Settings) -> None:
+        self.side, self.n, self.settings = side, n, settings
         self.kept: dict[str, torch.Tensor] = {}
-        self.scratch: dict[str, torch.Tensor] = {}
-        self._no_bias = torch.empty(0)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the factors: the weight's, but never less than 32 bits."""
-        return torch.promote_types(self.weight.dtype, ACCUMULATION)
-
-    def kept_shapes(self, plan: Plan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every kept tensor under ``plan``."""
-        n_a, n_g, real = self.n_a, self.n_g, self.dtype
-        shapes = {
-            "M": ((n_g, n_a), real),
-            "counts_a": ((4,), torch.int64),
-            "counts_g": ((4,), torch.int64),
-        }
-        if plan.restart_after is not None:
-            shapes["marks_a"] = shapes["marks_g"] = ((3,), torch.int64)
-        if plan.keeps_a(self):
-            shapes["H_a"] = ((n_a, n_a), real)
-            if plan.keep_A:
-                shapes["A"] = ((n_a, n_a), real)
-        if plan.keeps_g(self):
-            shapes["s"] = shapes["y"] = ((n_g,), real)
-            if plan.memory is None:
-                shapes["H_g"] = ((n_g, n_g), real)
-        if plan.memory is not None:
-            shapes["S"] = shapes["Y"] = ((plan.memory, n_g), real)
-            shapes["rho"] = ((plan.memory,), real)
-            shapes["pushed"] = ((), torch.int64)
-            if plan.initial_scale != 1.0:
-                shapes["gamma"] = ((), real)
+    def kept_shapes(self, real: torch.dtype) -> Shapes:
+        """Shape and dtype of every tensor of a checkpoint; ``real`` is the factor's dtype."""
+        shapes: Shapes = {f"counts_{self.side}": ((4,), torch.int64)}
+        if self.settings.restart_after is not None:
+            shapes[f"marks_{self.side}"] = ((3,), torch.int64)
         return shapes
 
-    def scratch_shapes(self, plan: Plan) -> dict[str, tuple[int, ...]]:
-        """Shape of every scratch tensor under ``plan``, but for the shared product scratch."""
-        n_a, n_g = self.n_a, self.n_g
-        shapes: dict[str, tuple[int, ...]] = {
-            "P": (n_g, n_a),
-            "work": (workspace_size(n_a, n_g),),
-            "slope": (n_g,),
-        }
-        shapes["a_bar"] = shapes["a_bar_next"] = (n_a,)
-        for name in ("h_origin", "h_change", "g_bar", "g_bar_next"):
-            shapes[name] = (n_g,)
-        if plan.memory is not None:
-            for name in ("s_damped", "y_damped", "Hy"):
-                shapes[name] = (n_g,)
-        return shapes
-
-    def allocate(self, plan: Plan) -> None:
-        """Make the tensors, on the weight's device; the ones that exist stay."""
-        device = self.weight.device
-        if not self.kept:
-            for name, (shape, dtype) in self.kept_shapes(plan).items():
-                self.kept[name] = torch.empty(shape, dtype=dtype, device=device)
-            self.clear()
-        if not self.scratch:
-            for name, shape in self.scratch_shapes(plan).items():
-                self.scratch[name] = torch.zeros(shape, dtype=self.dtype, device=device)
-            self.scratch["saved"] = self.scratch["P"]  # descend_ leaves [W, b] of before there
-            for name in ("a_bar", "a_bar_next"):
-                self.scratch[name][self.d_in :] = 1.0  # the mean of the column of ones
-            self._no_bias = torch.empty(0, dtype=self.weight.dtype, device=device)
+    def scratch_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of what lives from one half of a step to the other."""
+        return {}
 
     def clear(self) -> None:
-        """What is kept is as before the first step."""
+        """As before the first step."""
         for tensor in self.kept.values():
             tensor.zero_()
-        if "H_g" in self.kept:
-            self.kept["H_g"].fill_diagonal_(1.0)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self.kept.get(name)
-        return self.scratch[name] if tensor is None else tensor
-
-    def has(self, name: str) -> bool:
-        """Whether the kept tensor exists, once they are allocated."""
-        return name in self.kept
-
-    def uses(self, factor: str) -> bool:
-        """Whether this step is made with the factor."""
-        return self.has(factor) and not self.bare
-
-    # The parameters and their gradients as the ops want them: matrices, and empty for no bias.
-
-    def W(self) -> torch.Tensor:
-        """The weight, d_out x d_in."""
-        return self.kind.matrix(self.weight.detach())
-
-    def b(self) -> torch.Tensor:
-        """The bias, or an empty tensor."""
-        return self._no_bias if self.bias is None else self.bias.detach()
-
-    def dW(self, decay: float = 0.0) -> torch.Tensor:
-        """The weight's gradient plus ``decay*W``, d_out x d_in; zero where it is frozen."""
-        return self.kind.matrix(self._gradient(self.weight, "no_dW", decay))
-
-    def db(self, decay: float = 0.0) -> torch.Tensor:
-        """The bias's gradient, as the weight's; or an empty tensor."""
-        return self._no_bias if self.bias is None else self._gradient(self.bias, "no_db", decay)
-
-    def _gradient(self, p: nn.Parameter, zero: str, decay: float) -> torch.Tensor:
-        if any(p is moved for moved in self.moving):
-            assert p.grad is not None
-            return p.grad.add(p.detach(), alpha=decay) if decay else p.grad
-        if zero not in self.scratch or self.scratch[zero].dtype != p.dtype:
-            self.scratch[zero] = torch.zeros_like(p, requires_grad=False)
-        return self.scratch[zero]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The covered parameters: the weight, and the bias where it is trained."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
-
-    def look(self) -> None:
-        """After the first pass: which parameters move, those with a new gradient that want one."""
-        self.moving = [
-            p
-            for p in self.parameters()
-            if p.grad is not None and p.requires_grad and not self.observer.is_stale(p)
-        ]
-        if self.moving:
-            self.observer.settle()
-        self.bare = not self.started and not self.observer.seen
-
-    @property
-    def halved(self) -> bool:
-        """Whether this step moves the weight or the bias alone: the other is frozen."""
-        return len(self.moving) < len(self.parameters())
-
-    def hold(self) -> None:
-        """Put the frozen half of a layer back after a step, bit for bit."""
-        moving = {id(p) for p in self.moving}
-        saved = self.scratch["saved"]
-        if id(self.weight) not in moving:
-            self.W().copy_(saved[:, : self.d_in])
-        if self.bias is not None and id(self.bias) not in moving:
-            self.b().copy_(saved[:, self.d_in])
-
-    def average(self, plan: Plan) -> torch.Tensor:
-        """Where X~'X~/m is averaged before the start: A, or the place of H_a without A."""
-        return self.kept["A" if plan.keep_A else "H_a"]
 
     def reset(self) -> None:
-        """Back to before the start; what is counted stays."""
+        """Back to before the start; what is counted stays, and no streak of rejected pairs."""
         for name, tensor in self.kept.items():
             if not name.startswith(("counts", "marks")):
                 tensor.zero_()
-        for side in "ag":
-            if self.has("marks_" + side):  # no streak of rejected pairs goes on
-                self.kept["marks_" + side][:2] = self.kept["counts_" + side][:2]
-        self.started, self.warm_batches = False, 0
+        marks = self.kept.get(f"marks_{self.side}")
+        if marks is not None:
+            marks[:2] = self.kept[f"counts_{self.side}"][:2]
 
-    def start_g(self, lam_g: torch.Tensor, plan: Plan) -> None:
-        """H_g = gamma*I; a ring of pairs keeps gamma beside it."""
-        if self.has("H_g") or self.has("gamma"):
-            place = self.kept["H_g"].diagonal() if self.has("H_g") else self.kept["gamma"]
-            if isinstance(plan.initial_scale, str):
-                place.copy_(1 / lam_g)
-            else:
-                place.fill_(plan.initial_scale)
+    def start(self, lam: torch.Tensor) -> None:
+        """The factor of the first step, with the damping ``lam``."""
 
-    def start_a(self, lam_a: torch.Tensor, plan: Plan) -> None:
+    # A step's, on all layers of a part. Those of the gradient side also do what is left to do for
+    # the activation side, because the ops take both sides at once.
+
+    @staticmethod
+    def precondition(part: Part, work: Tensors) -> None:
+        """Step 4: P = H_g M H_a; ``work`` is the product scratch, as far as there is an H_a."""
+        raise NotImplementedError
+
+    @staticmethod
+    def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
+        """Steps 6 to 8, and step 9 in the same call if ``with_activations`` (for "ema" alone)."""
+        raise NotImplementedError
+
+
+class Identity(Factor):
+    """A side without a factor: its counts stay zero."""
+
+    live = False
+
+    @staticmethod
+    def precondition(part: Part, work: Tensors) -> None:
+        if part.activation.live:
+            ops.kron_precondition_(part["P"], [], part["M"], part["H_a"], work, part.backend)
+        else:
+            torch._foreach_copy_(part["P"], part["M"])
+
+    @staticmethod
+    def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
+        if with_activations and part.activation.live:
+            ActivationMatrix.follow(part, [], verdict)
+
+
+class ActivationMatrix(Factor):
+    """H_a; with hessian_action="ema" also A. Before the start H_a, or A, is an average of X~'X~/m.
+
+    ========= ========= ===============================
+    A         n_a x n_a activation factor ("ema" alone)
+    H_a       n_a x n_a inverse activation factor
+    ========= ========= ===============================
+    """
+
+    def kept_shapes(self, real: torch.dtype) -> Shapes:
+        names = ("H_a", "A") if self.settings.keep_A else ("H_a",)
+        return super().kept_shapes(real) | dict.fromkeys(names, ((self.n, self.n), real))
+
+    @property
+    def average(self) -> torch.Tensor:
+        """Where X~'X~/m is averaged before the start."""
+        return self.kept["A" if self.settings.keep_A else "H_a"]
+
+    def start(self, lam: torch.Tensor) -> None:
         """H_a = inv(A_0 + lam_a*I), from the average that the warm start or first batch left.
 
         The one O(n^3) operation of a run, in float64: its condition is that of A_0/lam_a.
         """
-        H_a = self.kept["H_a"]
-        damped = self.average(plan).to(torch.float64, copy=True)
-        damped.diagonal().add_(lam_a)
+        damped = self.average.to(torch.float64, copy=True)
+        damped.diagonal().add_(lam)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped)[0])
-        H_a.copy_(inverse.add_(inverse.T.clone()).mul_(0.5))
-        self.started = True
+        self.kept["H_a"].copy_(inverse.add_(inverse.T.clone()).mul_(0.5))
+
+    def average_one(
+        self, a_bar: torch.Tensor, X: torch.Tensor, decay: float | None, ok: torch.Tensor | None
+    ) -> None:
+        """Before the start: ``X`` enters the average, which ``decay`` is kept of; None leaves the
+        average as it is. a_bar is the mean of ``X``."""
+        A = [] if decay is None else [self.average]
+        ops.factor_ema_(A, [a_bar], [X], decay or 0.0, ok, self.settings.backend)
+
+    @staticmethod
+    def average_in(part: Part, X: Tensors, ok: torch.Tensor) -> None:
+        """Step 3: the minibatch ``X`` enters A, and a_bar is its mean."""
+        A = part["A"] if part.settings.keep_A and part.activation.live else []
+        ops.factor_ema_(A, part["a_bar"], X, part.group["stat_decay"], ok, part.backend)
+
+    @staticmethod
+    def follow(part: Part, X: Tensors, verdict: Verdict) -> None:
+        """Step 9 by itself, with A's action from the minibatch ``X``, or from A if that is kept."""
+        _update_matrices(part, True, False, X, verdict)
+
+
+class GradientMatrix(Factor):
+    """H_g, and the moving average of the pair.
+
+    ======== ========= =====================
+    H_g      n_g x n_g inverse gradient factor
+    s, y     n_g       moving averages of the pair
+    ======== ========= =====================
+    """
+
+    def kept_shapes(self, real: torch.dtype) -> Shapes:
+        own: Shapes = {"H_g": ((self.n, self.n), real), "s": ((self.n,), real)}
+        return super().kept_shapes(real) | own | {"y": ((self.n,), real)}
+
+    def clear(self) -> None:
+        super().clear()
+        self.kept["H_g"].fill_diagonal_(1.0)
+
+    def start(self, lam: torch.Tensor) -> None:
+        """H_g = gamma*I."""
+        _start_scale(self.kept["H_g"].diagonal(), self.settings.initial_scale, lam)
+
+    @staticmethod
+    def precondition(part: Part, work: Tensors) -> None:
+        if part.activation.live:
+            H_g, H_a = part["H_g"], part["H_a"]
+            ops.kron_precondition_(part["P"], H_g, part["M"], H_a, work, part.backend)
+        else:
+            for layer in part.layers:
+                torch.mm(layer["H_g"], layer["M"], out=layer["P"])
+
+    @staticmethod
+    def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
+        _update_matrices(part, with_activations and part.activation.live, True, [], verdict)
+
+
+class PairRing(Factor):
+    """The last p pairs, from which H_g is applied.
+
+    ========= ======= ===========================================================
+    S, Y      p x n_g the ring of pairs
+    rho       p       1/s'y of each
+    pushed    scalar  pairs pushed so far
+    gamma     scalar  H_g is gamma times what the ring says (initial_scale other than 1)
+    s, y      n_g     moving averages of the pair
+    ========= ======= ===========================================================
+
+    The ring starts from I. To start from gamma*I it holds the pairs (s, gamma*y), and H_g is gamma
+    times what it says: gamma goes into H_g y and the size of the step, and no matrix is scaled.
+    """
+
+    def kept_shapes(self, real: torch.dtype) -> Shapes:
+        p = self.settings.memory
+        assert p is not None
+        shapes: Shapes = super().kept_shapes(real)
+        shapes |= dict.fromkeys(("S", "Y"), ((p, self.n), real))
+        shapes |= {"rho": ((p,), real), "pushed": ((), torch.int64)}
+        shapes |= dict.fromkeys(("s", "y"), ((self.n,), real))
+        if self.settings.initial_scale != 1.0:
+            shapes["gamma"] = ((), real)
+        return shapes
+
+    def scratch_shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(("s_damped", "y_damped", "Hy"), (self.n,))
+
+    def start(self, lam: torch.Tensor) -> None:
+        """gamma, where it is kept."""
+        if "gamma" in self.kept:
+            _start_scale(self.kept["gamma"], self.settings.initial_scale, lam)
+
+    @staticmethod
+    def precondition(part: Part, work: Tensors) -> None:
+        """P = H_g (M H_a), layer after layer on the CPU, where all share the scratch."""
+        M, P = part["M"], part["P"]
+        if not part.activation.live:
+            PairRing.apply(part, P, M)
+            return
+        step = 1 if work[0].device.type == "cpu" else len(M)
+        for i in range(0, len(M), step):
+            these = slice(i, i + step)
+            ops.kron_precondition_(
+                work[these], [], M[these], part["H_a"][these], P[these], part.backend
+            )
+            PairRing.apply(part, P[these], work[these], these)
+
+    @staticmethod
+    def apply(part: Part, out: Tensors, Q: Tensors, these: slice = slice(None)) -> None:
+        """out = H_g Q, without gamma."""
+        S, Y = part["S"][these], part["Y"][these]
+        rho, pushed = part["rho"][these], part["pushed"][these]
+        ops.lbfgs_two_loop_(out, Q, S, Y, rho, pushed, "auto", part.backend)
+
+    @staticmethod
+    def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
+        if with_activations and part.activation.live:
+            ActivationMatrix.follow(part, [], verdict)
+        s, y, Hy, ok = part["s_damped"], part["y_damped"], part["Hy"], verdict.ok_pair
+        counts, c = part["counts_g"], part["g_bar"]
+        gamma = part["gamma"] if part.has("gamma") else []
+        ops.pair_ema_(
+            s=part["s"],
+            y=part["y"],
+            h_bar=part["h_origin"],
+            h_bar_next=part["h_change"],
+            g_bar=c,
+            g_bar_next=part["g_bar_next"],
+            decay=part.group["pair_decay"],
+            ok=ok,
+            backend=part.backend,
+        )
+        torch._foreach_copy_(s + y, part["s"] + part["y"])
+        PairRing.apply(part, Hy, y)
+        if gamma:
+            torch._foreach_mul_(Hy, gamma)
+        lam_g = [part.scalars.lam_g] * len(s)
+        ops.double_damping_(s, y, Hy, counts, [], lam_g, part.group["powell"], ok, part.backend)
+        if gamma:  # c too, so that the gate is that of (s, y); Hy has done its duty
+            torch._foreach_copy_(Hy, c)
+            c = Hy
+            torch._foreach_mul_(y + c, gamma + gamma)
+        S, Y, rho, pushed = part["S"], part["Y"], part["rho"], part["pushed"]
+        ops.lbfgs_push_(S, Y, rho, pushed, counts, s, y, c, ok, part.backend)
+        restart(part, "g", verdict.order_g)
+
+
+def _start_scale(place: torch.Tensor, gamma: float | str, lam_g: torch.Tensor) -> None:
+    if isinstance(gamma, str):
+        place.copy_(1 / lam_g)
+    else:
+        place.fill_(gamma)
+
+
+def _update_matrices(
+    part: Part, activations: bool, gradients: bool, X: Tensors, verdict: Verdict
+) -> None:
+    """Steps 6 to 9 on the matrix factors of both sides, or of one."""
+
+    def of(side: bool, name: str) -> Tensors:
+        return part[name] if side else []
+
+    n = len(part.layers)
+    if activations or gradients:
+        ops.curvature_update_(
+            H_a=of(activations, "H_a"),
+            H_g=of(gradients, "H_g"),
+            s=of(gradients, "s"),
+            y=of(gradients, "y"),
+            counts_a=of(activations, "counts_a"),
+            counts_g=of(gradients, "counts_g"),
+            work=part["work"],
+            A=of(activations and not X, "A"),
+            X=X,
+            a_bar=of(activations, "a_bar"),
+            h_bar=of(gradients, "h_origin"),
+            h_bar_next=of(gradients, "h_change"),
+            g_bar=of(gradients, "g_bar"),
+            g_bar_next=of(gradients, "g_bar_next"),
+            lam_a=[part.scalars.lam_a] * n if activations else [],
+            lam_g=[part.scalars.lam_g] * n if gradients else [],
+            pair_decay=part.group["pair_decay"],
+            mu1=part.group["powell"],
+            ok=verdict.ok,
+            ok_pair=verdict.ok_pair,
+            backend=part.backend,
+        )
+    if activations:
+        restart(part, "a", verdict.order_a, X)
+    if gradients:
+        restart(part, "g", verdict.order_g)
+
+
+def restart(
+    part: Part, side: str, order: torch.Tensor | None, X: Sequence[torch.Tensor] = ()
+) -> None:
+    """Put the factors of a side back to a safe start, on the device, after ``restart_after``
+    rejected pairs in a row, or where ordered.
+
+    The gate (8) refuses a pair that would spoil H. If it refuses pair after pair, H itself no
+    longer fits the loss. And if step after step is undone however short it is, the direction is no
+    descent: some factor has gone wrong that the gate does not see, and the safeguard orders all to
+    restart.
+    """
+    after = part.settings.restart_after
+    if after is None:
+        return
+    of_a = side == "a"
+    matrices = of_a or part.has("H_g")
+    ops.restart_(
+        H=part["H_" + side] if matrices else [],
+        pushed=[] if matrices else part["pushed"],
+        marks=part["marks_" + side],
+        counts=part["counts_" + side],
+        lam=[part.scalars.lam_a] * len(part.layers) if of_a else [],
+        A=part["A"] if of_a and not X else [],
+        X=list(X) if of_a else [],
+        after=after,
+        force=order,
+        backend=part.backend,
+    )

@@ -23,12 +23,22 @@ BAKED = ("momentum", "stat_decay", "pair_decay", "powell", "weight_decay")
 
 
 class Graph:
-    """What ``run`` does on the device, captured; ``result`` is the tensor it returns."""
+    """What ``run`` does on the device, captured; ``result`` is the tensor it returns.
 
-    def __init__(self, run: Callable[[], torch.Tensor], device: torch.device) -> None:
-        torch.cuda.synchronize(device)
+    Args:
+        run: called once, on ``stream``.
+        stream: of the device, used for nothing else. Left to itself torch takes one stream for
+            all captures of a process, on the device of the first.
+    """
+
+    def __init__(self, run: Callable[[], torch.Tensor], stream: torch.cuda.Stream) -> None:
+        torch.cuda.synchronize(stream.device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self._graph):
+        with (
+            torch.cuda.device(stream.device),
+            # Other threads may go on to allocate, such as one that pins a loader's batches.
+            torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             self.result = run()
 
     def replay(self) -> None:
@@ -73,6 +83,7 @@ class CapturedStep:
             raise ValueError(f"warm_up must be an int of at least 2, got {warm_up!r}")
         self._optimizer, self._loss_function, self._warm_up = optimizer, loss_function, warm_up
         self._calls = 0
+        self._stream: Any = None  # of warm-up and capture
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._graph: Graph | None = None
         self._baked: list[dict[str, Any]] = []
@@ -103,7 +114,7 @@ class CapturedStep:
         if self._optimizer.device.type != "cuda":
             return self._ordinary(inputs)
         if self._graph is None:
-            started = all(layer.started for layer in self._optimizer._layers())
+            started = all(layer.started for layer in self._optimizer.layers)
             if self._calls <= self._warm_up or not started:
                 return self._on_the_side(inputs)
             self._capture(inputs)
@@ -125,7 +136,9 @@ class CapturedStep:
         """An ordinary step on another stream, as captures want it, watched for random numbers."""
         device = self._optimizer.device
         before = torch.get_rng_state(), torch.cuda.get_rng_state(device)
-        stream, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        if self._stream is None:  # memory and workspaces of a stream are its own
+            self._stream = torch.cuda.Stream(device)
+        stream, here = self._stream, torch.cuda.current_stream(device)
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             loss = self._ordinary(inputs)
@@ -142,17 +155,10 @@ class CapturedStep:
         self._refuse()
         self._inputs = tuple(t.clone() for t in inputs)
         self._baked = self._present()
-        steps = self._optimizer._iteration
         closure = self._closure(self._inputs)
-        self._optimizer._capturing = True
-        try:
-            self._graph = Graph(
-                lambda: self._optimizer._step(closure).detach(), self._optimizer.device
-            )
-        finally:
-            self._optimizer._capturing = False
-            self._optimizer._iteration = steps  # a capture runs nothing
-        self._held = self._optimizer._copies()
+        with self._optimizer.steps.captured():
+            self._graph = Graph(lambda: self._optimizer.step_once(closure).detach(), self._stream)
+        self._held = self._optimizer.steps.copies()
 
     def _replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         assert self._graph is not None
@@ -162,11 +168,10 @@ class CapturedStep:
                 " have changed since, or a checkpoint was loaded, or restart() called; make a new"
                 " CapturedStep (a fallback whose lr is a tensor on the device may change it)"
             )
-        self._optimizer._begin_replay()
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given, non_blocking=True)
-        self._graph.replay()
-        self._optimizer._end_replay()
+        with self._optimizer.replayed_step():
+            for mine, given in zip(self._inputs, inputs, strict=True):
+                mine.copy_(given, non_blocking=True)
+            self._graph.replay()
         return self._graph.result
 
     def _check_inputs(self, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -185,8 +190,8 @@ class CapturedStep:
 
     def _refuse(self) -> None:
         """Raise RuntimeError for what a graph cannot hold."""
-        optimizer = self._optimizer
-        if optimizer.pair_every > 1 or optimizer.factor_every > 1:
+        optimizer, settings = self._optimizer, self._optimizer.settings
+        if settings.pair_every > 1 or settings.factor_every > 1:
             raise RuntimeError(
                 "this step cannot be captured: with pair_every or factor_every above 1 one step is"
                 " not like the next"
@@ -205,8 +210,9 @@ class CapturedStep:
 
     def _present(self) -> list[dict[str, Any]]:
         """The values that a graph keeps as they are."""
-        covered = len(self._optimizer._covered)
-        present: list[dict[str, Any]] = [{"generation": self._optimizer._generation}]
+        steps = self._optimizer.steps
+        covered = len(steps.parts.groups)
+        present: list[dict[str, Any]] = [{"version": steps.version}]
         for i, group in enumerate(self._optimizer.param_groups):
             names = BAKED if i < covered else [name for name in group if name != "params"]
             values = {name: group[name] for name in names}

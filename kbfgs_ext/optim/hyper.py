@@ -10,8 +10,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 DAMPINGS = ("damping", "damping_a", "damping_g")
-STEP_LENGTHS = ("direction", "balanced", "layer")
-PRECISIONS = ("highest", "high", "medium")
 TORCH_KEYWORDS = ("foreach", "fused", "capturable", "maximize", "differentiable")
 _REFUSED = {
     "maximize": "let the closure return (and backpropagate) -loss",
@@ -19,7 +17,7 @@ _REFUSED = {
 }
 
 
-def _number(
+def check_number(
     name: str, value: Any, low: float, high: float, closed_low: bool, tensor: bool = False
 ) -> None:
     """``value`` is a real number in (low, high), or in [low, high); maybe a scalar tensor.
@@ -44,13 +42,13 @@ def _number(
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Every hyperparameter of a param group is in its range; the error names it and its value."""
-    _number("lr", group["lr"], 0.0, math.inf, closed_low=True, tensor=True)
+    check_number("lr", group["lr"], 0.0, math.inf, closed_low=True, tensor=True)
     for name in ("damping", "damping_a", "damping_g"):
         if name == "damping" or group[name] is not None:
-            _number(name, group[name], 0.0, math.inf, closed_low=False, tensor=True)
+            check_number(name, group[name], 0.0, math.inf, closed_low=False, tensor=True)
     for name in ("momentum", "stat_decay", "pair_decay", "powell"):
-        _number(name, group[name], 0.0, 1.0, closed_low=True)
-    _number("weight_decay", group["weight_decay"], 0.0, math.inf, closed_low=True)
+        check_number(name, group[name], 0.0, 1.0, closed_low=True)
+    check_number("weight_decay", group["weight_decay"], 0.0, math.inf, closed_low=True)
     check_torch_keywords({key: group[key] for key in TORCH_KEYWORDS if key in group})
 
 
@@ -73,44 +71,8 @@ def check_torch_keywords(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}=True is not supported: {_REFUSED[name]}")
 
 
-def check_memory(memory: Any) -> None:
-    """K-BFGS(L)'s memory is a positive int."""
-    _check_count("memory", memory)
-
-
-def check_options(
-    max_grad_norm: Any,
-    matmul_precision: Any,
-    pair_every: Any,
-    factor_every: Any,
-    max_factor_dim: Any,
-    restart_after: Any,
-    initial_scale: Any,
-    step_length: Any,
-) -> None:
-    """The options of the whole optimizer are in their ranges."""
-    if max_grad_norm is not None:
-        _number("max_grad_norm", max_grad_norm, 0.0, math.inf, closed_low=False)
-    if matmul_precision is not None and matmul_precision not in PRECISIONS:
-        raise ValueError(
-            f"matmul_precision must be None or one of {PRECISIONS}, got {matmul_precision!r}"
-        )
-    _check_count("pair_every", pair_every)
-    _check_count("factor_every", factor_every)
-    if max_factor_dim is not None:
-        _check_count("max_factor_dim", max_factor_dim)
-    if restart_after is not None:
-        _check_count("restart_after", restart_after)
-    if step_length not in STEP_LENGTHS:
-        raise ValueError(f"step_length must be one of {STEP_LENGTHS}, got {step_length!r}")
-    if isinstance(initial_scale, str):
-        if initial_scale != "damping":
-            raise ValueError(f"initial_scale must be a number or 'damping', got {initial_scale!r}")
-    else:
-        _number("initial_scale", initial_scale, 0.0, math.inf, closed_low=False)
-
-
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """``value`` is a positive int."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:

@@ -1,27 +1,29 @@
-"""KBFGS and KBFGSL: the optimizers' face and the order of a step."""
+"""KBFGS and KBFGSL: the optimizers' face."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from kbfgs_ext import ops
-from kbfgs_ext.ops import checks
 from kbfgs_ext.optim import gradients, hyper
-from kbfgs_ext.optim.capture import Pass, uncompiled
-from kbfgs_ext.optim.factors import Plan
-from kbfgs_ext.optim.method import KBFGSLMethod, KBFGSMethod
-from kbfgs_ext.optim.passes import RandomState
+from kbfgs_ext.optim.base import CoveredOptimizer
+from kbfgs_ext.optim.capture import uncompiled
 from kbfgs_ext.optim.safeguard import SafeguardRule
-from kbfgs_ext.optim.stepping import Closure, SteppingOptimizer
+from kbfgs_ext.optim.settings import Settings
+from kbfgs_ext.optim.step import FINISH, SECOND
+from kbfgs_ext.optim.warm_start import warm_start
 
-HESSIAN_ACTIONS = ("ema", "minibatch")
+Closure = Callable[[], torch.Tensor]
 
 
-class KBFGS(SteppingOptimizer):
+class KBFGS(CoveredOptimizer):
     """K-BFGS: a Kronecker-factored quasi-Newton method with damped BFGS updates of both factors.
 
     Per covered layer with gradient D (n_g x n_a, bias as the last column) and per step:
@@ -81,6 +83,8 @@ class KBFGS(SteppingOptimizer):
             trained backbone: their buffers and gradients see one pass, as those of ``model`` do.
         generators: `torch.Generator` objects that the closure draws from; both passes get the same
             numbers, as from torch's own.
+        memory: keep the gradient factor as its last ``memory`` pairs, at least 1: K-BFGS(L), for
+            which `KBFGSL` is the name. None keeps it as a matrix.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
             nothing, for every step is all that; maximize and differentiable are refused.
 
@@ -93,7 +97,6 @@ class KBFGS(SteppingOptimizer):
     Networks", NeurIPS 2020.
     """
 
-    memory: int | None = None  # pairs of K-BFGS(L)
     _step_supports_amp_scaling = True  # GradScaler.step then asks us, and `step` can say no
 
     def __init__(
@@ -126,19 +129,10 @@ class KBFGS(SteppingOptimizer):
         exclude: nn.Module | str | Iterable[nn.Module | str] = (),
         context: nn.Module | Iterable[nn.Module] | None = None,
         generators: Iterable[torch.Generator] = (),
+        memory: int | None = None,
         **torch_keywords: bool | None,
     ) -> None:
         hyper.check_torch_keywords(torch_keywords)
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model must be a torch.nn.Module, got {type(model).__name__}: the optimizer"
-                " watches layers, so it needs the model rather than model.parameters()"
-            )
-        if hessian_action not in HESSIAN_ACTIONS:
-            raise ValueError(
-                f"hessian_action must be one of {HESSIAN_ACTIONS}, got {hessian_action!r}"
-            )
-        checks.backend(backend)
         defaults = {
             "lr": lr,
             "damping": damping,
@@ -150,32 +144,22 @@ class KBFGS(SteppingOptimizer):
             "powell": powell,
             "weight_decay": weight_decay,
         }
-        hyper.check_group(defaults)
-        hyper.check_options(
-            max_grad_norm,
-            matmul_precision,
-            pair_every,
-            factor_every,
-            max_factor_dim,
-            restart_after,
-            initial_scale,
-            step_length,
+        settings = Settings(
+            memory=memory,
+            hessian_action=hessian_action,
+            safeguard=safeguard,
+            backend=backend,
+            freeze_second_pass=bool(freeze_second_pass),
+            max_grad_norm=max_grad_norm,
+            matmul_precision=matmul_precision,
+            pair_every=pair_every,
+            factor_every=factor_every,
+            max_factor_dim=max_factor_dim,
+            restart_after=restart_after,
+            initial_scale=initial_scale,
+            step_length=step_length,
         )
-        if not isinstance(safeguard, (bool, SafeguardRule)):
-            raise TypeError(f"safeguard must be a bool or a SafeguardRule, got {safeguard!r}")
-        self.safeguard = safeguard is not False
-        rule = safeguard if isinstance(safeguard, SafeguardRule) else SafeguardRule()
-        self.freeze_second_pass = bool(freeze_second_pass)
-        self.max_grad_norm, self.matmul_precision = max_grad_norm, matmul_precision
-        self.pair_every, self.factor_every = pair_every, factor_every
-        plan = Plan(
-            hessian_action == "ema", self.memory, max_factor_dim, restart_after, initial_scale
-        )
-        method = KBFGSMethod if self.memory is None else KBFGSLMethod
-        self._method = method(plan, backend, step_length)
-        super().__init__(
-            model, defaults, groups, plan, fallback, rule, backend, exclude, context, generators
-        )
+        super().__init__(model, settings, defaults, groups, fallback, exclude, context, generators)
 
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, scaler: torch.amp.GradScaler | None = None
@@ -215,23 +199,112 @@ class KBFGS(SteppingOptimizer):
                 " first_pass, descend, second_pass and finish)"
             )
         gradients.check_scaler(scaler)
-        return self._step(closure, scaler)
+        return self.step_once(closure, scaler)
 
     @uncompiled
-    def _step(self, closure: Closure, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+    def step_once(
+        self, closure: Closure, scaler: torch.amp.GradScaler | None = None
+    ) -> torch.Tensor:
         """`step` without its checks of the call, and without hooks."""
-        loss = self._run(closure, Pass.FIRST)
-        self._descend(loss, scaler)
-        if self._flight is None or not self._flight.active:
-            self._flight = None
-            return loss  # this step has no second pass
-        self._finish(self._run(closure, Pass.SECOND))
+        with self.steps.first_pass():
+            loss = closure()
+        self.steps.descend(loss, self._unscale(scaler))
+        if self.steps.second_pass_wanted:
+            with self.steps.second_pass():
+                loss_next = closure()
+            self.steps.finish(loss_next)
         return loss
 
-    def _run(self, closure: Closure, which: Pass) -> torch.Tensor:
-        """The closure in one of the two passes."""
-        with self.first_pass() if which is Pass.FIRST else self.second_pass():
-            return closure()
+    def _unscale(self, scaler: torch.amp.GradScaler | None) -> Callable[[], torch.Tensor | None]:
+        return functools.partial(gradients.unscale, self, scaler, self.steps.device)
+
+    # ------------------------------------------------------------------ the four calls of a step
+
+    def first_pass(self) -> contextlib.AbstractContextManager[None]:
+        """Context: zero the gradients, run the model on a minibatch, call ``backward()``.
+
+        The four calls are for loops that own forward and backward. A step that was not carried to
+        its end before stays as it is, without a pair.
+
+        Raises:
+            RuntimeError: under ``torch.inference_mode()``, or inside a pass.
+            ValueError: a hyperparameter is out of its range, or a layer's input is empty.
+        """
+        return self.steps.first_pass()
+
+    def descend(self, loss: torch.Tensor, *, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Take the step, with the factors as they stand.
+
+        Args:
+            loss: of the first pass, whole and unscaled; with micro-batches, their sum.
+            scaler: whose ``scale(loss)`` went backward, if it did.
+
+        Raises:
+            TypeError: ``loss`` is no real scalar.
+            RuntimeError: out of order, or no gradient has reached a covered layer.
+        """
+        gradients.check_scaler(scaler)
+        self._run_pre_hooks()
+        self.steps.descend(loss, self._unscale(scaler))
+        if not self.second_pass_due:
+            self._run_post_hooks()
+
+    @property
+    def second_pass_due(self) -> bool:
+        """Whether the step under way wants a second pass: all do, unless ``pair_every`` > 1."""
+        return self.steps.due in (SECOND, FINISH)
+
+    def second_pass(self) -> contextlib.AbstractContextManager[None]:
+        """Context: the same minibatch again, at the new weights, and ``backward()``.
+
+        Inside, torch's random numbers are those of the first pass and the weights want no
+        gradient; afterwards buffers and gradients are as the first pass left them. An exception
+        inside takes the step back.
+
+        Raises:
+            RuntimeError: out of order, or the step has no second pass (``second_pass_due``).
+        """
+        return self.steps.second_pass()
+
+    def finish(self, loss: torch.Tensor) -> None:
+        """End the step: the safeguard's judgement, the pair and the curvature.
+
+        Args:
+            loss: of the second pass, whole and unscaled.
+
+        Raises:
+            TypeError: ``loss`` is no real scalar.
+            RuntimeError: out of order.
+        """
+        self.steps.finish(loss)
+        self._run_post_hooks()
+
+    @contextlib.contextmanager
+    def replayed_step(self) -> Iterator[None]:
+        """Context of a captured step's replay: what a step does on the host around its kernels."""
+        self._run_pre_hooks()
+        for group in self.steps.parts.groups:
+            hyper.check_group(group.options)
+            with torch.no_grad():
+                group.scalars.refresh(group.options)
+        yield
+        self.steps.number += 1
+        self._run_post_hooks()
+
+    def _run_pre_hooks(self) -> None:
+        self._opt_called = True  # what torch's schedulers look for
+        for hook in itertools.chain(
+            _global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()
+        ):
+            hook(self, (self,), {})
+
+    def _run_post_hooks(self) -> None:
+        for hook in itertools.chain(
+            self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()
+        ):
+            hook(self, (self,), {})
+
+    # ------------------------------------------------------------------ starts
 
     def warm_start(self, batches: Iterable[Any]) -> None:
         """Start the activation factors from more than the first minibatch.
@@ -248,30 +321,7 @@ class KBFGS(SteppingOptimizer):
             RuntimeError: training has started already.
             ValueError: ``batches`` is empty, or a batch gives non-finite activations.
         """
-        if any(layer.started for layer in self._layers()):
-            raise RuntimeError("warm_start must come before the first step")
-        self._materialize()
-        random = RandomState(self._guard.scale.device, self._generators)
-        self._buffers.save()
-        finite: list[torch.Tensor] = []
-        try:
-            with self._recording(Pass.WARM):
-                for batch in batches:
-                    finite.append(self._warm_batch(batch))
-        finally:
-            random.restore()
-            self._buffers.restore()
-        bad = [i for i, fine in enumerate(finite) if not fine]
-        if bad or not finite:
-            for layer in self._layers():
-                if layer.has("H_a"):
-                    layer.average(self._plan).zero_()
-                layer.warm_batches = 0
-            raise ValueError(
-                f"batches: batch {bad[0]} gives non-finite activations"
-                if bad
-                else "batches is empty: warm_start needs at least one batch"
-            )
+        warm_start(self.model, self.steps, batches)
 
     def restart(self) -> None:
         """Start factors, pairs and momentum anew, from the activations of the next minibatch.
@@ -284,34 +334,7 @@ class KBFGS(SteppingOptimizer):
         Raises:
             RuntimeError: a step is under way.
         """
-        if self._flight is not None:
-            raise RuntimeError(f"restart() is out of order: {self._flight.next} comes next")
-        for layer in self._layers():
-            layer.reset()
-        self._guard.reset()
-        self._generation += 1
-
-    def _warm_batch(self, batch: Any) -> torch.Tensor:
-        """Average one batch into the factors; whether its activations are finite."""
-        for layer in self._layers():
-            layer.observer.begin(None, layer["g_bar"], keep_inputs=layer.has("H_a"))
-        if isinstance(batch, Mapping):
-            self.model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            self.model(*batch)
-        else:
-            self.model(batch)
-        fine = torch.ones((), dtype=torch.bool, device=self._guard.scale.device)
-        for layer in self._layers():
-            if layer.observer.has_inputs():
-                k = layer.warm_batches
-                A, a_bar, X = layer.average(self._plan), layer["a_bar"], layer.observer.X()
-                with self._own_work():
-                    ops.factor_ema_([A], [a_bar], [X], k / (k + 1), None, self._method.backend)
-                layer.warm_batches = k + 1
-                layer.observer.forget_inputs()
-                fine &= torch.isfinite(a_bar).all()
-        return fine
+        self.steps.restart()
 
 
 class KBFGSL(KBFGS):
@@ -341,6 +364,6 @@ class KBFGSL(KBFGS):
         memory: int = 100,
         **options: Any,
     ) -> None:
-        hyper.check_memory(memory)
-        self.memory = memory
-        super().__init__(model, lr, damping, momentum, stat_decay, pair_decay, **options)
+        super().__init__(
+            model, lr, damping, momentum, stat_decay, pair_decay, memory=memory, **options
+        )

@@ -1,16 +1,56 @@
-"""Layer kinds: what a layer looks like to the algorithm.
+"""Layer kinds: what a module looks like to the algorithm.
 
-A kind turns a module's input into rows X (the column of ones is implied), and its weight and weight
-gradient into matrices d_out x d_in. A new kind of layer is one small class here, added to `KINDS`;
-nothing outside this file asks a module for its weight.
+A kind yields the *views* of a module: the matrices in it, each with its bias, and how a module's
+input becomes rows. A new kind of layer is one small class here, added to `KINDS`; nothing outside
+this file asks a module for its weight.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is."""
+    return t
+
+
+def features_last(x: torch.Tensor) -> torch.Tensor:
+    """An input (..., d_in) as m x d_in rows."""
+    x = plain(x)
+    return x.reshape(-1, x.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One matrix of a module: h = W x + b on every row x.
+
+    Args:
+        weight: the parameter that holds W, unless something else computes it.
+        bias: the parameter that holds b, if there is one.
+        rows: the module's input as rows, m x d_in.
+        matrix: a tensor of the weight's shape, itself or a gradient, as n_g x d_in; writes to the
+            result reach the tensor.
+        vector: a tensor of the bias's shape as (n_g,), likewise.
+    """
+
+    weight: Any
+    bias: nn.Parameter | None
+    rows: Transform = features_last
+    matrix: Transform = whole
+    vector: Transform = whole
+
+    @property
+    def shape(self) -> torch.Size:
+        """n_g x d_in."""
+        return self.matrix(self.weight.detach()).shape
 
 
 class Linear:
@@ -19,25 +59,9 @@ class Linear:
     module_type = nn.Linear
 
     @staticmethod
-    def weight(module: Any) -> Any:
-        """The weight: a parameter, unless something else computes it."""
-        return module.weight
-
-    @staticmethod
-    def bias(module: Any) -> nn.Parameter | None:
-        """The bias parameter, if the layer has one."""
-        return module.bias
-
-    @staticmethod
-    def input_rows(x: torch.Tensor) -> torch.Tensor:
-        """The input as m x d_in rows."""
-        x = plain(x)
-        return x.reshape(-1, x.shape[-1])
-
-    @staticmethod
-    def matrix(weight: torch.Tensor) -> torch.Tensor:
-        """The weight, or a gradient of its shape, as d_out x d_in; writes reach the parameter."""
-        return weight
+    def views(module: Any) -> list[View]:
+        """The layer's one matrix."""
+        return [View(module.weight, module.bias)]
 
 
 KINDS = (Linear,)

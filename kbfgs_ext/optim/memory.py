@@ -9,26 +9,19 @@ import math
 
 import torch
 
-from kbfgs_ext.optim.factors import LayerFactors, Plan
+from kbfgs_ext.optim.covered import CoveredLayer, product_scratch_elements
 from kbfgs_ext.optim.fallback import Fallback
 from kbfgs_ext.optim.passes import Buffers
 
 
-def product_scratch_elements(layers: list[LayerFactors], plan: Plan, device: torch.device) -> int:
-    """Elements of the scratch of P = H_g M H_a: shared by all layers on the CPU, where they go one
-    after the other; one each on a GPU, where they go at once. Without an H_a none is needed."""
-    sizes = [layer.n_g * layer.n_a for layer in layers if plan.keeps_a(layer)]
-    return max(sizes, default=0) if device.type == "cpu" else sum(sizes)
-
-
 def memory_usage(
-    layers: list[LayerFactors], plan: Plan, fallback: Fallback | None, buffers: Buffers
+    layers: list[CoveredLayer], fallback: Fallback | None, buffers: Buffers
 ) -> dict[str, int]:
     """Bytes by kind, and their "total".
 
-    Kinds are the names of `LayerFactors`; "vectors" are all tensors of one dimension, "product" is
-    the scratch of the direction, "fallback" the fallback's state and copies as they are at present,
-    "buffers" the copies of the model's buffers.
+    Kinds are the names of `CoveredLayer` and its factors; "vectors" are all tensors of one
+    dimension, "product" is the scratch of the direction, "fallback" the fallback's state and copies
+    as they are at present, "buffers" the copies of the model's buffers.
     """
     usage: dict[str, int] = {}
 
@@ -36,12 +29,12 @@ def memory_usage(
         usage[kind] = usage.get(kind, 0) + elements * dtype.itemsize
 
     for layer in layers:
-        for name, (shape, dtype) in layer.kept_shapes(plan).items():
+        for name, (shape, dtype) in layer.kept_shapes().items():
             add(name if len(shape) == 2 else "vectors", math.prod(shape), dtype)
-        for name, shape in layer.scratch_shapes(plan).items():
+        for name, shape in layer.scratch_shapes().items():
             add(name if len(shape) == 2 else "vectors", math.prod(shape), layer.dtype)
     first = layers[0]
-    add("product", product_scratch_elements(layers, plan, first.weight.device), first.dtype)
+    add("product", product_scratch_elements(layers, first.weight.device), first.dtype)
     usage["fallback"] = 0 if fallback is None else fallback.bytes()
     usage["buffers"] = buffers.bytes()
     usage["total"] = sum(usage.values())

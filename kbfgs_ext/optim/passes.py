@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+
+from kbfgs_ext.ops import registry
 
 LARGE_BUFFER = 2**16  # elements: below, a copy costs no more than the launch that makes it
 
@@ -192,24 +195,42 @@ def _misses_weight_gradients(error: BaseException, empty: bool) -> bool:
 
 
 @contextlib.contextmanager
-def own_work(device: torch.device, matmul_precision: str | None) -> Iterator[None]:
-    """Context of the optimizer's own work: no graph, no autocast, its own precision of products.
+def own_work(
+    device: torch.device, matmul_precision: str | None, trace: dict[str, registry.Taken]
+) -> Iterator[None]:
+    """Context of the optimizer's own work: no graph, no autocast, its own precision of products;
+    ``trace`` notes which backend each op takes.
 
     Autocast keeps 16-bit copies of the weights while it is on; they are void afterwards.
     """
-    before = torch.get_float32_matmul_precision() if matmul_precision else ""
+    with contextlib.ExitStack() as stack:
+        if matmul_precision:
+            stack.enter_context(_products(matmul_precision))
+        stack.enter_context(torch.no_grad())
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.callback(torch.clear_autocast_cache)
+        stack.enter_context(registry.watch(trace))
+        yield
+
+
+@contextlib.contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """Context: float32 products have ``precision``, in the words of
+    `torch.set_float32_matmul_precision`, whichever of torch's two settings was used before."""
+    backends: Any = torch.backends
+    places = backends.cuda.matmul, backends.mkldnn.matmul
+    before = [place.fp32_precision for place in places]
     try:
-        if matmul_precision:
-            torch.set_float32_matmul_precision(matmul_precision)
-        with torch.no_grad(), _no_autocast(device):
-            yield
+        old = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the backends have settings of their own, that contradict it
+        old = ""
+    torch.set_float32_matmul_precision(precision)  # sets both
+    try:
+        yield
     finally:
-        if matmul_precision:
-            torch.set_float32_matmul_precision(before)
-        torch.clear_autocast_cache()
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+        if old:
+            torch.set_float32_matmul_precision(old)
+        else:
+            for place, setting in zip(places, before, strict=True):
+                place.fp32_precision = setting

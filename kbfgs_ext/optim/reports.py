@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbfgs_ext.optim.factors import LayerFactors, Plan
+from kbfgs_ext.optim.covered import CoveredLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +63,16 @@ FACTORS = ("A", "H_a", "H_g", "S", "Y")
 
 
 def coverage(
-    layers: list[LayerFactors],
-    plan: Plan,
+    layers: list[CoveredLayer],
     rest: Mapping[str, nn.Parameter],
     reasons: Mapping[str, str],
 ) -> Coverage:
     """The report of ``layers``, and of the parameters in ``rest`` with their ``reasons``."""
     report = Coverage()
     for layer in layers:
-        shapes = layer.kept_shapes(plan)
+        shapes = layer.kept_shapes()
         sizes = [_bytes(*shapes[name]) for name in FACTORS if name in shapes]
-        left_out = plan.left_out(layer)
+        left_out = layer.left_out()
         report.append(
             CoverageRow(
                 layer.name,
@@ -94,13 +93,13 @@ def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def say_what_is_left_out(layers: list[LayerFactors], plan: Plan) -> None:
-    """Warn of the sides that have no factor."""
-    left_out = [(layer.name, plan.left_out(layer)) for layer in layers]
+def say_what_is_left_out(layers: list[CoveredLayer], largest: int | None) -> None:
+    """Warn of the sides that have no factor: they are larger than ``largest``."""
+    left_out = [(layer.name, layer.left_out()) for layer in layers]
     said = "; ".join(f"{name}: {', '.join(sides)}" for name, sides in left_out if sides)
     if said:
         _warn(
-            f"max_factor_dim={plan.max_factor_dim}: these sides are larger and have no"
+            f"max_factor_dim={largest}: these sides are larger and have no"
             f" factor, which leaves the identity in its place: {said}"
         )
 
@@ -115,32 +114,47 @@ def say_what_falls_back(optimizer: Any, names: Iterable[str], lr: float | torch.
     )
 
 
-def say_what_has_thawed(names: Iterable[str]) -> None:
-    """Warn of parameters that have a gradient and that nobody moves."""
-    _warn(
-        "these parameters were frozen when the optimizer was made and have a gradient now, but it"
-        ' does not move them; optimizer.add_param_group({"params": [...]}) takes them in:'
-        f" {', '.join(names)}"
-    )
+class Watch:
+    """What each step's gradients show of a model, said once: layers that step without their input,
+    layers without a bias gradient, and parameters that nobody moves."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        self._said: set[str] = set()
+
+    def look(self, active: list[CoveredLayer], moved: Iterable[torch.Tensor]) -> None:
+        """Name what is new among the layers that this step moves; ``moved`` are all parameters
+        that a step may move."""
+        unseen = [layer.name for layer in active if not layer.observer.seen]
+        blind = [x.name for x in active if x.observer.seen and not x.observer.filled]
+        thawed = [n for n, p in self._frozen.items() if p.requires_grad and p.grad is not None]
+        if thawed:
+            known = {id(p) for p in moved}
+            strange = [name for name in thawed if id(self._frozen[name]) not in known]
+            self._frozen = {n: p for n, p in self._frozen.items() if n not in thawed}
+            thawed = strange
+        for names, message in ((unseen, _UNSEEN), (blind, _BLIND), (thawed, _THAWED)):
+            new = sorted(name for name in names if name + message not in self._said)
+            if new:
+                self._said |= {name + message for name in new}
+                _warn(message.format(", ".join(new)))
 
 
-def say_what_is_blind(names: Iterable[str]) -> None:
-    """Warn of layers whose g_bar cannot be had."""
-    _warn(
-        "these layers have no trained bias, and the closure takes gradients by torch.autograd.grad,"
-        " or by backward(inputs=...), which leaves out what stands in for it: their curvature does"
-        f" not follow the loss. Call loss.backward(): {', '.join(names)}"
-    )
-
-
-def say_what_is_unseen(names: Iterable[str]) -> None:
-    """Warn of layers whose weight is used without a call of the layer."""
-    _warn(
-        "the weights of these layers have a gradient, but no call of the layer that leads to the"
-        " loss was seen (F.linear(x, layer.weight), or layer.forward(x), in place of layer(x)):"
-        " their factors do not follow, and before they have started the layers step along their"
-        f" momentum alone: {', '.join(names)}. exclude= gives them to the fallback"
-    )
+_THAWED = (
+    "these parameters were frozen when the optimizer was made and have a gradient now, but it"
+    ' does not move them; optimizer.add_param_group({{"params": [...]}}) takes them in: {}'
+)
+_BLIND = (
+    "these layers have no trained bias, and the closure takes gradients by torch.autograd.grad,"
+    " or by backward(inputs=...), which leaves out what stands in for it: their curvature does"
+    " not follow the loss. Call loss.backward(): {}"
+)
+_UNSEEN = (
+    "the weights of these layers have a gradient, but no call of the layer that leads to the"
+    " loss was seen (F.linear(x, layer.weight), or layer.forward(x), in place of layer(x)):"
+    " their factors do not follow, and before they have started the layers step along their"
+    " momentum alone: {}. exclude= gives them to the fallback"
+)
 
 
 def _warn(message: str) -> None:

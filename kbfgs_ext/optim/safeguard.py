@@ -17,7 +17,7 @@ Differences within the rounding of the losses (`resolution`) say nothing, and co
 The pair of an undone step is kept: it is curvature like any other. The evidence: docs/safeguard.md.
 
 Where steps are undone even at the smallest scale, the direction is no descent, and shortening it
-is no help. After `restart_after` of them in a row every factor is ordered to restart (restart.py).
+is no help. After `restart_after` of them in a row every factor is ordered to restart (factors.py).
 Factors may also lead down on every minibatch by itself and up on the next: the loss of the first
 pass is that of a fresh minibatch, and where its running mean has risen to `surge` times the lowest
 it has been, every factor is ordered to restart as well.
@@ -76,7 +76,7 @@ class Safeguard:
     """The scale of the step, the counters of steps, and what it orders to restart.
 
     Args:
-        rule: the numbers of the rule.
+        rule: the numbers of the rule; None judges nothing.
         device: where everything is kept.
         restart_after: undone steps in a row at the smallest scale; None orders nothing, nor does
             a surge then.
@@ -85,7 +85,7 @@ class Safeguard:
 
     def __init__(
         self,
-        rule: SafeguardRule,
+        rule: SafeguardRule | None,
         device: torch.device,
         restart_after: int | None = None,
         backend: str = "auto",
@@ -115,7 +115,7 @@ class Safeguard:
     @property
     def wants_slope(self) -> bool:
         """Whether the judgement needs the slope."""
-        return self.rule.sufficient > 0
+        return self.rule is not None and self.rule.sufficient > 0
 
     def judge(
         self,
@@ -130,6 +130,7 @@ class Safeguard:
         ``slope`` is None where it is not wanted; ``noise`` is the `resolution` of the losses.
         """
         rule = self.rule
+        assert rule is not None
         ops.judge_(
             [self.scale],
             [self._watched],

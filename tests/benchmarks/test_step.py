@@ -122,7 +122,7 @@ def test_a_full_memory_of_equal_pairs_is_the_identity() -> None:
 
         opt.step(closure)
         weights.append(network[0].weight.detach())
-        assert int(opt._layers()[0]["pushed"]) == (8 if fill is fill_memory else 1)
+        assert int(opt.layers[0]["pushed"]) == (8 if fill is fill_memory else 1)
     assert_equal_to(weights[0], weights[1], 100, 1.0)
 
 

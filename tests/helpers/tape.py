@@ -20,7 +20,7 @@ READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.defaul
 class Tape(TorchDispatchMode):
     """Has the interface of `kbfgs_ext.optim.graph.Graph`."""
 
-    def __init__(self, run: Callable[[], torch.Tensor], device: torch.device) -> None:
+    def __init__(self, run: Callable[[], torch.Tensor], stream: Any) -> None:
         super().__init__()
         self._calls: list[tuple[Any, tuple, dict, Any]] = []
         # Every tensor as an op first found it: not all ops own up to what they write (BatchNorm).

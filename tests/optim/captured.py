@@ -53,7 +53,8 @@ class CapturedRun:
             getattr(self, name).load_state_dict(saved[name])
 
     def everything(self) -> dict[str, torch.Tensor]:
-        state = self.opt._fallback.optimizer.state_dict()["state"] if self.opt._fallback else {}
+        fallback = self.opt.steps.fallback
+        state = fallback.optimizer.state_dict()["state"] if fallback else {}
         return {
             **snapshot(self.model, self.opt),
             **{name: b.clone() for name, b in self.model.named_buffers()},

@@ -38,7 +38,7 @@ def train(model: nn.Module, opt: torch.optim.Optimizer, work: Work, steps: int =
 
 def everything(model: nn.Module, opt) -> dict[str, torch.Tensor]:
     """Copies of all that a step may change: parameters, buffers, state, fallback, counters."""
-    state = opt._fallback.optimizer.state if opt._fallback else {}
+    state = opt.steps.fallback.optimizer.state if opt.steps.fallback else {}
     moments = {
         f"fallback {i} {key}": torch.as_tensor(value).clone()
         for i, entry in enumerate(state.values())
@@ -50,7 +50,7 @@ def everything(model: nn.Module, opt) -> dict[str, torch.Tensor]:
         **{f"counter {name}": value for name, value in opt.counters().items()},
         **moments,
         "wanted": torch.tensor([p.requires_grad for p in model.parameters()]),
-        "iteration": torch.tensor(opt._iteration),
+        "iteration": torch.tensor(opt.steps.number),
     }
 
 
@@ -96,7 +96,7 @@ def assert_g_bar_is_the_bias_gradient(model: nn.Module, opt, work: Work, steps: 
     """In both passes, for every layer; 0 for one whose bias the loss does not depend on."""
 
     def compare(name: str) -> None:
-        for layer in opt._layers():
+        for layer in opt.layers:
             expected = wanted.get(f"{layer.name}.bias", torch.zeros_like(layer[name]))
             torch.testing.assert_close(layer[name], expected.to(layer[name].dtype), **TIGHT)
 

@@ -44,7 +44,7 @@ def closure_of(
 def snapshot(model: nn.Module, opt) -> dict[str, torch.Tensor]:
     """Copies of every parameter and of every kept tensor, by name."""
     tensors = {f"param {name}": p for name, p in model.named_parameters()}
-    for layer in opt._layers():
+    for layer in opt.layers:
         tensors |= {f"{layer.name} {name}": t for name, t in layer.kept.items()}
     return {name: t.detach().clone() for name, t in tensors.items()}
 

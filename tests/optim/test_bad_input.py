@@ -217,13 +217,13 @@ def test_non_finite_is_skipped_and_counted(kind, value, method, action):
     assert int(opt.counters()["skipped"]) == 1
     for _ in range(3):
         opt.step(good)
-    before, adam = snapshot(model, opt), str(opt._fallback.optimizer.state)
+    before, adam = snapshot(model, opt), str(opt.steps.fallback.optimizer.state)
     opt.step(bad)
     assert int(opt.counters()["skipped"]) == 2
     assert_same(before, snapshot(model, opt))
-    assert adam.replace("tensor(4.)", "tensor(3.)") == str(opt._fallback.optimizer.state).replace(
-        "tensor(4.)", "tensor(3.)"
-    )
+    assert adam.replace("tensor(4.)", "tensor(3.)") == str(
+        opt.steps.fallback.optimizer.state
+    ).replace("tensor(4.)", "tensor(3.)")
     assert math.isfinite(opt.step(good).item())
 
 

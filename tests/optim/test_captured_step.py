@@ -4,8 +4,10 @@ The capture itself is stood in for by a tape of the step's ops (tests/helpers/ta
 tests/gpu/test_step.py takes the real one.
 """
 
+import contextlib
 import importlib
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,7 +198,7 @@ def test_resume(method, fallback, at, scalars_too):
     assert through(rest) == resumed(rest)
     assert through.step.captured and resumed.step.captured
     assert_same(through.everything(), resumed.everything())
-    assert int(resumed.opt.counters()["steps"]) == resumed.opt._iteration == rest.stop
+    assert int(resumed.opt.counters()["steps"]) == resumed.opt.steps.number == rest.stop
 
 
 class Forgetful:
@@ -215,7 +217,7 @@ def test_a_capture_keeps_what_it_writes(as_if_cuda, monkeypatch):
     model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)).double()
     model, opt, step = made(model=model, fallback=lambda p: torch.optim.SGD(p, lr=0.1))
     several(step)
-    written = opt._copies()
+    written = opt.steps.copies()
     assert len(written) == 2 + 3  # the norm's parameters and buffers
     alive = [weakref.ref(t) for t in written]
     norm, written = model[1], None
@@ -249,4 +251,39 @@ def test_a_failed_capture_counts_no_step(as_if_cuda):
     with pytest.raises(RuntimeError, match="reads a value"):
         several(step)
     assert not step.captured
-    assert int(opt.counters()["steps"]) == opt._iteration == graph.WARM_UP
+    assert int(opt.counters()["steps"]) == opt.steps.number == graph.WARM_UP
+
+
+def test_a_capture_has_a_stream_of_its_own_and_stops_no_other_thread(monkeypatch):
+    """Torch's own stream is one for all captures of a process, on the device of the first; and in
+    its mode "global" a loader's thread that pins memory would end the capture."""
+    asked = []
+
+    @contextlib.contextmanager
+    def capture(graph, stream=None, capture_error_mode="global"):
+        asked.append((stream, capture_error_mode))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    streams = [SimpleNamespace(device=torch.device("cuda", i)) for i in range(2)]
+    for stream in streams:
+        assert graph.Graph(lambda: torch.ones(()), stream).result == 1
+    assert asked == [(stream, "thread_local") for stream in streams]
+
+
+def test_all_warm_up_steps_run_on_one_stream(monkeypatch):
+    """A stream has memory and workspaces of its own: each new one would ask for them again."""
+    made, any_stream = [], SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or any_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: any_stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
+    model = mlp(5, 3)
+    opt = KBFGS(model)
+    step = CapturedStep(opt, lambda x: model(x).square().mean())
+    for seed in range(3):
+        step._on_the_side((rows(8, 5, seed=seed),))
+    assert len(made) == 1

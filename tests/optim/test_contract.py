@@ -148,7 +148,7 @@ def test_scheduler(name, tensor_lr):
             loss = opt.step(closure)
             used = [float(group["lr"]) for group in opt.param_groups]
             seen.append(used)
-            for covered, lr in zip(opt._covered, used, strict=False):
+            for covered, lr in zip(opt.steps.parts.groups, used, strict=False):
                 assert covered.scalars.lr.item() == pytest.approx(lr, rel=1e-12)
             schedule.step(loss.item()) if name == "ReduceLROnPlateau" else schedule.step()
     assert all(len({step[i] for step in seen}) > 1 for i in range(3))

@@ -222,7 +222,7 @@ CALLS = [
 def assert_finite(session: Session) -> None:
     for name, p in session.model.named_parameters():
         assert torch.isfinite(p).all(), name
-    for layer in session.opt._layers():
+    for layer in session.opt.layers:
         for name, tensor in layer.kept.items():
             assert torch.isfinite(tensor).all(), f"{layer.name} {name}"
 

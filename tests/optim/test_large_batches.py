@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kbfgs_ext import KBFGS
-from kbfgs_ext.optim.method import KBFGSMethod
+from kbfgs_ext.optim.direction import Direction
 from tests.optim.models import (
     METHODS,
     assert_same,
@@ -190,7 +190,7 @@ def test_clipping_leaves_the_pair_alone():
     for largest in (None, 1e-4):
         _, opt, closure = problem(max_grad_norm=largest, lr=0.0)
         opt.step(closure)
-        runs.append([layer["g_bar"].clone() for layer in opt._layers()])
+        runs.append([layer["g_bar"].clone() for layer in opt.layers])
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
@@ -249,7 +249,7 @@ def test_a_step_without_pair_and_factors_changes_the_rest_alone(method, action):
     after = snapshot(model, opt)
     assert_same(before, after, but=("weight", "bias", " M"))
     assert not torch.equal(before["0 M"], after["0 M"])
-    assert all(not layer.observer.has_inputs() for layer in opt._layers())
+    assert all(not layer.observer.has_inputs() for layer in opt.layers)
 
 
 @METHODS
@@ -261,7 +261,7 @@ def test_factors_by_themselves_are_those_of_a_step_with_a_pair(method, action):
         _, opt, closure = problem(method, hessian_action=action, pair_every=every, lr=0.0)
         for _ in range(4):
             opt.step(closure)
-        runs.append([layer["H_a"] for layer in opt._layers()])
+        runs.append([layer["H_a"] for layer in opt.layers])
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -270,9 +270,9 @@ def test_steps_between_pairs_keep_no_activations(monkeypatch):
     """With factor_every, the inputs are not held through the backward pass either."""
     seen = []
     monkeypatch.setattr(
-        KBFGSMethod,
+        Direction,
         "descend",
-        lambda self, layers, *rest: seen.append([layer.observer.has_inputs() for layer in layers]),
+        lambda self, part, *_: seen.append([x.observer.has_inputs() for x in part.layers]),
     )
     _, opt, closure = problem(factor_every=3, pair_every=3)
     for _ in range(4):
@@ -299,10 +299,10 @@ def test_only_steps_with_a_pair_are_judged():
 def test_a_void_first_step_does_not_count_for_the_intervals():
     _, opt, closure = problem(pair_every=2, factor_every=2)
     opt.step(lambda: closure() * math.nan)
-    assert opt._iteration == 0
+    assert opt.steps.number == 0
     calls = []
     opt.step(lambda: calls.append(1) or closure())
-    assert len(calls) == 2 and all(layer.started for layer in opt._layers())
+    assert len(calls) == 2 and all(layer.started for layer in opt.layers)
 
 
 def test_the_plain_loop_is_told_when_no_second_pass_is_due():
@@ -338,5 +338,5 @@ def test_a_layer_unfrozen_between_factors_starts_at_once():
     opt.add_param_group({"params": model[2].parameters()})
     before = model[2].weight.detach().clone()
     opt.step(closure)
-    assert opt._layers()[1].started and not torch.equal(before, model[2].weight)
+    assert opt.layers[1].started and not torch.equal(before, model[2].weight)
     assert [int(d["accepted_a"]) for d in opt.diagnostics().values()] == [1, 1]

@@ -43,7 +43,7 @@ def test_trains_and_factors_change(method, action, dtype, bias):
     for name in before:  # a library whose factors stay put is the known way to get this wrong
         if name.endswith((" M", " H_a", " H_g", " A", " S", " Y", " s", " y", "weight")):
             assert not torch.equal(before[name], after[name]), name
-    for layer in opt._layers():
+    for layer in opt.layers:
         assert layer["H_a"].dtype == torch.promote_types(dtype, torch.float32)
         torch.testing.assert_close(layer["H_a"], layer["H_a"].T)
         assert int(opt.diagnostics()[layer.name]["accepted"]) > 0
@@ -110,7 +110,7 @@ def test_frozen_layers_are_left_alone():
     model[2].requires_grad_(False)
     model[4].bias.requires_grad_(False)
     opt = KBFGS(model)
-    assert [(layer.name, layer.n_a) for layer in opt._layers()] == [("0", 6), ("4", 8)]
+    assert [(layer.name, layer.n_a) for layer in opt.layers] == [("0", 6), ("4", 8)]
     before = copy.deepcopy(model.state_dict())
     train(model, opt, rows(16, 5), rows(16, 3, seed=1), steps=3)
     for name in ("2.weight", "2.bias", "4.bias"):
@@ -150,7 +150,7 @@ def test_everything_at_once(method, action):
     model = Everything()
     with pytest.warns(UserWarning, match="go to torch.optim.AdamW.*attention.in_proj_weight"):
         opt = method(model, lr=0.1, hessian_action=action)
-    assert [layer.name for layer in opt._layers()] == ["reused", "unused", "out"]
+    assert [layer.name for layer in opt.layers] == ["reused", "unused", "out"]
     tokens = torch.randint(0, 13, (6, 10))
     before = copy.deepcopy(model.state_dict())
 
@@ -175,7 +175,7 @@ def test_explicit_fallback_and_its_group_share_with_schedulers():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt = KBFGS(model, fallback=lambda ps: torch.optim.SGD(ps, lr=0.5, momentum=0.9))
-    assert opt.param_groups[1] is opt._fallback.optimizer.param_groups[0]
+    assert opt.param_groups[1] is opt.steps.fallback.optimizer.param_groups[0]
     schedule = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
     x = rows(8, 4, torch.float32)
     opt.step(closure_of(model, opt, x, x[:, :2]))
@@ -215,7 +215,7 @@ def test_warm_start_leaves_the_model_alone():
         assert torch.equal(before[name], value), name
     X = [torch.cat([b, torch.ones(8, 1)], 1).double() for b in batches]
     expected = sum(x.T @ x / 8 for x in X) / 3
-    torch.testing.assert_close(opt._layers()[0]["A"].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(opt.layers[0]["A"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_after_a_step_are_the_first_pass_s():
@@ -239,7 +239,7 @@ def test_hooks_sleep_outside_a_step_and_die_in_copies():
     twin(x).sum().backward()
     model(x).sum().backward()
     assert_same(before, snapshot(model, opt))
-    assert all(not layer.observer.has_inputs() for layer in opt._layers())
+    assert all(not layer.observer.has_inputs() for layer in opt.layers)
 
 
 def test_checkpointed_layers():

@@ -51,7 +51,7 @@ def test_the_direction_is_that_of_an_identity(method, action, backend):
     for _ in range(6):
         losses = opt.step(closure).item(), whole.step(again).item()
         assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-        for layer, full in zip(opt._layers(), whole._layers(), strict=True):
+        for layer, full in zip(opt.layers, whole.layers, strict=True):
             for side in ("H_a", "H_g"):
                 if full.has(side) and not layer.has(side):
                     full[side].copy_(torch.eye(len(full[side])))
@@ -72,7 +72,7 @@ def test_what_is_kept_and_counted(method, action):
     assert (
         predicted["total"] < build(method, None, hessian_action=action)[1].memory_usage()["total"]
     )
-    first, middle, last = opt._layers()
+    first, middle, last = opt.layers
     assert first.has("H_a") and not middle.has("H_a") and not last.has("H_a")
     assert predicted["H_a"] == 6 * 6 * 8 and predicted["product"] == 20 * 6 * 8
     assert predicted.get("A", 0) == (6 * 6 * 8 if action == "ema" else 0)

@@ -340,13 +340,13 @@ def test_buffers_of_every_kind_see_one_pass():
         twin = copy.deepcopy(model)
         twin(x_of())
         train(model, opt, PLAIN, 1)
-        clones.append([t.data_ptr() for t in opt._buffers.copies()])
+        clones.append([t.data_ptr() for t in opt.steps.buffers.copies()])
         assert model.nothing is None and model.mask.data_ptr() == pointer
         for (name, b), (_, other) in zip(model.named_buffers(), twin.named_buffers(), strict=True):
             assert torch.equal(b, other), name
     assert int(model.norm.num_batches_tracked) == 3
-    assert not any(t.numel() == 70000 for t in opt._buffers.copies())
-    assert sum(t.numel() == 70001 for t in opt._buffers.copies()) == 1
+    assert not any(t.numel() == 70000 for t in opt.steps.buffers.copies())
+    assert sum(t.numel() == 70001 for t in opt.steps.buffers.copies()) == 1
     small = sum(
         b.numel() * b.element_size()
         for name, b in model.named_buffers()

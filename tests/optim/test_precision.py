@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from kbfgs_ext import KBFGS
-from kbfgs_ext.optim.method import KBFGSMethod
+from kbfgs_ext.optim.direction import Direction
 from tests.optim.models import (
     METHODS,
     assert_same,
@@ -67,7 +67,7 @@ def test_autocast_trains_with_32_bit_factors(method, action, half):
     losses = [(opt.step(closure).item(), exact_opt.step(exact).item()) for _ in range(30)]
     assert losses[-1][0] < 0.7 * losses[0][0]
     assert losses[-1][0] == pytest.approx(losses[-1][1], rel=0.1)
-    for layer in opt._layers():
+    for layer in opt.layers:
         for name, tensor in {**layer.kept, **layer.scratch}.items():
             assert tensor.dtype in (torch.float32, torch.int64), name
         assert int(layer["counts_g"][0]) > 0
@@ -138,14 +138,14 @@ def test_overflow_in_the_first_pass_skips_the_step(method, action):
     for _ in range(3):
         opt.step(closure, scaler=scaler)
         scaler.update()
-    before, moments = snapshot(model, opt), opt._fallback.optimizer.state_dict()["state"]
+    before, moments = snapshot(model, opt), opt.steps.fallback.optimizer.state_dict()["state"]
     moments = {(i, k): v.clone() for i, s in moments.items() for k, v in s.items() if k != "step"}
     scaler.update(2.0**24)
     opt.step(closure, scaler=scaler)
     scaler.update()
     assert scaler.get_scale() == 2.0**16 and int(opt.counters()["skipped"]) == 2
     assert_same(before, snapshot(model, opt))
-    after = opt._fallback.optimizer.state_dict()["state"]
+    after = opt.steps.fallback.optimizer.state_dict()["state"]
     for (i, k), v in moments.items():
         assert torch.equal(v, after[i][k])
     scaler.update(2.0**10)
@@ -246,7 +246,7 @@ def test_16_bit_parameters_have_32_bit_factors(method, half):
     for _ in range(20):
         last = opt.step(closure).item()
     assert last < 0.8 * first
-    for layer in opt._layers():
+    for layer in opt.layers:
         assert layer.weight.dtype == half
         assert {t.dtype for t in layer.kept.values()} == {torch.float32, torch.int64}
     before = snapshot(model, opt)
@@ -262,13 +262,13 @@ def test_16_bit_parameters_have_32_bit_factors(method, half):
 @pytest.mark.parametrize("chosen", [None, "highest", "high", "medium"])
 def test_matmul_precision_is_set_for_own_products_alone(chosen, monkeypatch):
     seen = {"own": set(), "model": set()}
-    descend = KBFGSMethod.descend
+    descend = Direction.descend
 
     def watched(*args):
         seen["own"].add(torch.get_float32_matmul_precision())
         return descend(*args)
 
-    monkeypatch.setattr(KBFGSMethod, "descend", watched)
+    monkeypatch.setattr(Direction, "descend", watched)
     model, opt, closure = problem(matmul_precision=chosen)
     model.register_forward_hook(
         lambda *_: seen["model"].add(torch.get_float32_matmul_precision()) and None
@@ -286,3 +286,22 @@ def test_matmul_precision_is_set_for_own_products_alone(chosen, monkeypatch):
 def test_matmul_precision_of_another_name():
     with pytest.raises(ValueError, match="matmul_precision must be None or one of.*got 'tf32'"):
         KBFGS(mlp(4, 3), matmul_precision="tf32")
+
+
+@pytest.mark.parametrize("chosen", ["highest", "high", "medium"])
+def test_matmul_precision_beside_torchs_newer_settings(chosen):
+    """They may contradict the old one, which then cannot be read: they stay as they were."""
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [place.fp32_precision for place in places]
+    try:
+        for place, setting in zip(places, ("tf32", "bf16"), strict=True):
+            place.fp32_precision = setting
+        with pytest.raises(RuntimeError, match="mix of the legacy and new"):
+            torch.get_float32_matmul_precision()
+        _, opt, closure = problem(matmul_precision=chosen)
+        assert opt.step(closure).isfinite()
+        assert [place.fp32_precision for place in places] == ["tf32", "bf16"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for place, setting in zip(places, before, strict=True):
+            place.fp32_precision = setting

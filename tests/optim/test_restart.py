@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kbfgs_ext import KBFGSL
 from kbfgs_ext.optim.checkpoint import FORMAT
-from kbfgs_ext.optim.restart import restart
+from kbfgs_ext.optim.covered import Part
+from kbfgs_ext.optim.factors import restart
 from kbfgs_ext.optim.safeguard import SafeguardRule
 from tests.optim.models import METHODS, assert_same, mlp, problem, rows, snapshot
 
@@ -23,12 +24,13 @@ def started(method, **options):
     _, opt, closure = problem(method, restart_after=3, **options)
     for _ in range(3):
         opt.step(closure)
-    return opt, opt._layers()[0]
+    return opt, opt.layers[0]
 
 
-def restart_side(layer, side, X=()) -> None:
-    lam_a = torch.tensor(0.5, dtype=torch.float64)
-    restart([layer], side, 3, None, lam_a, list(X), "auto")
+def restart_side(opt, layer, side, X=()) -> None:
+    part = Part(opt.steps.parts.groups[0], [layer], opt.settings)
+    part.scalars.lam_a.fill_(0.5)
+    restart(part, side, None, X)
 
 
 def restarts(opt) -> tuple[int, int]:
@@ -48,8 +50,8 @@ def test_restarts_after_so_many_rejections_in_a_row(method, action):
             layer["counts_" + side][rejected] += 1
         before = {name: t.clone() for name, t in layer.kept.items()}
         already = restarts(opt)[0]
-        restart_side(layer, "a", X)
-        restart_side(layer, "g")
+        restart_side(opt, layer, "a", X)
+        restart_side(opt, layer, "g")
         assert restarts(opt) == (restarted, restarted)
         if restarted == already:
             assert all(torch.equal(before[n], t) for n, t in layer.kept.items() if n[0] in "HSYrp")
@@ -67,7 +69,7 @@ def test_in_a_step(method, action):
     """A factor gone wrong (zero) rejects, restarts, and learns again."""
     _, opt, closure = problem(method, restart_after=2, hessian_action=action)
     opt.step(closure)
-    layer = opt._layers()[0]
+    layer = opt.layers[0]
     layer["H_a"].zero_()
     for _ in range(4):
         opt.step(closure)
@@ -93,7 +95,7 @@ def test_an_indefinite_factor_is_refused_and_restarts():
     """H_g = -I climbs; y'Hy < 0 shows it, and training goes on from the restart."""
     _, opt, closure = problem(restart_after=3)
     opt.step(closure)
-    for layer in opt._layers():
+    for layer in opt.layers:
         layer["H_g"].neg_()
     stuck = [opt.step(closure).item() for _ in range(4)]
     assert len(set(stuck)) == 1
@@ -108,14 +110,14 @@ def test_an_indefinite_ring_restarts_when_no_step_is_kept():
     """Its gate has no H y to see it by, and accepts every pair. H = I - 1000 I."""
     _, opt, closure = problem(KBFGSL, restart_after=3, safeguard=SafeguardRule(smallest=0.25))
     opt.step(closure)
-    for layer in opt._layers():
+    for layer in opt.layers:
         n = layer.n_g
         layer["S"][:n], layer["Y"][:n], layer["rho"][:n] = torch.eye(n), 0.0, -1e3
         layer["pushed"].fill_(n)
     stuck = [opt.step(closure).item() for _ in range(5)]  # at 1, 1/2 and three times 1/4
     assert len(set(stuck)) == 1 and opt.counters()["scale"] == 0.25
     assert int(opt.counters()["restarts"]) == 1
-    for layer in opt._layers():
+    for layer in opt.layers:
         assert layer["pushed"] == 0 and layer["counts_g"][:2].tolist() == [6, 0]
     freed = [opt.step(closure).item() for _ in range(30)]
     assert freed[-1] < 0.9 * stuck[0]
@@ -149,7 +151,7 @@ def test_all_factors_restart_when_no_step_is_kept(method, action):
         assert int(opt.counters()["restarts"]) == k // 3
         assert restarts(opt) == (k // 3, (k - late) // 3)
         if k % 3 == 0:
-            for layer in opt._layers():
+            for layer in opt.layers:
                 if layer.has("H_g"):
                     assert torch.equal(layer["H_g"], torch.eye(layer.n_g, dtype=torch.float64))
                 else:
@@ -173,7 +175,7 @@ def test_all_factors_restart_on_a_surge(method, action):
     for _ in range(5):
         opt.step(overfit)
         seen.append((int(opt.counters()["restarts"]), *restarts(opt)))
-        for layer in opt._layers():
+        for layer in opt.layers:
             if layer.has("H_g"):
                 start = torch.eye(layer.n_g, dtype=torch.float64)
                 assert torch.equal(layer["H_g"], start) == (len(seen) == 4)
@@ -233,12 +235,12 @@ def test_resumed_in_a_streak(method, action, at, options):
 def test_a_streak_outlives_a_checkpoint(method):
     opt, layer = started(method)
     layer["counts_g"][1] += 2
-    restart_side(layer, "g")
+    restart_side(opt, layer, "g")
     _, other, _ = problem(method, restart_after=3)
     other.load_state_dict(opt.state_dict())
-    resumed = other._layers()[0]
+    resumed = other.layers[0]
     resumed["counts_g"][1] += 1
-    restart_side(resumed, "g")
+    restart_side(other, resumed, "g")
     assert restarts(other) == (1, 0)
     with pytest.raises(ValueError, match="restart_after = 3, this .* = None"):
         problem(method, restart_after=None)[1].load_state_dict(opt.state_dict())
@@ -289,7 +291,7 @@ def test_factors_stay_symmetric_to_the_last_bit(method, action, backend, dtype):
             return loss
 
         opt.step(closure)
-    for layer in opt._layers():
+    for layer in opt.layers:
         for name in ("A", "H_a", "H_g"):
             if name == "A" and backend == "reference":
                 continue  # torch's product: as symmetric as the BLAS of the machine makes it
@@ -305,7 +307,7 @@ def test_started_anew_it_is_a_new_optimizer(method, action):
     model, opt, closure = problem(method, **options)
     for _ in range(5):
         opt.step(closure)
-    opt._guard.scale.fill_(0.25)
+    opt.steps.guard.scale.fill_(0.25)
     opt.restart()
     assert opt.counters()["scale"] == 1.0 and int(opt.counters()["steps"]) == 5
     fresh = type(opt)(model, **options)
@@ -333,10 +335,10 @@ def test_started_anew_no_streak_goes_on(method):
     layer["counts_g"][1] += 2
     opt.restart()
     layer["counts_g"][1] += 1
-    restart_side(layer, "g")
+    restart_side(opt, layer, "g")
     assert restarts(opt) == (0, 0)
     layer["counts_g"][1] += 2
-    restart_side(layer, "g")
+    restart_side(opt, layer, "g")
     assert restarts(opt) == (1, 0)
 
 

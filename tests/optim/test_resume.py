@@ -93,7 +93,7 @@ class Run:
         torch.set_rng_state(saved["rng"])
 
     def everything(self) -> dict[str, torch.Tensor]:
-        moments = self.opt._fallback.optimizer.state_dict()["state"]
+        moments = self.opt.steps.fallback.optimizer.state_dict()["state"]
         return {
             **snapshot(self.model, self.opt),
             **{name: b.clone() for name, b in self.model.named_buffers()},

@@ -113,7 +113,7 @@ def test_slope_is_that_of_the_whole_step(method, largest):
         opt.descend(loss)
         moved = [p.detach() - q for p, q in zip(model.parameters(), before, strict=True)]
         wanted = sum((d * g).sum() for d, g in zip(moved, grads, strict=True))
-        assert opt._flight.slope.item() == pytest.approx(wanted.item(), rel=1e-9)
+        assert opt.steps.slope.item() == pytest.approx(wanted.item(), rel=1e-9)
         with opt.second_pass():
             loss = model(i, aside)
             loss.backward()

@@ -165,7 +165,7 @@ def failing_fallback(model, opt, good):
             model[1].weight.add_(1.0)  # half of its work is done
         raise OSError("the fallback's own")
 
-    opt._fallback.optimizer.step = fail
+    opt.steps.fallback.optimizer.step = fail
     return good
 
 
@@ -207,7 +207,7 @@ def test_an_error_leaves_everything_as_it_was(method, which, steps):
     good = closure_of(model, opt, rows(12, 4), rows(12, 3, seed=1))
     opt.state_dict()  # makes the tensors
     before = everything(model, opt)
-    damping, step = opt.param_groups[0]["damping"], opt._fallback.optimizer.step
+    damping, step = opt.param_groups[0]["damping"], opt.steps.fallback.optimizer.step
     closure = make(model, opt, good)
     with pytest.raises(error, match=message):
         opt.step(closure)
@@ -216,7 +216,7 @@ def test_an_error_leaves_everything_as_it_was(method, which, steps):
         kept = [name for name in kept if not name.startswith("buffer")]
     after = everything(model, opt)
     assert_same({name: before[name] for name in kept}, after)
-    opt.param_groups[0]["damping"], opt._fallback.optimizer.step = damping, step
+    opt.param_groups[0]["damping"], opt.steps.fallback.optimizer.step = damping, step
     weights = model[0].weight.detach().clone()
     assert torch.isfinite(opt.step(good))
     assert not torch.equal(weights, model[0].weight)

@@ -38,7 +38,7 @@ def test_no_host_read(method, action, backend, length):
         x, target = torch.randn(8, 5), torch.randn(8, 3)
         for _ in range(3):
             opt.step(closure_of(model, opt, x, target))
-        assert opt._layers()[0]["H_a"].shape == (6, 6)
+        assert opt.layers[0]["H_a"].shape == (6, 6)
 
 
 @METHODS

@@ -113,16 +113,16 @@ def test_a_layer_that_is_called_later_starts_its_factors_then(method, action, bi
     x, target = rows(12, 5), rows(12, 3, seed=1)
     with pytest.warns(UserWarning, match="momentum alone: 0. exclude"):
         train(model, opt, backward_of(lambda m: (m[0].forward(x) - target).square().mean()), 2)
-    assert not opt._layers()[0].started
+    assert not opt.layers[0].started
     twin = copy.deepcopy(model)
     fresh, called = method(twin, **options), backward_of(lambda m: (m(x) - target).square().mean())
     train(model, opt, called)
     train(twin, fresh, called)
-    assert opt._layers()[0].started
+    assert opt.layers[0].started
     assert_same_weights(model, twin)
     for name in ("H_a", "A", "H_g", "S", "Y", "s", "y"):
-        if opt._layers()[0].has(name):
-            assert torch.equal(opt._layers()[0][name], fresh._layers()[0][name]), name
+        if opt.layers[0].has(name):
+            assert torch.equal(opt.layers[0][name], fresh.layers[0][name]), name
 
 
 @METHODS
@@ -140,7 +140,7 @@ def test_a_weight_used_by_module_and_by_hand(method, action):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, opt, work, steps=1)
-    layer = opt._layers()[0]
+    layer = opt.layers[0]
     D = torch.cat([wanted["0.weight"], wanted["0.bias"][:, None]], 1)
     torch.testing.assert_close(layer["M"], 0.1 * D, **TIGHT)
     torch.testing.assert_close(layer["a_bar"][:-1], x.mean(0), **TIGHT)
@@ -158,7 +158,7 @@ def test_a_loss_of_weights_used_by_hand_alone(method):
     with pytest.warns(UserWarning, match="momentum alone: 1. exclude"):
         losses = train(model, opt, work)
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
-    assert not opt._layers()[0].started
+    assert not opt.layers[0].started
 
 
 class Tied(nn.Module):
@@ -213,7 +213,7 @@ def test_a_half_of_a_layer_that_is_frozen_for_a_while(method, action, when, deca
     opt = method(model, hessian_action=action, safeguard=False, weight_decay=decay, damping_a=0.5)
     work = backward_of(lambda m: (m(x) - target).square().mean())
     opt.state_dict()  # makes the tensors
-    half, layer = model[0], opt._layers()[0]
+    half, layer = model[0], opt.layers[0]
     for frozen in SCHEDULES[when]:
         for name, p in half.named_parameters():
             p.requires_grad_(name not in frozen)
@@ -263,11 +263,11 @@ def test_a_layer_frozen_as_a_whole_and_a_gradient_set_to_none(method):
     train(model, opt, plain, steps=2)
     model[0].requires_grad_(False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    M = [layer["M"].clone() for layer in opt._layers()]
+    M = [layer["M"].clone() for layer in opt.layers]
     train(model, opt, drops, steps=2)
     same = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     assert same == {"0.weight", "0.bias", "2.bias", "4.weight", "4.bias"}
-    assert [torch.equal(layer["M"], m) for layer, m in zip(opt._layers(), M, strict=True)] == [
+    assert [torch.equal(layer["M"], m) for layer, m in zip(opt.layers, M, strict=True)] == [
         True,
         False,
         True,

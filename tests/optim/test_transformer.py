@@ -172,4 +172,4 @@ def test_the_only_warning_is_ours(method, options):
     assert len(seen) == 1
     said = str(seen[0].message)
     assert "places.weight" in said and "norm1" in said and "tokens" not in said
-    assert {layer.name for layer in opt._layers()} >= {"head", "blocks.0.qkv"}
+    assert {layer.name for layer in opt.layers} >= {"head", "blocks.0.qkv"}

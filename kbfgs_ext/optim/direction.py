@@ -1,0 +1,106 @@
+"""The direction: from the gradients to P, and along it. Steps 2 and 4 of docs/algorithm.md."""
+
+from __future__ import annotations
+
+import torch
+
+from kbfgs_ext import ops
+from kbfgs_ext.optim.covered import Part
+from kbfgs_ext.optim.factors import Tensors
+
+SHORTEST = 1e-20  # length of a direction that still is one
+
+
+class Direction:
+    """The paper's: P = H_g M H_a; ``step_length`` says how far a layer goes along it."""
+
+    def __init__(self, step_length: str) -> None:
+        self._step_length = step_length
+
+    def descend(self, part: Part, work: Tensors, ok: torch.Tensor) -> None:
+        """M, P and the weights of a step; ``work`` is the product scratch."""
+        decay = part.group["weight_decay"]
+        # A frozen half of a layer has no gradient: the other's decay is then put in beforehand.
+        inside = decay if part.halved else 0.0
+        M, momentum = part["M"], part.group["momentum"]
+        W, b, dW, db = part.W(), part.b(), part.dW(inside), part.db(inside)
+        fused = part.has("H_g") and part.activation.live and part.gradient.live
+        if fused and self._step_length == "direction":
+            ops.kron_step_(
+                W=W,
+                b=b,
+                M=M,
+                P=part["P"],
+                work=work,
+                dW=dW,
+                db=db,
+                H_g=part["H_g"],
+                H_a=part["H_a"],
+                step_size=[part.scalars.step_size] * len(W),
+                momentum=momentum,
+                weight_decay=decay - inside,
+                ok=ok,
+                backend=part.backend,
+            )
+        else:
+            ops.momentum_(M, dW, db, W, b, momentum, decay - inside, ok, part.backend)
+            part.gradient.precondition(part, work)
+            ops.descend_(W, b, part["P"], self._sizes(part), ok, part.backend)
+        part.written()
+        if part.halved:
+            for layer in part.layers:
+                layer.hold()
+
+    def _sizes(self, part: Part) -> Tensors:
+        """What each layer's P is multiplied by."""
+        P, size = part["P"], part.scalars.step_size
+        sizes = [size] * len(P)
+        if self._step_length != "direction":
+            sizes = _alike(P, size, self._step_length == "balanced")
+        if part.gradient.live and part.has("gamma") and self._step_length != "layer":
+            sizes = list(torch._foreach_mul(sizes, part["gamma"]))
+        return sizes
+
+
+def _alike(P: Tensors, size: torch.Tensor, balanced: bool) -> Tensors:
+    """Per layer size/r, with r the root mean square of the rows of its P; or size*R/r, with R that
+    of the rows of all layers. P = 0 stays 0."""
+    rows = [p.shape[0] for p in P]
+    norms = torch.stack(torch._foreach_norm(P)).to(size.dtype).clamp_(min=SHORTEST)
+    if balanced:
+        size = size * (torch.linalg.vector_norm(norms) / sum(rows) ** 0.5)
+    sizes = list((size / norms).unbind())
+    torch._foreach_mul_(sizes, [n**0.5 for n in rows])
+    return sizes
+
+
+def slope(part: Part) -> None:
+    """(13) The change of the loss that the gradient promises for the step just taken, by rows."""
+    ops.slope_(
+        slope=part["slope"],
+        W=part.W(),
+        b=part.b(),
+        saved=part["saved"],
+        dW=part.dW(),
+        db=part.db(),
+        backend=part.backend,
+    )
+
+
+def output_change(part: Part) -> None:
+    """(15) Step 6's h_bar+ - h_bar, without the difference of two large means."""
+    ops.output_change_(
+        change=part["h_change"],
+        W=part.W(),
+        b=part.b(),
+        saved=part["saved"],
+        a_bar=part["a_bar"],
+        a_bar_next=part["a_bar_next"],
+        backend=part.backend,
+    )
+
+
+def undo(part: Part, where: torch.Tensor) -> None:
+    """Put the parameters of before the step back where ``where``."""
+    ops.restore_(part.W(), part.b(), part["saved"], where, part.backend)
+    part.written()

@@ -1,0 +1,97 @@
+"""Settings of a whole optimizer: what its constructor was told, checked once, and never changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from kbfgs_ext.ops import checks
+from kbfgs_ext.optim.hyper import check_count, check_number
+from kbfgs_ext.optim.safeguard import SafeguardRule
+
+HESSIAN_ACTIONS = ("ema", "minibatch")
+STEP_LENGTHS = ("direction", "balanced", "layer")
+PRECISIONS = ("highest", "high", "medium")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The arguments of `KBFGS` that are the same for all layers; their meaning stands there.
+
+    Raises:
+        TypeError, ValueError: one is out of its range; the message names it and its value.
+    """
+
+    memory: int | None = None  # pairs of K-BFGS(L); None keeps H_g
+    hessian_action: str = "minibatch"
+    safeguard: bool | SafeguardRule = True
+    backend: str = "auto"
+    freeze_second_pass: bool = True
+    max_grad_norm: float | None = None
+    matmul_precision: str | None = None
+    pair_every: int = 1
+    factor_every: int = 1
+    max_factor_dim: int | None = None
+    restart_after: int | None = 10
+    initial_scale: float | str = 1.0
+    step_length: str = "direction"
+
+    def __post_init__(self) -> None:
+        if self.memory is not None:
+            check_count("memory", self.memory)
+        if self.hessian_action not in HESSIAN_ACTIONS:
+            raise ValueError(
+                f"hessian_action must be one of {HESSIAN_ACTIONS}, got {self.hessian_action!r}"
+            )
+        checks.backend(self.backend)
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm, 0.0, math.inf, closed_low=False)
+        if self.matmul_precision is not None and self.matmul_precision not in PRECISIONS:
+            raise ValueError(
+                f"matmul_precision must be None or one of {PRECISIONS},"
+                f" got {self.matmul_precision!r}"
+            )
+        check_count("pair_every", self.pair_every)
+        check_count("factor_every", self.factor_every)
+        for name in ("max_factor_dim", "restart_after"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        if self.step_length not in STEP_LENGTHS:
+            raise ValueError(f"step_length must be one of {STEP_LENGTHS}, got {self.step_length!r}")
+        if isinstance(self.initial_scale, str):
+            if self.initial_scale != "damping":
+                raise ValueError(
+                    f"initial_scale must be a number or 'damping', got {self.initial_scale!r}"
+                )
+        else:
+            check_number("initial_scale", self.initial_scale, 0.0, math.inf, closed_low=False)
+        if not isinstance(self.safeguard, (bool, SafeguardRule)):
+            raise TypeError(f"safeguard must be a bool or a SafeguardRule, got {self.safeguard!r}")
+
+    @property
+    def keep_A(self) -> bool:
+        """Whether the moving average A is kept."""
+        return self.hessian_action == "ema"
+
+    @property
+    def rule(self) -> SafeguardRule | None:
+        """The safeguard's; None where there is no safeguard."""
+        if isinstance(self.safeguard, SafeguardRule):
+            return self.safeguard
+        return SafeguardRule() if self.safeguard else None
+
+    def fits(self, n: int) -> bool:
+        """Whether a side of ``n`` may have a matrix factor."""
+        return self.max_factor_dim is None or n <= self.max_factor_dim
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with the optimizer that loads it."""
+        return {
+            "method": "K-BFGS" if self.memory is None else "K-BFGS(L)",
+            "hessian_action": self.hessian_action,
+            "memory": self.memory,
+            "max_factor_dim": self.max_factor_dim,
+            "restart_after": self.restart_after,
+            "initial_scale": self.initial_scale,
+        }

@@ -1,0 +1,409 @@
+"""A step: two passes over a minibatch, and what is done between and after them.
+
+    first_pass    the minibatch at the present weights
+    descend       statistics, direction, weights
+    second_pass   the same minibatch at the new weights
+    finish        the safeguard's judgement, the pair, the curvature
+
+`Step` waits between these four calls; what it does stands in `Step._phases`, from top to bottom.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kbfgs_ext.ops import registry
+from kbfgs_ext.optim import direction, gradients, hyper
+from kbfgs_ext.optim.capture import Pass, Recorder
+from kbfgs_ext.optim.covered import CoveredLayer, Group, Part, Parts
+from kbfgs_ext.optim.factors import ActivationMatrix, Verdict
+from kbfgs_ext.optim.fallback import Fallback
+from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, own_work
+from kbfgs_ext.optim.reports import Watch
+from kbfgs_ext.optim.safeguard import Safeguard
+from kbfgs_ext.optim.settings import Settings
+
+FAILED = object()  # what a second pass that raised sends
+FIRST, DESCEND, SECOND, FINISH = "first_pass()", "descend(loss)", "second_pass()", "finish(loss)"
+_DARK = (
+    "the covered layers ran under torch.no_grad() or inference_mode(): a pass needs gradients,"
+    " so run the model with them enabled"
+)
+
+
+def profiled(phase: str) -> contextlib.AbstractContextManager[Any]:
+    """A range with the phase's name, where a profiler is at work."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(f"kbfgs_ext: {phase}")
+    return contextlib.nullcontext()
+
+
+class Step:
+    """One step after the other: the layers, the safeguard, and where the present step stands.
+
+    Args:
+        settings: of the whole optimizer.
+        model: whatever the closure runs: buffers and gradients there see one pass.
+        generators: that the closure draws from.
+        device: of the covered layers.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: nn.Module,
+        generators: Sequence[torch.Generator],
+        device: torch.device,
+    ) -> None:
+        self.settings, self.generators = settings, generators
+        self.device = device
+        self.guard = Safeguard(settings.rule, device, settings.restart_after, settings.backend)
+        self.direction = direction.Direction(settings.step_length)
+        self.fallback: Fallback | None = None
+        self.recorder = Recorder()
+        self.buffers = Buffers(model)
+        self.number = 0  # steps that have moved the parameters, void ones too
+        self.version = 0  # checkpoints loaded, groups added, restarts: a captured step is void
+        self.capturing = False  # a graph must not write the lr and dampings of its capture
+        self.trace: dict[str, registry.Taken] = {}  # which backend each op of the last step took
+        self.phase: Callable[[str], contextlib.AbstractContextManager[Any]] = profiled
+        self.due = FIRST  # the call that comes next
+        self.active: list[CoveredLayer] = []  # the layers that the step under way moves
+        self.slope: torch.Tensor | None = None  # of the loss along it, where it is wanted
+        self._paired: list[CoveredLayer] = []  # those that yield a pair
+        self._random: RandomState | None = None
+        self._model = model
+        self._watch = Watch(model)
+        self.parts = Parts(settings, device)
+        self._course: Generator[str, Any, None] | None = None
+
+    # ------------------------------------------------------------------ the calls
+
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Context of the first pass; `KBFGS.first_pass`."""
+        self._begin()
+        try:
+            with self.phase(Pass.FIRST.value), self.recording(Pass.FIRST):
+                yield
+        except BaseException:
+            self.abandon()
+            raise
+
+    def descend(self, loss: Any, unscale: Callable[[], torch.Tensor | None]) -> None:
+        """Take the step; `KBFGS.descend`. ``unscale`` divides the gradients by the scale of the
+        loss, and returns what it has multiplied by, or None."""
+        self.expect(DESCEND)
+        self._advance((gradients.scalar(loss, self.guard.scale), unscale))
+
+    @contextlib.contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Context of the second pass; `KBFGS.second_pass`."""
+        self.expect(SECOND)
+        assert self._random is not None
+        everything = itertools.chain(self._model.parameters(), self.parameters())
+        anchors, freeze = self._anchors(), self.settings.freeze_second_pass
+        try:
+            with (
+                self.phase(Pass.SECOND.value),
+                SecondPass(everything, anchors, self._random, self.buffers, freeze),
+                self.recording(Pass.SECOND),
+            ):
+                yield
+                for layer in self._paired:
+                    layer.observer.settle()
+        except BaseException:
+            self._advance(FAILED)
+            raise
+        self._advance(None)
+
+    def finish(self, loss: Any) -> None:
+        """End the step; `KBFGS.finish`."""
+        self.expect(FINISH)
+        self._advance((gradients.scalar(loss, self.guard.scale), gradients.noise(loss)))
+
+    def abandon(self) -> None:
+        """The step under way, if there is one, ends where it stands."""
+        if self._course is not None:
+            self._course.close()
+        self._course, self.due, self.active, self._paired = None, FIRST, [], []
+
+    @property
+    def second_pass_wanted(self) -> bool:
+        """Whether the second pass that comes next has anything to show: not in a run whose factors
+        have not started, since its first loss or gradients were not finite."""
+        return self.due == SECOND and bool(self.active)
+
+    # ------------------------------------------------------------------ what they do
+
+    def _phases(self) -> Generator[str, Any, None]:
+        """A step from the end of its first pass on. It stops where a call is due."""
+        settings, guard, fallback = self.settings, self.guard, self.fallback
+        loss, unscale = yield DESCEND
+        with self.own_work():
+            active = self._moved_layers()
+            unscaled = unscale()
+            if unscaled is not None:
+                torch._foreach_mul_([layer["g_bar"] for layer in active], unscaled)
+            found = gradients.Gradients(self._with_gradients(active), loss)
+            ok, clipped = found.finite(loss), found.clip(settings.max_grad_norm)
+            started = all(layer.started for layer in active) or gradients.known_true(ok)
+            if started and fallback is not None:
+                fallback.step(ok)  # first: it may raise, and then nothing has moved
+            guard.count(ok)
+            if not started:
+                active = []  # there is nothing to start the factors from yet
+            self.active = active
+            self._paired = [layer for layer in active if layer.observer.complete]
+            paired = not active or self.number % settings.pair_every == 0
+            self.number += bool(active)
+            seen = any(layer.observer.has_inputs() for layer in active)
+            # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
+            late = paired and settings.keep_A and all(map(_has_shown_inputs, active))
+            order_a = guard.take_order_a(ok) if seen and not late else None
+            self._descend(active, Verdict(ok, ok, order_a), late)
+            if paired and active and guard.wants_slope:
+                self.slope = self._slope(active)
+                if clipped is not None:
+                    self.slope /= clipped  # the loss knows nothing of it
+        if not paired:
+            return
+
+        if (yield SECOND) is FAILED:
+            with self.own_work():
+                self._undo(active, torch.ones_like(guard.scale, dtype=torch.bool))
+            return
+
+        loss_next, noise = yield FINISH
+        if not active:
+            return
+        with self.own_work():
+            pairs = [layer for layer in self._paired if layer.observer.complete]
+            for part in self.parts.of(pairs):
+                direction.output_change(part)  # by the step as it was taken
+            if guard.rule is not None:
+                self._undo(active, guard.judge(loss, loss_next, self.slope, noise, ok))
+            ok_pair = ok & gradients.is_finite(loss_next)
+            if unscaled is not None and pairs:
+                g_bar_next = [layer["g_bar_next"] for layer in pairs]
+                torch._foreach_mul_(g_bar_next, unscaled)
+                ok_pair &= gradients.all_finite(g_bar_next)
+            order_a = guard.take_order_a(ok) if late else None
+            verdict = Verdict(ok, ok_pair, order_a, guard.order_g)
+            with self.phase("curvature"):
+                for part in self.parts.of(pairs):
+                    part.gradient.update(part, verdict, late)
+
+    def _descend(self, active: list[CoveredLayer], verdict: Verdict, late: bool) -> None:
+        """Steps 2 to 4, and step 9 unless it comes ``late``."""
+        for part in self.parts.of(active):
+            scalars, layers = part.scalars, part.layers
+            if not self.capturing:
+                scalars.refresh(part.group)
+            scalars.set_step_size(self.guard.scale)
+            for layer in layers:
+                if not layer.started and not layer.bare:
+                    layer.gradient.start(scalars.lam_g)
+            seen = [layer for layer in layers if layer.observer.has_inputs()]
+            for one in self.parts.of(seen):
+                with self.phase("statistics"):
+                    self._statistics(one, verdict.ok)
+            with self.phase("direction"):
+                self.direction.descend(part, self.parts.work(part), verdict.ok)
+            for one in self.parts.of(seen) if not late else ():
+                with self.phase("curvature"):
+                    X = [] if self.settings.keep_A else one.X()
+                    ActivationMatrix.follow(one, X, verdict)
+        for layer in active:
+            layer.observer.forget_inputs()  # the activations need not outlive the first pass
+            layer.started = layer.started or not layer.bare
+
+    def _statistics(self, part: Part, ok: torch.Tensor) -> None:
+        """Step 3: the activation factor and mean; at a layer's start also its damped inverse."""
+        cold = [layer for layer in part.layers if not layer.started]
+        for layer in cold:  # a warm start has left A_0
+            decay = 0.0 if not layer.warm_batches else None
+            assert isinstance(layer.activation, ActivationMatrix)
+            layer.activation.average_one(layer["a_bar"], layer.observer.X(), decay, ok)
+        for old in self.parts.of([layer for layer in part.layers if layer.started]):
+            ActivationMatrix.average_in(old, old.X(), ok)
+        for layer in cold:
+            layer.activation.start(part.scalars.lam_a)
+
+    def _slope(self, active: list[CoveredLayer]) -> torch.Tensor:
+        """The derivative of the loss along the step just taken, a scalar on the device."""
+        if len(active) < len(self.layers):
+            self.parts.slopes.zero_()
+        for part in self.parts.of(active):
+            direction.slope(part)
+        total = self.parts.slopes.sum(dtype=self.guard.scale.dtype)
+        return total if self.fallback is None else total + self.fallback.slope(total)
+
+    def _undo(self, active: list[CoveredLayer], where: torch.Tensor) -> None:
+        """Put every parameter back where ``where``."""
+        for part in self.parts.of(active):
+            direction.undo(part, where)
+        if self.fallback is not None:
+            self.fallback.undo(where)
+
+    # ------------------------------------------------------------------ passes
+
+    def expect(self, call: str) -> None:
+        """``call`` comes next; else RuntimeError."""
+        if self.due != call or self.recorder.at is not Pass.OFF:
+            raise RuntimeError(f"{call} is out of order: {self.due} comes next")
+
+    def _begin(self) -> None:
+        if self.recorder.at is not Pass.OFF:
+            raise RuntimeError(f"first_pass() inside the {self.recorder.at.value} of a step")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("a step needs gradients: it cannot run under inference_mode()")
+        if self.recorder.closed:
+            raise RuntimeError("this optimizer is closed: make a new one to go on training")
+        for group in self.parts.groups:
+            hyper.check_group(group.options)
+        self.abandon()
+        self.slope = None
+        self.trace.clear()
+        self.parts.materialize()
+        self.buffers.watch()
+        self._random = RandomState(self.device, self.generators)
+        self._course = self._phases()
+        self.due = next(self._course)
+
+    def _advance(self, given: Any) -> None:
+        """Go on to where the next call is due."""
+        assert self._course is not None
+        try:
+            self.due = self._course.send(given)
+        except StopIteration:
+            self.abandon()
+        except BaseException:
+            self.abandon()
+            raise
+
+    @contextlib.contextmanager
+    def recording(self, which: Pass) -> Iterator[None]:
+        """The hooks in the given state."""
+        suffix = "_next" if which is Pass.SECOND else ""
+        fresh = self.number % self.settings.factor_every == 0
+        paired = which is Pass.SECOND or self.number % self.settings.pair_every == 0
+        for layer in self.layers:
+            wanted = layer.activation.live and (fresh or not layer.started)
+            keep_inputs = which is not Pass.SECOND and wanted
+            a_bar = layer["a_bar" + suffix] if paired else None
+            layer.observer.begin(a_bar, layer["g_bar" + suffix], keep_inputs)
+            if which is Pass.FIRST:
+                layer.observer.expect_fresh_gradients()
+        self.recorder.begin(which)
+        try:
+            with torch.set_grad_enabled(which is not Pass.WARM):
+                yield
+        except RuntimeError as error:
+            if self._in_the_dark():
+                raise RuntimeError(_DARK) from error
+            raise
+        finally:
+            self.recorder.at = Pass.OFF
+
+    def _in_the_dark(self) -> bool:
+        """Whether the pass has run covered layers, but none with gradients."""
+        return self.recorder.in_the_dark and not any(layer.observer.uses for layer in self.layers)
+
+    def _moved_layers(self) -> list[CoveredLayer]:
+        """The layers that this step moves: a gradient has reached them."""
+        active, empty = [], []
+        for layer in self.layers:
+            observer = layer.observer
+            if observer.dark and observer.recomputed and not observer.uses:
+                raise RuntimeError(
+                    f"layer '{layer.name}' ran forward without gradients and was recomputed in"
+                    " backward: use torch.utils.checkpoint with use_reentrant=False"
+                )
+            if observer.empty and not observer.uses:
+                empty.append(layer)  # its gradients are zero: no use at all
+                continue
+            layer.look()
+            if layer.moving:
+                active.append(layer)
+        if not active and empty:
+            raise ValueError(
+                f"the input of layer '{empty[0].name}' is empty: shape {empty[0].observer.empty};"
+                " a step needs a batch with at least one row"
+            )
+        if not active:
+            names = ", ".join(layer.name for layer in self.layers)
+            raise RuntimeError(
+                _DARK
+                if self._in_the_dark()
+                else "closure must call backward() on a loss that depends on the covered layers,"
+                f" and leave their gradients in place: no gradient has reached any of {names}"
+            )
+        self._watch.look(active, self.parameters())
+        return active
+
+    def _with_gradients(self, active: list[CoveredLayer]) -> list[torch.Tensor]:
+        moving: list[torch.Tensor] = [p for layer in active for p in layer.moving]
+        return moving + (self.fallback.parameters() if self.fallback is not None else [])
+
+    def _anchors(self) -> list[torch.Tensor]:
+        """Where the graph of a second pass starts: every layer's bias, real or virtual, and in its
+        place what moves of a layer whose call was not seen, which may be all that the loss has."""
+        anchors = [layer.observer.anchor() for layer in self.layers]
+        unseen = [layer for layer in self.active if not layer.observer.seen]
+        return anchors + [p for layer in unseen for p in layer.moving]
+
+    # ------------------------------------------------------------------ small things
+
+    @contextlib.contextmanager
+    def captured(self) -> Iterator[None]:
+        """Context of a step that is captured in a graph: nothing runs."""
+        number, self.capturing = self.number, True
+        try:
+            yield
+        finally:
+            self.number, self.capturing = number, False
+
+    def add(self, group: Group) -> None:
+        """Take in one more group of layers."""
+        self.parts.add(group)
+        for layer in group.layers:
+            self.recorder.attach(layer.modules, layer.observer)
+
+    def restart(self) -> None:
+        """Start factors, pairs and momentum anew; `KBFGS.restart`."""
+        if self.due != FIRST:
+            raise RuntimeError(f"restart() is out of order: {self.due} comes next")
+        for layer in self.layers:
+            layer.reset()
+        self.guard.reset()
+        self.version += 1
+
+    @property
+    def layers(self) -> list[CoveredLayer]:
+        """All covered layers."""
+        return self.parts.layers
+
+    def parameters(self) -> list[torch.Tensor]:
+        """All that a step may move."""
+        covered: list[torch.Tensor] = [p for layer in self.layers for p in layer.parameters()]
+        return covered + (self.fallback.parameters() if self.fallback is not None else [])
+
+    def copies(self) -> list[torch.Tensor]:
+        """What a step keeps to put buffers and the fallback's parameters back."""
+        return self.buffers.copies() + (self.fallback.copies() if self.fallback else [])
+
+    def own_work(self) -> contextlib.AbstractContextManager[None]:
+        """Context of the optimizer's own work."""
+        return own_work(self.device, self.settings.matmul_precision, self.trace)
+
+
+def _has_shown_inputs(layer: CoveredLayer) -> bool:
+    """Whether the rows of a layer that has a factor for them are at hand."""
+    return layer.bare or not layer.activation.live or layer.observer.has_inputs()
