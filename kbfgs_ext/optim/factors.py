@@ -121,7 +121,7 @@ class LayerFactors:
             "slope": (n_g,),
         }
         shapes["a_bar"] = shapes["a_bar_next"] = (n_a,)
-        for name in ("h_origin", "h_change", "g_bar", "g_bar_next"):
+        for name in ("h_change", "g_bar", "g_bar_next"):
             shapes[name] = (n_g,)
         if plan.memory is not None:
             for name in ("s_damped", "y_damped", "Hy"):

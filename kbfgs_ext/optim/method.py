@@ -221,8 +221,7 @@ class KBFGSMethod:
             A=[] if X else _each(a_side, "A"),
             X=X,
             a_bar=_each(a_side, "a_bar"),
-            h_bar=_origin(g_side),
-            h_bar_next=_each(g_side, "h_change"),
+            h_change=_each(g_side, "h_change"),
             g_bar=_each(g_side, "g_bar"),
             g_bar_next=_each(g_side, "g_bar_next"),
             lam_a=[scalars.lam_a] * len(a_side),
@@ -319,7 +318,6 @@ class KBFGSLMethod(KBFGSMethod):
         ops.pair_ema_(
             _each(layers, "s"),
             _each(layers, "y"),
-            _origin(layers),
             _each(layers, "h_change"),
             c,
             _each(layers, "g_bar_next"),
@@ -362,12 +360,6 @@ def _sizes(P: list[torch.Tensor], size: torch.Tensor, balanced: bool) -> list[to
     sizes = list((size / norms).unbind())
     torch._foreach_mul_(sizes, [n**0.5 for n in rows])
     return sizes
-
-
-def _origin(layers: Layers) -> list[torch.Tensor]:
-    """Where mean outputs are measured from: the first pass's own, so that the second's is the
-    change itself."""
-    return _each(layers, "h_origin")
 
 
 def _gamma(layers: Layers) -> list[torch.Tensor]:
