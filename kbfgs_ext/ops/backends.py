@@ -26,8 +26,8 @@ def register(op: str, family: str) -> None:
     registry.register(op, "reference", _python(op, family, "reference")())
     triton = _python(op, family, "triton")
     registry.register(op, "triton", lambda call: triton()(call), environment.triton_missing)
-    registry.register(op, "cpu", _native(f"{op}cpu"), environment.native_missing)
-    registry.register(op, "cuda", _native(f"{op}cuda"), environment.cuda_missing)
+    registry.register(op, "cpu", *_native(f"{op}cpu", environment.native_missing))
+    registry.register(op, "cuda", *_native(f"{op}cuda", environment.cuda_missing))
 
 
 def _python(op: str, family: str, backend: str) -> Callable[[], Callable[[Call], None]]:
@@ -43,11 +43,18 @@ def _python(op: str, family: str, backend: str) -> Callable[[], Callable[[Call],
     return load
 
 
-def _native(function: str) -> Callable[[Call], None]:
-    def run(call: Call) -> None:
-        found = getattr(environment.native(), function, None)
-        if found is None:
-            raise registry.Unsupported(f"the compiled extension has no {function}")
-        found(call)
+def _native(
+    function: str, missing: Callable[[], str | None]
+) -> tuple[Callable[[Call], None], Callable[[], str | None]]:
+    """What calls the function, and what says why it cannot."""
 
-    return run
+    def run(call: Call) -> None:
+        getattr(environment.native(), function)(call)
+
+    def unavailable() -> str | None:
+        reason = missing()
+        if reason is None and not hasattr(environment.native(), function):
+            reason = f"the compiled extension has no {function}"
+        return reason
+
+    return run, unavailable

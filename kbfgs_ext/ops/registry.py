@@ -55,12 +55,16 @@ class Op:
     arguments: tuple[str, ...]  # in order; the last is `backend`
     defaults: Mapping[str, Any]
 
-    def call(self, *args: Any, **kwargs: Any) -> Call:
-        """The call by name; what is not given has its default."""
-        call = dict(self.defaults)
-        call.update(zip(self.arguments, args, strict=False))
-        call.update(kwargs)
-        return call
+    def positional(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+        """The arguments in order; what is not given has its default."""
+        rest = self.arguments[len(args) :]
+        return *args, *[kwargs[n] if n in kwargs else self.defaults[n] for n in rest]
+
+    def call(self, args: tuple, kwargs: Mapping[str, Any]) -> Call:
+        """The arguments by name, `backend` among them; what is not given has its default."""
+        if len(args) < len(self.arguments):
+            args = self.positional(args, kwargs)
+        return dict(zip(self.arguments, args))  # noqa: B905: `strict` costs as much as the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,17 +139,13 @@ def declaration(op: str) -> Op:
 
 
 def implementation(op: str, backend: str) -> Implementation:
-    """The implementation of ``op`` on ``backend``; raises `Unsupported` where there is none."""
-    found = _TABLE[op].get(backend)
-    if found is None:
-        raise Unsupported(f"{op} has no {backend} backend")
-    return found
+    """The implementation of ``op`` on ``backend``."""
+    return _TABLE[op][backend]
 
 
 def available(op: str, backend: str) -> bool:
     """Whether ``op`` has a ``backend`` that can work in this process."""
-    found = _TABLE[op].get(backend)
-    return found is not None and found.unavailable() is None
+    return _TABLE[op][backend].unavailable() is None
 
 
 def run(op: str, backend: str, call: Call) -> None:
@@ -279,9 +279,10 @@ def explain(
 
 def _explain_call(op: str, args: Mapping[str, Any]) -> str:
     declared, chosen, reasons = declaration(op), None, []
-    call = declared.call(**{**args, "backend": "auto"})
-    if unfit := call.keys() ^ set(declared.arguments):
-        raise ValueError(f"args of {op} must name its arguments: {', '.join(sorted(unfit))}")
+    own = set(declared.arguments) - {"backend"}
+    if unfit := (args.keys() - own) | (own - args.keys() - declared.defaults.keys()):
+        raise ValueError(f"args do not fit {op}: {', '.join(sorted(unfit))}")
+    call = declared.call((), args)
     del call["backend"]
     forced = environment.forced_backend()
     for name in BACKENDS:
@@ -299,10 +300,7 @@ def _explain_call(op: str, args: Mapping[str, Any]) -> str:
 
 
 def _why_not(op: str, backend: str, kind: str) -> str | None:
-    found = _TABLE[op].get(backend)
-    if found is None:
-        return "not written for this op"
-    reason = found.unavailable()
+    reason = _TABLE[op][backend].unavailable()
     if reason is not None:
         return reason
     try:
