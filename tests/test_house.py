@@ -61,7 +61,9 @@ def test_an_op_is_declared_once(op):
 
 @pytest.mark.parametrize("family", registry.FAMILIES)
 def test_bindings_look_up_what_the_family_declares(family):
-    known = {name for op, own in registry.ops().items() if own == family for name in calls.names(op)}
+    known = {
+        name for op, own in registry.ops().items() if own == family for name in calls.names(op)
+    }
     for path in (ROOT / "csrc" / family).glob("*"):
         if path.suffix in (".cpp", ".h"):
             looked_up = re.findall(r'\b(?:args|call)\.\w+\(\s*"(\w+)"', path.read_text())

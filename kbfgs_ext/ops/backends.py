@@ -6,6 +6,8 @@ triton     function ``<op>`` of ``<family>/triton.py``, imported by the first ca
 cpu, cuda  functions ``<op>cpu`` and ``<op>cuda`` of the compiled extension
 ========== =====================================================================
 
+`lbfgs_two_loop_` alone has more to its cuda backend than the extension: `lbfgs_two_loop/cuda.py`.
+
 A Python function names the arguments that it needs and gets them by keyword; one of the extension
 looks them up in the call (csrc/common/call.h).
 """

@@ -11,8 +11,9 @@ cpu        C++ kernels (csrc)                      CPU tensors
 reference  plain PyTorch, one equation per line    any device and dtype
 ========== ======================================= =============================
 
-A call reaches a backend as one dict of its arguments by name. An implementation declines a call by raising `Unsupported` *before* it writes anything; then, and
-only then, `auto` tries the next backend. Every other error propagates.
+A call reaches a backend as one dict of its arguments by name. An implementation declines it by
+raising `Unsupported` *before* it writes anything; then, and only then, `auto` tries the next
+backend. Every other error propagates.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Op:
         """The arguments by name, `backend` among them; what is not given has its default."""
         if len(args) < len(self.arguments):
             args = self.positional(args, kwargs)
-        return dict(zip(self.arguments, args))  # noqa: B905: `strict` costs as much as the rest
+        return dict(zip(self.arguments, args, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,7 +127,10 @@ def test_why_not_compiled():
     [
         (lambda args: args["H"][1].mul_(1 + 1e-5), r"H\[1\]: error"),
         (lambda args: args["H"][0].fill_(float("nan")), r"H\[0\]: not finite"),
-        (lambda args: args["counts"][0].add_(1), r"counts\[0\]: \[2, 1, 1, 1\], not \[1, 0, 0, 0\]"),
+        (
+            lambda args: args["counts"][0].add_(1),
+            r"counts\[0\]: \[2, 1, 1, 1\], not \[1, 0, 0, 0\]",
+        ),
         (lambda args: None, None),
     ],
 )

@@ -79,9 +79,7 @@ def pair_ema(sizes, decay=0.9, ok=None, layout=lambda t: t):
     def build(dtype):
         s, y, *means = in_dtype(dtype, [random_vectors(sizes, 10 * k) for k in range(5)])
         h_change, g_bar, g_next = ([layout(v) for v in vectors] for vectors in means)
-        return dict(
-            s=s, y=y, h_change=h_change, g_bar=g_bar, g_bar_next=g_next, decay=decay, ok=ok
-        )
+        return dict(s=s, y=y, h_change=h_change, g_bar=g_bar, g_bar_next=g_next, decay=decay, ok=ok)
 
     return build
 
@@ -214,9 +212,7 @@ def two_loop(sizes, p, pushed, columns, form, condition=10.0, layout=lambda t: t
         shapes = [(n,) if columns is None else (n, columns) for n in sizes]
         Q = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
         out, Q, S, Y, rho = in_dtype(dtype, [nan_filled(*shapes), Q, S, Y, rho])
-        return dict(
-            out=out, Q=[layout(q) for q in Q], S=S, Y=Y, rho=rho, pushed=count, form=form
-        )
+        return dict(out=out, Q=[layout(q) for q in Q], S=S, Y=Y, rho=rho, pushed=count, form=form)
 
     return build
 

@@ -196,9 +196,7 @@ def test_thread_counts_agree(op):
 @pytest.mark.parametrize("op", sorted(registry.ops()))
 def test_opcheck(op, backend):
     args = calls.apply(cases.first(op).build(torch.float32), calls.copy)
-    torch.library.opcheck(
-        getattr(torch.ops.kbfgs_ext, op).default, (), args | {"backend": backend}
-    )
+    torch.library.opcheck(getattr(torch.ops.kbfgs_ext, op).default, (), args | {"backend": backend})
 
 
 def test_the_extension_has_a_function_for_every_op():

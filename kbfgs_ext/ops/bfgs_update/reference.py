@@ -55,10 +55,10 @@ def curvature_update_(
 
     # A void second pass leaves s, y and H_g alone; a layer whose own means are not finite too.
     for i in range(len(H_g)):
-        means = (h_change[i], g_bar[i], g_bar_next[i])
-        fine = torch.stack([torch.isfinite(v).all() for v in means]).all()
+        averaged = [h_change[i]], [g_bar[i]], [g_bar_next[i]]
+        fine = torch.stack([torch.isfinite(v).all() for (v,) in averaged]).all()
         fine = fine if ok_pair is None else fine & ok_pair
-        pair_ema_([s[i]], [y[i]], *([v] for v in means), pair_decay, fine)
+        pair_ema_([s[i]], [y[i]], *averaged, pair_decay, fine)
         s_g, y_g, Hy = s[i].clone(), y[i].clone(), torch.empty_like(y[i])  # damp only copies
         double_damping_([s_g], [y_g], [Hy], [counts_g[i]], [H_g[i]], [lam_g[i]], mu1, fine)
         bfgs_update_([H_g[i]], [counts_g[i]], [s_g], [y_g], [Hy], [g_bar[i]], fine)

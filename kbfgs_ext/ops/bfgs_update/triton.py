@@ -311,7 +311,9 @@ def curvature_update_(
         n, skip = h.shape[0], 3 * (H_a[i].shape[0] if H_a else 0)
         pair = (s[i], y[i], h_change[i], g_bar[i], g_bar_next[i])
         own = [*_slices(work[i], skip, n), pointer(g_bar[i]), pointer(counts_g[i])]
-        rows.append([n, *matrix(h), *own, pointer(lam_g[i]), GRADIENT.value, *map(pointer, pair), 0])
+        rows.append(
+            [n, *matrix(h), *own, pointer(lam_g[i]), GRADIENT.value, *map(pointer, pair), 0]
+        )
     table = TABLES.get(
         device, rows, plan.row_blocks, x_rows + [0] * len(H_g),
         plan.row_blocks[: len(H_a)] + [1] * len(H_g), plan.row_blocks, plan.tiles,

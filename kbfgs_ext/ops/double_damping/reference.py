@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 ACCEPTED, REJECTED, POWELL, LM = range(4)  # columns of `counts`
 
 

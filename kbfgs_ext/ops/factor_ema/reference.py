@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 
-
 def augmented(X: torch.Tensor, n_a: int) -> torch.Tensor:
     """X~ = [X, 1] where the factor has one row more than X has columns, else X."""
     return X if n_a == X.shape[1] else torch.cat([X, X.new_ones(X.shape[0], 1)], dim=1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 
-
 def joined(W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """[W, b], n_g x n_a."""
     return torch.cat([W, b[:, None]], dim=1) if b.numel() else W
@@ -54,9 +53,7 @@ def restore_(W, b, saved, undo) -> None:
         _write(W[i], b[i], torch.where(undo, saved[i], joined(W[i], b[i]).to(saved[i].dtype)))
 
 
-def kron_step_(
-    W, b, M, P, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok
-) -> None:
+def kron_step_(W, b, M, P, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok) -> None:
     momentum_(M, dW, db, W, b, momentum, weight_decay, ok)
     kron_precondition_(P, H_g, M, H_a)
     descend_(W, b, P, step_size, ok)

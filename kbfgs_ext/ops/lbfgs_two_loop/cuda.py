@@ -1,17 +1,20 @@
-"""lbfgs_two_loop, the cuda backend: the extension has the recursion, torch the compact form."""
+"""lbfgs_two_loop_ on CUDA: the extension has the recursion, torch the compact form."""
 
 from __future__ import annotations
 
 from kbfgs_ext import environment
 from kbfgs_ext.ops import registry
+from kbfgs_ext.ops.lbfgs_two_loop.api import lbfgs_two_loop_
 from kbfgs_ext.ops.registry import Call
 
+OP = lbfgs_two_loop_.__name__
 
-def lbfgs_two_loop_(call: Call) -> None:
+
+def run(call: Call) -> None:
     """The recursion's kernel; the compact form is matrix products, which torch hands to cuBLAS."""
     native, form = environment.native(), call["form"]
     if form == "compact" or (form == "auto" and not _recursion_fits(native, call["Q"], call["S"])):
-        registry.implementation("lbfgs_two_loop_", "reference").run(call | {"form": "compact"})
+        registry.implementation(OP, "reference").run(call | {"form": "compact"})
     else:
         native.lbfgs_two_loop_cuda(call)
 
@@ -24,4 +27,4 @@ def _recursion_fits(native, Q, S) -> bool:
     )
 
 
-registry.register("lbfgs_two_loop_", "cuda", lbfgs_two_loop_, environment.cuda_missing)
+registry.register(OP, "cuda", run, environment.cuda_missing)

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-
 UNDONE, RESTARTS = 2, 3  # words of `counts`
 
 
