@@ -58,8 +58,7 @@ class Op:
 
     def positional(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
         """The arguments in order; what is not given has its default."""
-        rest = self.arguments[len(args) :]
-        return *args, *[kwargs[n] if n in kwargs else self.defaults[n] for n in rest]
+        return *args, *map({**self.defaults, **kwargs}.__getitem__, self.arguments[len(args) :])
 
     def call(self, args: tuple, kwargs: Mapping[str, Any]) -> Call:
         """The arguments by name, `backend` among them; what is not given has its default."""
@@ -219,7 +218,7 @@ def _wrong_device(backend: str, args: Iterable[Any]) -> str | None:
     """Why ``backend`` does not run where the tensors of ``args`` are, or None."""
     if backend == "reference":
         return None
-    kind = "cpu" if backend == "cpu" else "cuda"
+    on_cpu = backend == "cpu"
     for arg in args:
         if isinstance(arg, (list, tuple)):
             tensors = arg
@@ -228,9 +227,10 @@ def _wrong_device(backend: str, args: Iterable[Any]) -> str | None:
         else:
             continue
         for item in tensors:
-            if (item.is_cpu if kind == "cpu" else item.is_cuda) is False:
+            if not (item.is_cpu if on_cpu else item.is_cuda):
                 if backend == "triton" and environment.triton_interpreted():
                     return None
+                kind = "cpu" if on_cpu else "cuda"
                 return f"the {backend} backend needs {kind} tensors, got {item.device}"
     return None
 
