@@ -8,12 +8,12 @@ symmetric product, one half. Only shapes and dtypes are looked at: tensors on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from kbfgs_ext.ops import library as library
+from kbfgs_ext import ops as ops  # declares them
 
 Arguments = dict[str, Any]
 
@@ -25,16 +25,15 @@ class Cost(NamedTuple):
     flops: int
 
 
-def cost(op: str, args: Sequence[Any]) -> Cost:
-    """The cost of ``op`` on ``args``: its schema's arguments in order, ``backend`` left out."""
-    schema = getattr(torch.ops.kbfgs_ext, op).default._schema.arguments
-    named = {argument.name: value for argument, value in zip(schema, args, strict=False)}
+def cost(op: str, args: Arguments) -> Cost:
+    """The cost of ``op`` on ``args``: its arguments by name, ``backend`` left out."""
+    schema = getattr(torch.ops.kbfgs_ext, op).default._schema
+    written = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
     moved = 0.0
-    for argument in schema[: len(args)]:
-        writes = argument.alias_info is not None and argument.alias_info.is_write
-        times = _read_share(op, argument.name, named) + writes
-        moved += times * _bytes(op, argument.name, named[argument.name])
-    return Cost(round(moved), _FLOPS[op](named))
+    for name, value in args.items():
+        times = _read_share(op, name, args) + (name in written)
+        moved += times * _bytes(op, name, value)
+    return Cost(round(moved), _FLOPS[op](args))
 
 
 # The share that is read of what is written, where that is not all of it.
@@ -124,7 +123,7 @@ def _descend(a: Arguments) -> int:
 _FLOPS: dict[str, Callable[[Arguments], int]] = {
     "factor_ema_": _factor_ema,
     "hessian_action_": _hessian_action,
-    "pair_ema_": lambda a: 8 * _sum(len, a["s"]),
+    "pair_ema_": lambda a: 7 * _sum(len, a["s"]),
     "double_damping_": _double_damping,
     "bfgs_update_": _bfgs_update,
     "curvature_update_": _curvature_update,

@@ -1,5 +1,7 @@
 """The house: one name per family everywhere, files of readable size, documents that run."""
 
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -8,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kbfgs_ext.ops import library, registry
-from tests.helpers import traffic
+from kbfgs_ext import environment, ops
+from kbfgs_ext.ops import registry
+from tests.helpers import backends, calls, traffic
 
 ROOT = Path(__file__).parents[1]
 LONGEST_FILE = 400  # lines
@@ -19,10 +22,10 @@ LONGEST_FILE = 400  # lines
 def test_family_has_one_name_everywhere(family):
     for path in (
         f"csrc/{family}/{family}.h",
+        f"csrc/{family}/bindings_cpu.cpp",
+        f"csrc/{family}/bindings_cuda.cpp",
         f"kbfgs_ext/ops/{family}/README.md",
         f"kbfgs_ext/ops/{family}/reference.py",
-        f"kbfgs_ext/ops/{family}/native.py",
-        f"kbfgs_ext/ops/{family}/cuda.py",
         f"kbfgs_ext/ops/{family}/triton.py",
         f"kbfgs_ext/ops/{family}/api.py",
         f"benchmarks/micro/{family}.py",
@@ -33,24 +36,67 @@ def test_family_has_one_name_everywhere(family):
     assert list((ROOT / "tests/ops").glob(f"test_{family}*.py")), f"tests/ops/test_{family}*.py"
 
 
-def test_every_schema_has_a_reference_and_a_face():
-    names = [schema.split("(", 1)[0] for schema in library.SCHEMAS]
-    assert sorted(names) == sorted(registry.ops())
-    for name in names:
-        assert hasattr(torch.ops.kbfgs_ext, name)
-        assert registry.implementation(name, "reference").run.__name__ == name
-        for backend in ("cpu", "cuda", "triton"):
-            assert registry.implementation(name, backend).family == registry.ops()[name]
+@pytest.mark.parametrize("op", sorted(registry.ops()))
+def test_an_op_is_declared_once(op):
+    """Its public function's signature is the schema, and no backend knows of another argument."""
+    declared = inspect.signature(getattr(ops, op)).parameters
+    schema = getattr(torch.ops.kbfgs_ext, op).default._schema.arguments
+    assert [argument.name for argument in schema] == list(declared)
+    assert list(declared)[-1] == "backend"
+    for argument in schema:
+        default = declared[argument.name].default
+        if default is inspect.Parameter.empty:
+            assert not argument.has_default_value(), argument.name
+        else:
+            assert argument.default_value == default, argument.name
+    python = ["reference"]
+    if importlib.util.find_spec("triton"):
+        python.append("triton")
+    for backend in python:
+        module = importlib.import_module(f"kbfgs_ext.ops.{registry.ops()[op]}.{backend}")
+        function = inspect.signature(getattr(module, op)).parameters
+        assert set(function) <= set(calls.names(op)), backend
+        assert all(p.default is inspect.Parameter.empty for p in function.values()), backend
+
+
+@pytest.mark.parametrize("family", registry.FAMILIES)
+def test_bindings_look_up_what_the_family_declares(family):
+    known = {
+        name for op, own in registry.ops().items() if own == family for name in calls.names(op)
+    }
+    for path in (ROOT / "csrc" / family).glob("*"):
+        if path.suffix in (".cpp", ".h"):
+            looked_up = re.findall(r'\b(?:args|call)\.\w+\(\s*"(\w+)"', path.read_text())
+            assert set(looked_up) <= known, path.name
+
+
+@backends.needs_native
+def test_bindings_name_what_does_not_fit():
+    pair_ema = environment.native().pair_ema_cpu
+    lists = {name: [torch.ones(3)] for name in ("s", "y", "g_bar", "g_bar_next")}
+    with pytest.raises(ValueError, match="the call has no argument h_change"):
+        pair_ema(lists | {"decay": 0.9, "ok": None})
+    lists |= {"h_change": [torch.ones(3)]}
+    for wrong, words in (
+        ({"s": torch.ones(3)}, "s must be a list of tensors"),
+        ({"y": [1.0]}, "y must be a list of tensors"),
+        ({"decay": "much"}, "decay must be a number"),
+        ({"ok": 1.0}, "ok must be a tensor"),
+        ({"ok": object()}, "ok is of a type that no op takes"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pair_ema(lists | {"decay": 0.9, "ok": None} | wrong)
 
 
 def test_explain_of_one_call_tries_it():
     """On copies: what depends on the call is said, and nothing is written."""
     H, y = torch.eye(3), torch.ones(3)
-    args = ([H], [torch.zeros(4, dtype=torch.int64)], [y], [y.clone()], [], [y.clone()], None)
+    counts = torch.zeros(4, dtype=torch.int64)
+    args = {"H": [H], "counts": [counts], "s": [y], "y": [y.clone()], "Hy": [], "c": [y.clone()]}
     said = registry.explain(op="bfgs_update_", args=args)
     assert said.startswith("bfgs_update/bfgs_update_: cpu; not cuda: ")
-    half = ([H.half()], args[1], [y.half()], [y.half()], [], [y.half()], None)
-    said = registry.explain(op="bfgs_update_", args=half)
+    half = calls.apply(args, lambda t: t.half() if t.is_floating_point() else t)
+    said = registry.explain(op="bfgs_update_", args=half | {"ok": None})
     assert "not cpu: the cpu kernels take float32 and float64, not Half" in said
     assert torch.equal(H, torch.eye(3))
     assert registry.explain("cpu", "momentum_").count("kron_precondition/") == 1
@@ -58,6 +104,9 @@ def test_explain_of_one_call_tries_it():
         registry.explain(op="momentum")
     with pytest.raises(ValueError, match="op must be given"):
         registry.explain(args=args)
+    for unfit, word in ((args | {"h": []}, "h"), ({"H": [H]}, "Hy, c, counts, s, y")):
+        with pytest.raises(ValueError, match=f"args do not fit bfgs_update_: {word}"):
+            registry.explain(op="bfgs_update_", args=unfit)
 
 
 def tracked(*patterns: str) -> list[Path]:
@@ -134,10 +183,10 @@ def test_snippet_runs(name, code):
 def test_only_unsupported_falls_through(monkeypatch):
     """A backend that declines is passed over; one that fails is heard."""
 
-    def decline(*args):
+    def decline(call):
         raise registry.Unsupported("not today")
 
-    def fail(*args):
+    def fail(call):
         raise ZeroDivisionError("a bug")
 
     n = 3
@@ -147,7 +196,7 @@ def test_only_unsupported_falls_through(monkeypatch):
     )  # fmt: skip
     table = registry._TABLE["bfgs_update_"]
     for run, error in ((decline, None), (fail, ZeroDivisionError)):
-        fake = registry.Implementation("bfgs_update_", "bfgs_update", "cpu", run, lambda: None)
+        fake = registry.Implementation("bfgs_update_", "cpu", run, lambda: None)
         monkeypatch.setitem(table, "cpu", fake)
         if error is None:
             torch.ops.kbfgs_ext.bfgs_update_(*args)

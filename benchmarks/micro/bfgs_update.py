@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 
-from benchmarks.micro.kernel import Kernel, Layers, Numbers
+from benchmarks.micro.kernel import Arguments, Kernel, Layers, Numbers
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
 
 
-def _update(layers: Layers, make: Numbers) -> list[Any]:
+def _update(layers: Layers, make: Numbers) -> Arguments:
     """Both factors of every layer."""
     H = [make.spd(n) for x in layers for n in (x.n_a, x.n_g)]
     s, y = (list(column) for column in zip(*(make.pair(h) for h in H), strict=True))
-    return [H, [make.counts() for _ in H], s, y, [], [make.vector(len(h)) for h in H], None]
+    counts, c = [make.counts() for _ in H], [make.vector(len(h)) for h in H]
+    return dict(H=H, counts=counts, s=s, y=y, Hy=[], c=c, ok=None)
 
 
-def _update_blas(H: list, counts: list, s: list, y: list, Hy: list, c: list, ok: None) -> None:
+def _update_blas(H: list, counts: list, s: list, y: list, c: list) -> None:
     for H_i, counts_i, s_i, y_i, c_i in zip(H, counts, s, y, c, strict=True):
         Hy_i = H_i @ y_i
         sy, ss, yHy = s_i @ y_i, s_i @ s_i, y_i @ Hy_i
@@ -32,28 +32,32 @@ def _update_blas(H: list, counts: list, s: list, y: list, Hy: list, c: list, ok:
         counts_i[1] += ~accept
 
 
-def _curvature(layers: Layers, make: Numbers, from_X: bool) -> list[Any]:
+def _curvature(layers: Layers, make: Numbers, from_X: bool) -> Arguments:
     H_a, H_g = [make.spd(x.n_a) for x in layers], [make.spd(x.n_g) for x in layers]
     s, y = (list(column) for column in zip(*(make.pair(h) for h in H_g), strict=True))
-    h_bar, g_bar = ([make.vector(len(h)) for h in H_g] for _ in range(2))
-    h_next = [h + v for h, v in zip(h_bar, s, strict=True)]  # the averages stay where they are
+    g_bar = [make.vector(len(h)) for h in H_g]
+    h_change = [v.clone() for v in s]  # the averages stay where they are
     g_next = [g + v for g, v in zip(g_bar, y, strict=True)]
     work = [make.unset(workspace_size(x.n_a, x.n_g)) for x in layers]
     A = [] if from_X else [make.spd(x.n_a) for x in layers]
     X = [make.normal(make.batch, x.d_in) for x in layers] if from_X else []
-    return [
-        H_a, H_g, s, y, [make.counts() for _ in layers], [make.counts() for _ in layers], work, A,
-        X, [make.vector(x.n_a) for x in layers], h_bar, h_next, g_bar, g_next,
-        [make.scalar(0.3) for _ in layers], [make.scalar(0.55) for _ in layers], 0.9, 0.2, None,
-        None,
-    ]  # fmt: skip
+    return dict(
+        H_a=H_a, H_g=H_g, s=s, y=y, counts_a=[make.counts() for _ in layers],
+        counts_g=[make.counts() for _ in layers], work=work, A=A, X=X,
+        a_bar=[make.vector(x.n_a) for x in layers], h_change=h_change, g_bar=g_bar,
+        g_bar_next=g_next, lam_a=[make.scalar(0.3) for _ in layers],
+        lam_g=[make.scalar(0.55) for _ in layers], pair_decay=0.9, mu1=0.2, ok=None, ok_pair=None,
+    )  # fmt: skip
 
 
-def _restart(layers: Layers, make: Numbers) -> list[Any]:
+def _restart(layers: Layers, make: Numbers) -> Arguments:
     """Of a step that restarts nothing."""
     H, A = [make.spd(x.n_a) for x in layers], [make.spd(x.n_a) for x in layers]
     marks, counts = ([make.counts()[:k] + 20 for _ in layers] for k in (3, 4))
-    return [H, [], marks, counts, [make.scalar(0.3) for _ in layers], A, [], 10, None]
+    lam = [make.scalar(0.3) for _ in layers]
+    return dict(
+        H=H, pushed=[], marks=marks, counts=counts, lam=lam, A=A, X=[], after=10, force=None
+    )
 
 
 _ema = functools.partial(_curvature, from_X=False)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -18,12 +17,13 @@ from benchmarks.micro import (
     lbfgs_two_loop,
     safeguard,
 )
-from benchmarks.micro.kernel import Kernel, Layer, Layers, Numbers
+from benchmarks.micro.kernel import Arguments, Kernel, Layer, Layers, Numbers
 from benchmarks.models import AUTOENCODERS
 from kbfgs_ext.ops import registry
 
 EAGER, COMPILED, BLAS = "eager", "torch.compile", "BLAS"
 APART = ", a layer a call"
+Run = Callable[[Arguments], None]
 OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by the device's type
 
 KERNELS = tuple(
@@ -62,7 +62,7 @@ class Case:
         """What names it in rows."""
         return self.kernel.name, self.shape
 
-    def build(self, device: torch.device | str) -> list[Any]:
+    def build(self, device: torch.device | str) -> Arguments:
         """The arguments of the call."""
         return self.kernel.build(self.layers, Numbers(device))
 
@@ -89,12 +89,12 @@ def cases(full: bool = False, kernels: str = "", only: str = "") -> list[Case]:
     ]
 
 
-def providers(case: Case, device: torch.device) -> dict[str, Callable[..., None]]:
+def providers(case: Case, device: torch.device) -> dict[str, Run]:
     """Who can run the case on ``device``, the eager reference first; `torch.compile` apart."""
     op = case.kernel.op
     found = {EAGER: registry.implementation(op, "reference").run}
     if case.kernel.blas is not None:
-        found[BLAS] = case.kernel.blas
+        found[BLAS] = registry.by_name(case.kernel.blas)
     for backend in OURS[device.type]:
         if registry.available(op, backend):
             found[backend] = _ours(op, backend)
@@ -108,23 +108,23 @@ def is_ours(provider: str) -> bool:
     return provider.removesuffix(APART) in registry.BACKENDS
 
 
-def _ours(op: str, backend: str) -> Callable[..., None]:
-    call = getattr(torch.ops.kbfgs_ext, op)
-    return lambda *args: call(*args, backend)
+def _ours(op: str, backend: str) -> Run:
+    call, names = getattr(torch.ops.kbfgs_ext, op), registry.declaration(op).arguments[:-1]
+    return lambda args: call(*[args[name] for name in names], backend)
 
 
-def _apart(run: Callable[..., None]) -> Callable[..., None]:
+def _apart(run: Run) -> Run:
     """``run``, called once for each entry of the lists."""
 
-    def calls(*args: Any) -> None:
-        count = max(len(arg) for arg in args if isinstance(arg, list))
+    def calls(args: Arguments) -> None:
+        count = max(len(arg) for arg in args.values() if isinstance(arg, list))
         for i in range(count):
-            run(*(arg[i : i + 1] if isinstance(arg, list) else arg for arg in args))
+            run({n: a[i : i + 1] if isinstance(a, list) else a for n, a in args.items()})
 
     return calls
 
 
-def compiled(case: Case) -> Callable[..., None]:
+def compiled(case: Case) -> Run:
     """The eager reference through `torch.compile`."""
     torch._dynamo.reset()
     run = registry.implementation(case.kernel.op, "reference").run
@@ -134,7 +134,7 @@ def compiled(case: Case) -> Callable[..., None]:
 def why_not_compiled(case: Case) -> str | None:
     """Why `torch.compile` cannot be asked, or None."""
     if case.kernel.op == "lbfgs_two_loop_":
-        sweeps = sum(len(S) for S in case.build("meta")[2])
+        sweeps = sum(len(S) for S in case.build("meta")["S"])
         if sweeps > MOST_SWEEPS:
             return f"{sweeps} pairs unroll into one graph"
     return None

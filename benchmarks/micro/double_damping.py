@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from benchmarks.micro.kernel import Kernel, Layers, Numbers
+from benchmarks.micro.kernel import Arguments, Kernel, Layers, Numbers
 
 
-def _ema(layers: Layers, make: Numbers) -> list[Any]:
-    return [*([make.vector(x.n_g) for x in layers] for _ in range(6)), 0.9, None]
+def _ema(layers: Layers, make: Numbers) -> Arguments:
+    lists = ("s", "y", "h_change", "g_bar", "g_bar_next")
+    vectors = {name: [make.vector(x.n_g) for x in layers] for name in lists}
+    return vectors | dict(decay=0.9, ok=None)
 
 
-def _damping(layers: Layers, make: Numbers) -> list[Any]:
+def _damping(layers: Layers, make: Numbers) -> Arguments:
     H = [make.spd(x.n_g) for x in layers]
     s, y = (list(column) for column in zip(*(make.pair(h) for h in H), strict=True))
     Hy, counts = [make.unset(len(h)) for h in H], [make.counts() for _ in H]
-    return [s, y, Hy, counts, H, [make.scalar(0.55) for _ in H], 0.2, None]
+    lam = [make.scalar(0.55) for _ in H]
+    return dict(s=s, y=y, Hy=Hy, counts=counts, H=H, lam=lam, mu1=0.2, ok=None)
 
 
 KERNELS = (

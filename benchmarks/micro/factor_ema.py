@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from benchmarks.micro.kernel import Kernel, Layers, Numbers
+from benchmarks.micro.kernel import Arguments, Kernel, Layers, Numbers
 
 
-def _ema(layers: Layers, make: Numbers) -> list[Any]:
+def _ema(layers: Layers, make: Numbers) -> Arguments:
     A = [make.spd(x.n_a) for x in layers]
     a_bar = [make.unset(x.n_a) for x in layers]
-    return [A, a_bar, [make.normal(make.batch, x.d_in) for x in layers], 0.9, None]
+    X = [make.normal(make.batch, x.d_in) for x in layers]
+    return dict(A=A, a_bar=a_bar, X=X, decay=0.9, ok=None)
 
 
-def _ema_blas(A: list, a_bar: list, X: list, decay: float, ok: None) -> None:
+def _ema_blas(A: list, a_bar: list, X: list, decay: float) -> None:
     for A_i, mean, x in zip(A, a_bar, X, strict=True):
         m, d = x.shape
         mean.fill_(1)
@@ -26,10 +25,11 @@ def _ema_blas(A: list, a_bar: list, X: list, decay: float, ok: None) -> None:
             A_i[:d, d] = A_i[d, :d]
 
 
-def _action(layers: Layers, make: Numbers) -> list[Any]:
+def _action(layers: Layers, make: Numbers) -> Arguments:
     X = [make.normal(make.batch, x.d_in) for x in layers]
     s = [make.vector(x.n_a) for x in layers]
-    return [[make.unset(x.n_a) for x in layers], X, s, [make.scalar(0.55) for _ in layers]]
+    y, lam = [make.unset(x.n_a) for x in layers], [make.scalar(0.55) for _ in layers]
+    return dict(y=y, X=X, s=s, lam=lam)
 
 
 def _action_blas(y: list, X: list, s: list, lam: list) -> None:

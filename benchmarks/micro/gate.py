@@ -6,30 +6,31 @@ dtype, plus a floor of a few roundings of the largest number involved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.micro.kernel import Arguments
 from kbfgs_ext.ops import registry
 
 TIMES_REFERENCE = 2.0
 FLOOR_ROUNDINGS = 8.0  # in units of the dtype's epsilon
 
 
-def change(args: Sequence[Any], to: Callable[[Tensor], Tensor]) -> list[Any]:
+def change(args: Arguments, to: Callable[[Tensor], Tensor]) -> Arguments:
     """The arguments with every tensor changed."""
-    out: list[Any] = []
-    for arg in args:
+
+    def changed(arg: Any) -> Any:
         if isinstance(arg, list):
-            out.append([to(t) for t in arg])
-        else:
-            out.append(to(arg) if isinstance(arg, Tensor) else arg)
-    return out
+            return [to(t) for t in arg]
+        return to(arg) if isinstance(arg, Tensor) else arg
+
+    return {name: changed(arg) for name, arg in args.items()}
 
 
-def copies(args: Sequence[Any]) -> list[Any]:
+def copies(args: Arguments) -> Arguments:
     """The arguments in tensors of their own."""
     return change(args, Tensor.clone)
 
@@ -37,17 +38,17 @@ def copies(args: Sequence[Any]) -> list[Any]:
 class Gate:
     """Judges results of one op on one set of arguments."""
 
-    def __init__(self, op: str, args: Sequence[Any]) -> None:
+    def __init__(self, op: str, args: Arguments) -> None:
         self._op = op
         self._before = args
         run = registry.implementation(op, "reference").run
         wide = change(args, lambda t: t.double() if t.is_floating_point() else t.clone())
-        run(*wide)
+        run(wide)
         narrow = copies(args)
-        run(*narrow)
+        run(narrow)
         self._truth, self._reference = wide, narrow
 
-    def verdict(self, got: Sequence[Any]) -> str | None:
+    def verdict(self, got: Arguments) -> str | None:
         """What is wrong with the arguments as a provider left them, or None."""
         sides = (got, self._reference, self._truth, self._before)
         for (name, g), (_, r), (_, t), (_, before) in zip(
@@ -59,7 +60,7 @@ class Gate:
                 continue
             if not torch.equal(torch.isfinite(g), torch.isfinite(r)):
                 return f"{name}: not finite in other places than the reference"
-            source = self._before[1][0] if self._op == "lbfgs_two_loop_" else before
+            source = self._before["Q"][0] if self._op == "lbfgs_two_loop_" else before
             largest = max(_largest(t), _largest(source))
             floor = FLOOR_ROUNDINGS * torch.finfo(g.dtype).eps * largest
             error, allowed = _largest(g - t), TIMES_REFERENCE * _largest(r - t) + floor
@@ -73,12 +74,11 @@ def _largest(tensor: Tensor) -> float:
     return float(tensor.nan_to_num(0, 0, 0).abs().max()) if tensor.numel() else 0.0
 
 
-def written(op: str, args: Sequence[Any]) -> list[tuple[str, Tensor]]:
+def written(op: str, args: Arguments) -> list[tuple[str, Tensor]]:
     """(name, tensor) of what the op writes, scratch left out."""
     found = []
-    schema = getattr(torch.ops.kbfgs_ext, op).default._schema.arguments
-    for argument, value in zip(schema, args, strict=False):
-        info = argument.alias_info
-        if info is not None and info.is_write and argument.name != "work":
-            found += [(f"{argument.name}[{i}]", t) for i, t in enumerate(value)]
+    for argument in getattr(torch.ops.kbfgs_ext, op).default._schema.arguments:
+        name, info = argument.name, argument.alias_info
+        if info is not None and info.is_write and name != "work":
+            found += [(f"{name}[{i}]", t) for i, t in enumerate(args[name])]
     return found

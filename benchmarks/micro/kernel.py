@@ -35,6 +35,7 @@ class Layer:
 
 
 Layers = Sequence[Layer]
+Arguments = dict[str, Any]
 
 
 class Numbers:
@@ -84,5 +85,5 @@ class Kernel:
 
     name: str
     op: str
-    build: Callable[[Layers, Numbers], list[Any]]  # its arguments in order, without `backend`
+    build: Callable[[Layers, Numbers], Arguments]  # by name, without `backend`
     blas: Callable[..., None] | None = None  # the same from torch's MKL or cuBLAS calls

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import Tensor
 
-from benchmarks.micro.kernel import Kernel, Layers, Numbers
+from benchmarks.micro.kernel import Arguments, Kernel, Layers, Numbers
 
 STEP_SIZE = 1e-3  # so small that repeated steps leave the weights in the range of normal numbers
 
 
-def _matrices(layers: Layers, make: Numbers) -> list[Any]:
+def _matrices(layers: Layers, make: Numbers) -> list[Tensor]:
     return [make.normal(x.n_g, x.n_a) for x in layers]
 
 
-def _unset(layers: Layers, make: Numbers) -> list[Any]:
+def _unset(layers: Layers, make: Numbers) -> list[Tensor]:
     return [make.unset(x.n_g, x.n_a) for x in layers]
 
 
-def _parameters(layers: Layers, make: Numbers) -> list[Any]:
-    """W, b"""
-    W = [make.normal(x.d_out, x.d_in) for x in layers]
-    return [W, [make.normal(x.d_out if x.bias else 0) for x in layers]]
+def _parameters(layers: Layers, make: Numbers, W: str = "W", b: str = "b") -> Arguments:
+    return {
+        W: [make.normal(x.d_out, x.d_in) for x in layers],
+        b: [make.normal(x.d_out if x.bias else 0) for x in layers],
+    }
 
 
-def _factors(layers: Layers, make: Numbers) -> list[Any]:
-    """H_g, H_a"""
-    return [[make.spd(x.n_g) for x in layers], [make.spd(x.n_a) for x in layers]]
+def _gradient(layers: Layers, make: Numbers) -> Arguments:
+    return _parameters(layers, make, "dW", "db")
 
 
-def _step_sizes(layers: Layers, make: Numbers) -> list[Any]:
+def _step_sizes(layers: Layers, make: Numbers) -> list[Tensor]:
     return [make.scalar(STEP_SIZE) for _ in layers]
 
 
-def _direction(layers: Layers, make: Numbers) -> list[Any]:
-    H_g, H_a = _factors(layers, make)
-    return [_unset(layers, make), H_g, _matrices(layers, make), H_a, _unset(layers, make)]
+def _direction(layers: Layers, make: Numbers) -> Arguments:
+    H_g, H_a = [make.spd(x.n_g) for x in layers], [make.spd(x.n_a) for x in layers]
+    P, M, work = _unset(layers, make), _matrices(layers, make), _unset(layers, make)
+    return dict(P=P, H_g=H_g, M=M, H_a=H_a, work=work)
 
 
 def _direction_blas(P: list, H_g: list, M: list, H_a: list, work: list) -> None:
@@ -45,39 +45,37 @@ def _direction_blas(P: list, H_g: list, M: list, H_a: list, work: list) -> None:
         torch.mm(work[i], H_a[i], out=P[i])
 
 
-def _momentum(layers: Layers, make: Numbers) -> list[Any]:
-    gradient, parameters = _parameters(layers, make), _parameters(layers, make)
-    return [_matrices(layers, make), *gradient, *parameters, 0.9, 1e-5, None]
+def _momentum(layers: Layers, make: Numbers) -> Arguments:
+    numbers = dict(M=_matrices(layers, make), momentum=0.9, weight_decay=1e-5, ok=None)
+    return _gradient(layers, make) | _parameters(layers, make) | numbers
 
 
-def _descend(layers: Layers, make: Numbers) -> list[Any]:
-    P = _matrices(layers, make)
-    return [*_parameters(layers, make), P, _step_sizes(layers, make), None]
+def _descend(layers: Layers, make: Numbers) -> Arguments:
+    P, step_size = _matrices(layers, make), _step_sizes(layers, make)
+    return _parameters(layers, make) | dict(P=P, step_size=step_size, ok=None)
 
 
-def _slope(layers: Layers, make: Numbers) -> list[Any]:
-    out = [make.unset(x.n_g) for x in layers]
-    return [out, *_parameters(layers, make), _matrices(layers, make), *_parameters(layers, make)]
+def _slope(layers: Layers, make: Numbers) -> Arguments:
+    slope, saved = [make.unset(x.n_g) for x in layers], _matrices(layers, make)
+    step = _parameters(layers, make) | _gradient(layers, make)
+    return step | dict(slope=slope, saved=saved)
 
 
-def _output_change(layers: Layers, make: Numbers) -> list[Any]:
-    out = [make.unset(x.n_g) for x in layers]
-    a_bar, a_bar_next = ([make.normal(x.n_a) for x in layers] for _ in range(2))
-    return [out, *_parameters(layers, make), _matrices(layers, make), a_bar, a_bar_next]
+def _output_change(layers: Layers, make: Numbers) -> Arguments:
+    change, saved = [make.unset(x.n_g) for x in layers], _matrices(layers, make)
+    a_bar, a_next = ([make.normal(x.n_a) for x in layers] for _ in range(2))
+    means = dict(a_bar=a_bar, a_bar_next=a_next)
+    return _parameters(layers, make) | means | dict(change=change, saved=saved)
 
 
-def _restore(layers: Layers, make: Numbers) -> list[Any]:
+def _restore(layers: Layers, make: Numbers) -> Arguments:
     saved, undo = _matrices(layers, make), torch.tensor(True, device=make.device)
-    return [*_parameters(layers, make), saved, undo]
+    return _parameters(layers, make) | dict(saved=saved, undo=undo)
 
 
-def _step(layers: Layers, make: Numbers) -> list[Any]:
-    H_g, H_a = _factors(layers, make)
-    return [
-        *_parameters(layers, make), _matrices(layers, make), _unset(layers, make),
-        _unset(layers, make), *_parameters(layers, make), H_g, H_a, _step_sizes(layers, make),
-        0.9, 1e-5, None,
-    ]  # fmt: skip
+def _step(layers: Layers, make: Numbers) -> Arguments:
+    step_size = _step_sizes(layers, make)
+    return _direction(layers, make) | _momentum(layers, make) | dict(step_size=step_size)
 
 
 KERNELS = (

@@ -59,7 +59,7 @@ class Bench:
         for name, run in runs.items():
             mine = copies(args)
             try:
-                run(*mine)
+                run(mine)
             except registry.Unsupported as reason:
                 notes[name] = f"skipped: {reason}"
                 continue
@@ -72,7 +72,7 @@ class Bench:
             if wrong is not None:
                 notes[name] = f"wrong: {wrong}"
                 continue
-            call = functools.partial(run, *mine)
+            call = functools.partial(run, mine)
             peaks[name] = peak_bytes(call, self.device)
             found = meters(call, self.device)
             clocks |= {(name, cache): meter for cache, meter in found.items()}

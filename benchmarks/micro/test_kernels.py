@@ -25,13 +25,13 @@ def test_kernel(benchmark, case: Case, provider: str):
     op, args = case.kernel.op, case.build(DEVICE)
     run, mine = providers(case, DEVICE)[provider], copies(args)
     try:
-        run(*mine)
+        run(mine)
     except registry.Unsupported as reason:
         pytest.skip(str(reason))
     assert Gate(op, args).verdict(mine) is None
 
     def call() -> None:
-        run(*mine)
+        run(mine)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 

@@ -135,8 +135,8 @@ void curvature_update(
   std::vector<const CurvatureG<T>*> live;
   for (int64_t i = 0; i < n_g; ++i) {
     const PairEma<T>& p = g_side[i].pair;
-    if (!all_finite(p.h_bar, p.n) || !all_finite(p.h_bar_next, p.n) ||
-        !all_finite(p.g_bar, p.n) || !all_finite(p.g_bar_next, p.n))
+    if (!all_finite(p.h_change, p.n) || !all_finite(p.g_bar, p.n) ||
+        !all_finite(p.g_bar_next, p.n))
       continue;  // this layer's second pass is void
     pair_ema(p, pair_decay);
     const DoubleDamping<T>& d = g_side[i].damping;

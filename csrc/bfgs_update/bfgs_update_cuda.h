@@ -49,7 +49,7 @@ struct CurvatureLayer {
   // Gradient side; n_g = 0 without.
   T* H_g;                    // n_g x n_g, updated
   T *s, *y;                  // n_g each: the averages, updated
-  const T *h_bar, *h_next;   // n_g each
+  const T* h_change;         // n_g
   const T *g_bar, *g_next;   // n_g each
   T* fresh;                  // 3 n_g + 1: s and y averaged, H y, and whether the means are finite
   T* work_g;                 // 3 n_g: s and y damped, H y of the damped y

@@ -110,12 +110,11 @@ template <typename T>
 __device__ void average_and_multiply(
     const CurvatureTable<T>& t, const CurvatureLayer<T>& l, const Part<T>& part, double* room) {
   const int n = l.n_g;
-  Averaged<T> s{l.s, l.h_bar, l.h_next, t.decay, t.rest, true};
-  Averaged<T> y{l.y, l.g_bar, l.g_next, t.decay, t.rest, true};
+  Averaged<T, Change> s{l.s, {l.h_change}, t.decay, t.rest, true};
+  Averaged<T, Difference> y{l.y, {l.g_bar, l.g_next}, t.decay, t.rest, true};
   double bad[2] = {};  // means, and averages, that are not finite
   for (int j = threadIdx.x; j < n; j += blockDim.x) {
-    bad[0] += !(finite(l.h_bar[j]) && finite(l.h_next[j]) && finite(l.g_bar[j]) &&
-                finite(l.g_next[j]));
+    bad[0] += !(finite(l.h_change[j]) && finite(l.g_bar[j]) && finite(l.g_next[j]));
     bad[1] += !(finite(s(j)) && finite(y(j)));
   }
   block_sum(bad, room);

@@ -1,5 +1,7 @@
-// The tensors of a call of restart_ as layers.
+// A call of restart_ as layers.
 #pragma once
+
+#include <vector>
 
 #include "../common/arguments.h"
 #include "restart.h"
@@ -7,26 +9,24 @@
 namespace kbfgs {
 
 template <typename T>
-std::vector<Restart<T>> restart_layers(
-    Arguments<T>& args, const Tensors& H, const Tensors& pushed, const Tensors& marks,
-    const Tensors& counts, const Tensors& lam, const Tensors& A, const Tensors& X) {
-  std::vector<Restart<T>> layers(marks.size());
-  for (size_t i = 0; i < marks.size(); ++i) {
+std::vector<Restart<T>> restart_layers(Arguments<T>& args, size_t count) {
+  std::vector<Restart<T>> layers(count);
+  for (size_t i = 0; i < count; ++i) {
     Restart<T>& l = layers[i];
-    l.marks = args.integers("marks", marks, i, 3);
-    l.counts = args.integers("counts", counts, i, 4);
-    if (!pushed.empty()) {
-      l.pushed = args.integers("pushed", pushed, i, 1);
+    l.marks = args.integers("marks", i, 3);
+    l.counts = args.integers("counts", i, 4);
+    if (args.given("pushed")) {
+      l.pushed = args.integers("pushed", i, 1);
       continue;
     }
-    l.n = H.at(i).size(0);
-    l.H = args.state("H", H, i, l.n * l.n);
-    if (lam.empty()) continue;
-    l.lam = args.scalar("lam", lam, i);
-    if (!A.empty()) {
-      l.A = args.state("A", A, i, l.n * l.n);
+    l.n = args.tensor("H", i).size(0);
+    l.H = args.state("H", i, l.n * l.n);
+    if (!args.given("lam")) continue;
+    l.lam = args.scalar("lam", i);
+    if (args.given("A")) {
+      l.A = args.state("A", i, l.n * l.n);
     } else {
-      const Strided<T> rows = args.rows("X", X, i, l.n);
+      const Strided<T> rows = args.rows("X", i, l.n);
       l.X = rows.data, l.m = rows.m, l.d_in = rows.columns, l.ld = rows.stride;
     }
   }

@@ -3,22 +3,16 @@
 // the number of elements again, so that no call can reach past a tensor.)
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
-#include <vector>
+
+#include "call.h"
 
 namespace kbfgs {
-
-using at::Tensor;
-using Tensors = std::vector<Tensor>;
-using Flag = std::optional<Tensor>;
 
 // Becomes kbfgs_ext.ops.registry.Unsupported: another backend may take the call.
 struct Unsupported : std::runtime_error {
@@ -44,33 +38,38 @@ struct Strided {
   int64_t stride;  // of the rows
 };
 
-// The tensors of one call as pointers to T, each checked to be on `device` and to hold `elements`;
-// copies of read-only ones live as long as this.
+// The tensors of one call as pointers to T, by name, each checked to be on `device` and to hold
+// `elements`; copies of read-only ones live as long as this.
 template <typename T>
 class Arguments {
  public:
   // `kernels` is "cpu" or "cuda", for messages; `most`: elements that a tensor may have.
-  Arguments(const char* kernels, at::Device device, int64_t most = INT64_MAX)
-      : kernels_(kernels), device_(device), most_(most) {}
+  Arguments(const Call& call, const char* kernels, at::Device device, int64_t most = INT64_MAX)
+      : call_(call), kernels_(kernels), device_(device), most_(most) {}
+
+  // Whether the list has entries.
+  bool given(const char* name) const { return !call_.tensors(name).empty(); }
+  const Tensor& tensor(const char* name, size_t i) const { return call_.tensors(name).at(i); }
 
   // Written, or a matrix of the state: used in place.
-  T* state(const char* name, const Tensors& list, size_t i, int64_t elements) const {
-    return in_place<T>(name, list.at(i), elements);
+  T* state(const char* name, size_t i, int64_t elements) const {
+    return in_place<T>(name, tensor(name, i), elements);
   }
-  int64_t* integers(const char* name, const Tensors& list, size_t i, int64_t elements) const {
-    return in_place<int64_t>(name, list.at(i), elements);
+  int64_t* integers(const char* name, size_t i, int64_t elements) const {
+    return in_place<int64_t>(name, tensor(name, i), elements);
   }
-  bool* flags(const char* name, const Tensors& list, size_t i, int64_t elements) const {
-    return in_place<bool>(name, list.at(i), elements);
+  bool* flags(const char* name, size_t i, int64_t elements) const {
+    return in_place<bool>(name, tensor(name, i), elements);
   }
   // Read only: made contiguous where it is not.
-  T* input(const char* name, const Tensors& list, size_t i, int64_t elements) {
-    check<T>(name, list.at(i), elements);
-    return keep(list[i].contiguous()).template data_ptr<T>();
+  T* input(const char* name, size_t i, int64_t elements) {
+    const Tensor& t = tensor(name, i);
+    check<T>(name, t, elements);
+    return keep(t.contiguous()).template data_ptr<T>();
   }
   // Read only: any row stride, unit column stride; n columns, or n - 1 and one of ones implied.
-  Strided<T> rows(const char* name, const Tensors& list, size_t i, int64_t n) {
-    const Tensor& t = list.at(i);
+  Strided<T> rows(const char* name, size_t i, int64_t n) { return rows(name, tensor(name, i), n); }
+  Strided<T> rows(const char* name, const Tensor& t, int64_t n) {
     check<T>(name, t, t.numel());
     if (t.dim() != 2 || (t.size(1) != n && t.size(1) != n - 1))
       throw std::invalid_argument(
@@ -80,12 +79,12 @@ class Arguments {
     const Tensor& used = keep(fits ? t : t.contiguous());
     return {used.data_ptr<T>(), used.size(0), used.size(1), used.stride(0)};
   }
-  const double* scalar(const char* name, const Tensors& list, size_t i) const {
-    return in_place<double>(name, list.at(i), 1);
+  const double* scalar(const char* name, size_t i) const {
+    return in_place<double>(name, tensor(name, i), 1);
   }
   // Null where there is none.
-  const bool* flag(const char* name, const Flag& given) const {
-    return given ? in_place<bool>(name, *given, 1) : nullptr;
+  const bool* flag(const char* name) const {
+    return call_.has(name) ? in_place<bool>(name, call_.tensor(name), 1) : nullptr;
   }
   // Uninitialised, as long as this lives.
   template <typename U = T>
@@ -124,6 +123,7 @@ class Arguments {
     return t.data_ptr<Number>();
   }
 
+  const Call& call_;
   const char* kernels_;
   at::Device device_;
   int64_t most_;

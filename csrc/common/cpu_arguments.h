@@ -8,17 +8,20 @@ namespace kbfgs {
 
 template <typename T>
 struct CpuArguments : Arguments<T> {
-  CpuArguments() : Arguments<T>("cpu", at::kCPU) {}
+  explicit CpuArguments(const Call& call) : Arguments<T>(call, "cpu", at::kCPU) {}
 
-  double number(const char* name, const Tensors& list, size_t i) const {
-    return *this->scalar(name, list, i);
+  double number(const char* name, size_t i) const { return *this->scalar(name, i); }
+  Rows<T> rows(const char* name, size_t i, int64_t n) {
+    return rows(name, this->tensor(name, i), n);
   }
-  Rows<T> rows(const char* name, const Tensors& list, size_t i, int64_t n) {
-    const Strided<T> found = Arguments<T>::rows(name, list, i, n);
+  Rows<T> rows(const char* name, const Tensor& t, int64_t n) {
+    const Strided<T> found = Arguments<T>::rows(name, t, n);
     return {found.data, found.m, found.columns, found.stride, n};
   }
-  bool read(const char* name, const Flag& given) const {
-    return !given || *this->flag(name, given);
+  // True where there is none.
+  bool read(const char* name) const {
+    const bool* found = this->flag(name);
+    return found == nullptr || *found;
   }
 };
 

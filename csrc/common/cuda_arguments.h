@@ -15,8 +15,8 @@ template <typename T>
 class CudaArguments : public Arguments<T> {
  public:
   // Kernels count a matrix's elements in 32 bits (row_share in matvec.cuh).
-  explicit CudaArguments(const Tensor& lead)
-      : Arguments<T>("cuda", lead.device(), INT_MAX),
+  CudaArguments(const Call& call, const Tensor& lead)
+      : Arguments<T>(call, "cuda", lead.device(), INT_MAX),
         guard_(lead.device()),
         stream_(c10::cuda::getCurrentCUDAStream(lead.device().index()).stream()) {}
 

@@ -14,29 +14,50 @@ __device__ __forceinline__ T mixed(T theta, T a, T b) {
   return theta * a + (T(1) - theta) * b;
 }
 
-// (5) formed where it is used: decay*v + (1-decay)*(next - before), or v where it is not to change.
+// What (5) averages: a change as it is given, or the difference of two means.
 template <typename T>
-struct Averaged {
-  const T* v;
+struct Change {
+  const T* x;
+
+  __device__ __forceinline__ T operator()(int j) const { return x[j]; }
+};
+
+template <typename T>
+struct Difference {
   const T* before;
   const T* next;
+
+  __device__ __forceinline__ T operator()(int j) const { return next[j] - before[j]; }
+  __device__ __forceinline__ bool packed() const { return aligned(before) && aligned(next); }
+  __device__ __forceinline__ Pack<T> pack(int j) const {
+    const Pack<T> b = load_pack(before + j);
+    Pack<T> out = load_pack(next + j);
+#pragma unroll
+    for (int e = 0; e < Pack<T>::kWidth; ++e) out.value[e] -= b.value[e];
+    return out;
+  }
+};
+
+// (5) formed where it is used: decay*v + (1-decay)*x, or v where it is not to change.
+template <typename T, template <typename> class Of>
+struct Averaged {
+  const T* v;
+  Of<T> x;
   T decay;
   T rest;  // 1 - decay, rounded once
   bool keep;
 
   __device__ __forceinline__ T operator()(int j) const {
-    return keep ? decay * v[j] + rest * (next[j] - before[j]) : v[j];
+    return keep ? decay * v[j] + rest * x(j) : v[j];
   }
-  __device__ __forceinline__ bool packed() const {
-    return aligned(v) && aligned(before) && aligned(next);
-  }
+  __device__ __forceinline__ bool packed() const { return aligned(v) && x.packed(); }
   __device__ __forceinline__ Pack<T> pack(int j) const {
     Pack<T> out = load_pack(v + j);
     if (!keep) return out;
-    const Pack<T> b = load_pack(before + j), a = load_pack(next + j);
+    const Pack<T> step = x.pack(j);
 #pragma unroll
     for (int e = 0; e < Pack<T>::kWidth; ++e) {
-      out.value[e] = decay * out.value[e] + rest * (a.value[e] - b.value[e]);
+      out.value[e] = decay * out.value[e] + rest * step.value[e];
     }
     return out;
   }

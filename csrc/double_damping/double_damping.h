@@ -14,8 +14,7 @@ struct PairEma {
   int64_t n;
   T* s;  // n, updated
   T* y;  // n, updated
-  const T* h_bar;
-  const T* h_bar_next;
+  const T* h_change;
   const T* g_bar;
   const T* g_bar_next;
 };

@@ -1,6 +1,6 @@
 // Averaged pairs and their dampings.
 //
-// pair_ema: 6 n elements read, 2 n written. double_damping: one half of H read per product (see
+// pair_ema: 5 n elements read, 2 n written. double_damping: one half of H read per product (see
 // common/symv.h), a second product only for the layers where (7) changed y; 10 n for the vectors.
 #include "double_damping.h"
 
@@ -15,8 +15,9 @@ namespace kbfgs {
 namespace {
 
 struct EmaBody {
-  // x <- decay*x + (1 - decay)*(next - before), without denormal numbers (which rounding would keep
-  // for ever where a unit is dead), stored if `write`; *finite: whether all of it is.
+  // x <- decay*x + (1 - decay)*(next - before), or times `next` where `before` is null; without
+  // denormal numbers (which rounding would keep for ever where a unit is dead), stored if `write`;
+  // *finite: whether all of it is.
   template <int W, typename T>
   static KBFGS_INLINE void run(
       T* x, const T* before, const T* next, T decay, T rest, int64_t n, bool write, bool* finite) {
@@ -24,14 +25,16 @@ struct EmaBody {
     typename S::V zero = {};  // a finite value times 0 is 0, every other is NaN
     int64_t i = 0;
     for (; i + S::L <= n; i += S::L) {
-      const typename S::V v =
-          S::load(x + i) * decay + (S::load(next + i) - S::load(before + i)) * rest;
+      typename S::V step = S::load(next + i);
+      if (before != nullptr) step -= S::load(before + i);
+      const typename S::V v = S::load(x + i) * decay + step * rest;
       zero += v * static_cast<T>(0);
       if (write) S::store(x + i, S::normal(v));
     }
     T total = S::sum(zero);
     for (; i < n; ++i) {
-      const T v = decay * x[i] + rest * (next[i] - before[i]);
+      const T step = before != nullptr ? next[i] - before[i] : next[i];
+      const T v = decay * x[i] + rest * step;
       total += v * static_cast<T>(0);
       if (write) x[i] = normal(v);
     }
@@ -44,11 +47,12 @@ struct EmaBody {
 template <typename T>
 void pair_ema(const PairEma<T>& p, double decay) {
   const T keep = static_cast<T>(decay), rest = static_cast<T>(1 - decay);
+  const T* none = nullptr;
   bool s_finite, y_finite;
-  vectorised<EmaBody>(p.s, p.h_bar, p.h_bar_next, keep, rest, p.n, false, &s_finite);
+  vectorised<EmaBody>(p.s, none, p.h_change, keep, rest, p.n, false, &s_finite);
   vectorised<EmaBody>(p.y, p.g_bar, p.g_bar_next, keep, rest, p.n, false, &y_finite);
   if (!s_finite || !y_finite) return;
-  vectorised<EmaBody>(p.s, p.h_bar, p.h_bar_next, keep, rest, p.n, true, &s_finite);  // (5)
+  vectorised<EmaBody>(p.s, none, p.h_change, keep, rest, p.n, true, &s_finite);  // (5)
   vectorised<EmaBody>(p.y, p.g_bar, p.g_bar_next, keep, rest, p.n, true, &y_finite);  // (5)
 }
 
@@ -74,7 +78,7 @@ bool damp(const DoubleDamping<T>& d, double mu1) {
 template <typename T>
 void pair_ema(const std::vector<PairEma<T>>& layers, double decay) {
   int64_t elements = 0;
-  for (const auto& p : layers) elements += 8 * p.n;
+  for (const auto& p : layers) elements += 7 * p.n;
   parallel_units(static_cast<int64_t>(layers.size()), elements, [&](int64_t i) {
     pair_ema(layers[i], decay);
   });

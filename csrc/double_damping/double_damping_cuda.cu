@@ -1,5 +1,5 @@
 // Averaged pairs and their dampings on their own: one block per layer, one launch for all layers.
-// pair_ema: 6 n elements read twice (the second time from cache), 2 n written. double_damping: 3 n
+// pair_ema: 5 n elements read twice (the second time from cache), 2 n written. double_damping: 3 n
 // read twice, 2 n written, and with H a launch before and after that reads H once (products_cuda.cu).
 #include "double_damping_cuda.h"
 
@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(PairShape::kThreads)
     pair_kernel(const __grid_constant__ Table<PairLayer<T>> t) {
   const PairLayer<T>& l = t.layer[blockIdx.x];
   const T decay = static_cast<T>(t.scalar), rest = static_cast<T>(1 - t.scalar);
-  const Averaged<T> s{l.s, l.h_bar, l.h_next, decay, rest, true};
-  const Averaged<T> y{l.y, l.g_bar, l.g_next, decay, rest, true};
+  const Averaged<T, Change> s{l.s, {l.h_change}, decay, rest, true};
+  const Averaged<T, Difference> y{l.y, {l.g_bar, l.g_next}, decay, rest, true};
   double bad[1] = {};
   for (int j = threadIdx.x; j < l.n; j += blockDim.x) bad[0] += !(finite(s(j)) && finite(y(j)));
   block_sum(bad, reinterpret_cast<double*>(shared_memory()));

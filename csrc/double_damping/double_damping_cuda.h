@@ -14,7 +14,7 @@ namespace kbfgs::cuda {
 template <typename T>
 struct PairLayer {
   T *s, *y;                 // n each, updated
-  const T *h_bar, *h_next;  // n each
+  const T* h_change;        // n
   const T *g_bar, *g_next;  // n each
   int n;
 };

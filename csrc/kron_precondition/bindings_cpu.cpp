@@ -1,14 +1,10 @@
-// kron_precondition's part of kbfgs_ext._C on the CPU: as bindings.cpp.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
+// kron_precondition's ops on the CPU.
+#include "../bindings.h"
 
 #include <vector>
 
 #include "../common/cpu_arguments.h"
 #include "kron_precondition.h"
-
-namespace py = pybind11;
 
 namespace kbfgs {
 
@@ -17,146 +13,142 @@ namespace {
 // W and b, or dW and db, n_g x n_a together; an empty b stands for none.
 template <typename T>
 Parameters<T> parameters(
-    CpuArguments<T>& args, bool written, const char* name, const Tensors& W, const Tensors& b,
-    size_t i, const Tensor& joined) {
-  const int64_t n_g = joined.size(0), d_in = joined.size(1) - (b.at(i).numel() > 0);
-  const auto pointer = [&](const Tensors& list, int64_t elements) {
-    return written ? args.state(name, list, i, elements) : args.input(name, list, i, elements);
+    CpuArguments<T>& args, bool written, const char* W, const char* b, size_t i,
+    const Tensor& joined) {
+  const bool bias = args.tensor(b, i).numel() > 0;
+  const int64_t n_g = joined.size(0), d_in = joined.size(1) - bias;
+  const auto pointer = [&](const char* name, int64_t elements) {
+    return written ? args.state(name, i, elements) : args.input(name, i, elements);
   };
-  return {n_g, d_in, pointer(W, n_g * d_in), b[i].numel() > 0 ? pointer(b, n_g) : nullptr};
+  return {n_g, d_in, pointer(W, n_g * d_in), bias ? pointer(b, n_g) : nullptr};
 }
 
 template <typename T>
-Precondition<T> precondition_of(
-    CpuArguments<T>& args, size_t i, const Tensors& P, const Tensors& H_g, const Tensors& M,
-    const Tensors& H_a, const Tensors& work) {
-  const int64_t n_g = M[i].size(0), n_a = M[i].size(1), N = n_g * n_a;
-  return {n_g, n_a, args.state("P", P, i, N),
-          H_g.empty() ? nullptr : args.state("H_g", H_g, i, n_g * n_g), args.state("M", M, i, N),
-          args.state("H_a", H_a, i, n_a * n_a), args.state("work", work, i, N)};
+Parameters<T> weights(CpuArguments<T>& args, bool written, size_t i, const Tensor& joined) {
+  return parameters(args, written, "W", "b", i, joined);
 }
 
-void kron_precondition_cpu(
-    const Tensors& P, const Tensors& H_g, const Tensors& M, const Tensors& H_a,
-    const Tensors& work) {
+template <typename T>
+Parameters<T> gradient(CpuArguments<T>& args, size_t i, const Tensor& joined) {
+  return parameters(args, false, "dW", "db", i, joined);
+}
+
+template <typename T>
+Precondition<T> precondition_of(CpuArguments<T>& args, size_t i) {
+  const Tensor& M = args.tensor("M", i);
+  const int64_t n_g = M.size(0), n_a = M.size(1), N = n_g * n_a;
+  return {n_g, n_a, args.state("P", i, N),
+          args.given("H_g") ? args.state("H_g", i, n_g * n_g) : nullptr, args.state("M", i, N),
+          args.state("H_a", i, n_a * n_a), args.state("work", i, N)};
+}
+
+void kron_precondition_cpu(const Call& call) {
+  const Tensors& M = call.tensors("M");
   by_dtype("cpu", M, [&](auto zero) {
-    CpuArguments<decltype(zero)> args;
+    CpuArguments<decltype(zero)> args(call);
     std::vector<Precondition<decltype(zero)>> layers;
-    for (size_t i = 0; i < M.size(); ++i)
-      layers.push_back(precondition_of(args, i, P, H_g, M, H_a, work));
+    for (size_t i = 0; i < M.size(); ++i) layers.push_back(precondition_of(args, i));
     precondition(layers);
   });
 }
 
-void momentum_cpu(
-    const Tensors& M, const Tensors& dW, const Tensors& db, const Tensors& W, const Tensors& b,
-    double mu, double weight_decay, const Flag& ok) {
+void momentum_cpu(const Call& call) {
+  const Tensors& M = call.tensors("M");
   by_dtype("cpu", M, [&](auto zero) {
-    CpuArguments<decltype(zero)> args;
+    CpuArguments<decltype(zero)> args(call);
     std::vector<Momentum<decltype(zero)>> layers;
     for (size_t i = 0; i < M.size(); ++i)
       layers.push_back(
-          {args.state("M", M, i, M[i].numel()),
-           parameters(args, false, "dW or db", dW, db, i, M[i]),
-           parameters(args, false, "W or b", W, b, i, M[i])});
-    if (args.read("ok", ok)) momentum(layers, mu, weight_decay);
+          {args.state("M", i, M[i].numel()), gradient(args, i, M[i]),
+           weights(args, false, i, M[i])});
+    if (args.read("ok"))
+      momentum(layers, call.number("momentum"), call.number("weight_decay"));
   });
 }
 
-void descend_cpu(
-    const Tensors& W, const Tensors& b, const Tensors& P, const Tensors& step_size,
-    const Flag& ok) {
+void descend_cpu(const Call& call) {
+  const Tensors& P = call.tensors("P");
   by_dtype("cpu", P, [&](auto zero) {
-    CpuArguments<decltype(zero)> args;
+    CpuArguments<decltype(zero)> args(call);
     std::vector<Descend<decltype(zero)>> layers;
     for (size_t i = 0; i < P.size(); ++i)
       layers.push_back(
-          {parameters(args, true, "W or b", W, b, i, P[i]), args.state("P", P, i, P[i].numel()),
-           args.number("step_size", step_size, i)});
-    descend(layers, args.read("ok", ok));
+          {weights(args, true, i, P[i]), args.state("P", i, P[i].numel()),
+           args.number("step_size", i)});
+    descend(layers, args.read("ok"));
   });
 }
 
-void slope_cpu(
-    const Tensors& slopes, const Tensors& W, const Tensors& b, const Tensors& saved,
-    const Tensors& dW, const Tensors& db) {
+void slope_cpu(const Call& call) {
+  const Tensors& saved = call.tensors("saved");
   by_dtype("cpu", saved, [&](auto zero) {
-    CpuArguments<decltype(zero)> args;
+    CpuArguments<decltype(zero)> args(call);
     std::vector<Slope<decltype(zero)>> layers;
     for (size_t i = 0; i < saved.size(); ++i)
       layers.push_back(
-          {args.state("slope", slopes, i, saved[i].size(0)),
-           parameters(args, false, "W or b", W, b, i, saved[i]),
-           args.input("saved", saved, i, saved[i].numel()),
-           parameters(args, false, "dW or db", dW, db, i, saved[i])});
+          {args.state("slope", i, saved[i].size(0)), weights(args, false, i, saved[i]),
+           args.input("saved", i, saved[i].numel()), gradient(args, i, saved[i])});
     slope(layers);
   });
 }
 
-void output_change_cpu(
-    const Tensors& change, const Tensors& W, const Tensors& b, const Tensors& saved,
-    const Tensors& a_bar, const Tensors& a_bar_next) {
+void output_change_cpu(const Call& call) {
+  const Tensors& saved = call.tensors("saved");
   by_dtype("cpu", saved, [&](auto zero) {
-    CpuArguments<decltype(zero)> args;
+    CpuArguments<decltype(zero)> args(call);
     std::vector<OutputChange<decltype(zero)>> layers;
     for (size_t i = 0; i < saved.size(); ++i) {
       const int64_t n_g = saved[i].size(0), n_a = saved[i].size(1);
       layers.push_back(
-          {args.state("change", change, i, n_g),
-           parameters(args, false, "W or b", W, b, i, saved[i]),
-           args.input("saved", saved, i, n_g * n_a), args.input("a_bar", a_bar, i, n_a),
-           args.input("a_bar_next", a_bar_next, i, n_a)});
+          {args.state("change", i, n_g), weights(args, false, i, saved[i]),
+           args.input("saved", i, n_g * n_a), args.input("a_bar", i, n_a),
+           args.input("a_bar_next", i, n_a)});
     }
     output_change(layers);
   });
 }
 
-void restore_cpu(const Tensors& W, const Tensors& b, const Tensors& saved, const Tensor& undo) {
+void restore_cpu(const Call& call) {
+  const Tensors& saved = call.tensors("saved");
   by_dtype("cpu", saved, [&](auto zero) {
-    CpuArguments<decltype(zero)> args;
+    CpuArguments<decltype(zero)> args(call);
     std::vector<Descend<decltype(zero)>> layers;
     for (size_t i = 0; i < saved.size(); ++i)
       layers.push_back(
-          {parameters(args, true, "W or b", W, b, i, saved[i]),
-           args.input("saved", saved, i, saved[i].numel()), 0});
-    if (args.read("undo", undo)) restore(layers);
+          {weights(args, true, i, saved[i]), args.input("saved", i, saved[i].numel()), 0});
+    if (args.read("undo")) restore(layers);
   });
 }
 
-void kron_step_cpu(
-    const Tensors& W, const Tensors& b, const Tensors& M, const Tensors& P, const Tensors& work,
-    const Tensors& dW, const Tensors& db, const Tensors& H_g, const Tensors& H_a,
-    const Tensors& step_size, double mu, double weight_decay, const Flag& ok) {
+void kron_step_cpu(const Call& call) {
+  const Tensors& M = call.tensors("M");
   by_dtype("cpu", M, [&](auto zero) {
     using T = decltype(zero);
-    CpuArguments<T> args;
+    CpuArguments<T> args(call);
     std::vector<KronStep<T>> layers;
     for (size_t i = 0; i < M.size(); ++i) {
-      const Parameters<T> weights = parameters(args, true, "W or b", W, b, i, M[i]);
-      const auto direction = precondition_of(args, i, P, H_g, M, H_a, work);
+      const Parameters<T> own = weights(args, true, i, M[i]);
+      const auto direction = precondition_of(args, i);
       layers.push_back(
-          {{args.state("M", M, i, M[i].numel()),
-            parameters(args, false, "dW or db", dW, db, i, M[i]), weights},
+          {{args.state("M", i, M[i].numel()), gradient(args, i, M[i]), own},
            direction,
-           {weights, direction.P, args.number("step_size", step_size, i)}});
+           {own, direction.P, args.number("step_size", i)}});
     }
-    kron_step(layers, mu, weight_decay, args.read("ok", ok));
+    kron_step(
+        layers, call.number("momentum"), call.number("weight_decay"), args.read("ok"));
   });
 }
 
 }  // namespace
 
-}  // namespace kbfgs
-
-void register_kron_precondition(py::module_& module) {
-  using namespace kbfgs;
-#define KBFGS_DEF(op) module.def(#op, &op, py::call_guard<py::gil_scoped_release>())
-  KBFGS_DEF(kron_precondition_cpu);
-  KBFGS_DEF(momentum_cpu);
-  KBFGS_DEF(descend_cpu);
-  KBFGS_DEF(slope_cpu);
-  KBFGS_DEF(output_change_cpu);
-  KBFGS_DEF(restore_cpu);
-  KBFGS_DEF(kron_step_cpu);
-#undef KBFGS_DEF
+void bind_kron_precondition(pybind11::module_& module) {
+  def(module, "kron_precondition_cpu", &kron_precondition_cpu);
+  def(module, "momentum_cpu", &momentum_cpu);
+  def(module, "descend_cpu", &descend_cpu);
+  def(module, "slope_cpu", &slope_cpu);
+  def(module, "output_change_cpu", &output_change_cpu);
+  def(module, "restore_cpu", &restore_cpu);
+  def(module, "kron_step_cpu", &kron_step_cpu);
 }
+
+}  // namespace kbfgs

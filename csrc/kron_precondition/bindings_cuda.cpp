@@ -1,8 +1,7 @@
-// kron_precondition's part of the CUDA half of kbfgs_ext._C: as ../bindings_cuda.cpp.
+// kron_precondition's ops on CUDA.
+#include "../bindings.h"
+
 #include <ATen/ops/mm.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <vector>
 
@@ -10,66 +9,62 @@
 #include "kron_arguments_cuda.h"
 #include "kron_precondition_cuda.h"
 
-namespace py = pybind11;
-
 namespace kbfgs::cuda {
 
 namespace {
 
-void momentum_cuda(
-    const Tensors& M, const Tensors& dW, const Tensors& db, const Tensors& W, const Tensors& b,
-    double mu, double weight_decay, const Flag& ok) {
+void momentum_cuda(const Call& call) {
+  const Tensors& M = call.tensors("M");
   by_dtype("cuda", M, [&](auto zero) {
-    CudaArguments<decltype(zero)> args(M[0]);
-    const auto layers = parameters(args, "M", true, M, W, b, &dW, &db);
-    momentum(layers, mu, weight_decay, args.flag("ok", ok), args.stream());
+    CudaArguments<decltype(zero)> args(call, M[0]);
+    const auto layers = parameters(args, M, "M", Joined::kWritten, Gradient::kGiven);
+    const double mu = call.number("momentum"), weight_decay = call.number("weight_decay");
+    momentum(layers, mu, weight_decay, args.flag("ok"), args.stream());
   });
 }
 
-void descend_cuda(
-    const Tensors& W, const Tensors& b, const Tensors& P, const Tensors& step_size,
-    const Flag& ok) {
+void descend_cuda(const Call& call) {
+  const Tensors& P = call.tensors("P");
   by_dtype("cuda", P, [&](auto zero) {
-    CudaArguments<decltype(zero)> args(P[0]);
-    auto layers = parameters(args, "P", true, P, W, b);
-    for (size_t i = 0; i < P.size(); ++i)
-      layers[i].step_size = args.scalar("step_size", step_size, i);
-    descend(layers, args.flag("ok", ok), args.stream());
+    CudaArguments<decltype(zero)> args(call, P[0]);
+    auto layers = parameters(args, P, "P", Joined::kWritten, Gradient::kNone);
+    for (size_t i = 0; i < P.size(); ++i) layers[i].step_size = args.scalar("step_size", i);
+    descend(layers, args.flag("ok"), args.stream());
   });
 }
 
-void slope_cuda(
-    const Tensors& slopes, const Tensors& W, const Tensors& b, const Tensors& saved,
-    const Tensors& dW, const Tensors& db) {
+void slope_cuda(const Call& call) {
+  const Tensors& saved = call.tensors("saved");
   by_dtype("cuda", saved, [&](auto zero) {
-    CudaArguments<decltype(zero)> args(saved[0]);
-    auto layers = parameters(args, "saved", false, saved, W, b, &dW, &db);
+    CudaArguments<decltype(zero)> args(call, saved[0]);
+    auto layers = parameters(args, saved, "saved", Joined::kRead, Gradient::kGiven);
     for (size_t i = 0; i < saved.size(); ++i)
-      layers[i].row_sums = args.state("slope", slopes, i, saved[i].size(0));
+      layers[i].row_sums = args.state("slope", i, saved[i].size(0));
     slope(layers, args.stream());
   });
 }
 
-void output_change_cuda(
-    const Tensors& change, const Tensors& W, const Tensors& b, const Tensors& saved,
-    const Tensors& a_bar, const Tensors& a_bar_next) {
+void output_change_cuda(const Call& call) {
+  const Tensors& saved = call.tensors("saved");
   by_dtype("cuda", saved, [&](auto zero) {
-    CudaArguments<decltype(zero)> args(saved[0]);
-    auto layers = parameters(args, "saved", false, saved, W, b);
+    CudaArguments<decltype(zero)> args(call, saved[0]);
+    auto layers = parameters(args, saved, "saved", Joined::kRead, Gradient::kNone);
     for (size_t i = 0; i < saved.size(); ++i) {
       const int64_t n_g = saved[i].size(0), n_a = saved[i].size(1);
-      layers[i].row_sums = args.state("change", change, i, n_g);
-      layers[i].a_bar = args.input("a_bar", a_bar, i, n_a);
-      layers[i].a_bar_next = args.input("a_bar_next", a_bar_next, i, n_a);
+      layers[i].row_sums = args.state("change", i, n_g);
+      layers[i].a_bar = args.input("a_bar", i, n_a);
+      layers[i].a_bar_next = args.input("a_bar_next", i, n_a);
     }
     output_change(layers, args.stream());
   });
 }
 
-void restore_cuda(const Tensors& W, const Tensors& b, const Tensors& saved, const Tensor& undo) {
+void restore_cuda(const Call& call) {
+  const Tensors& saved = call.tensors("saved");
   by_dtype("cuda", saved, [&](auto zero) {
-    CudaArguments<decltype(zero)> args(saved[0]);
-    restore(parameters(args, "saved", false, saved, W, b), args.flag("undo", undo), args.stream());
+    CudaArguments<decltype(zero)> args(call, saved[0]);
+    const auto layers = parameters(args, saved, "saved", Joined::kRead, Gradient::kNone);
+    restore(layers, args.flag("undo"), args.stream());
   });
 }
 
@@ -81,16 +76,14 @@ struct Directions {
 };
 
 template <typename T>
-Directions<T> directions(
-    CudaArguments<T>& args, const Tensors& P, const Tensors& H_g, const Tensors& M,
-    const Tensors& H_a, const Tensors& work) {
+Directions<T> directions(CudaArguments<T>& args, const Tensors& M) {
   Directions<T> out;
   for (size_t i = 0; i < M.size(); ++i) {
     const int64_t n_g = M[i].size(0), n_a = M[i].size(1), N = n_g * n_a;
-    T *p = args.state("P", P, i, N), *m = args.state("M", M, i, N);
-    T* a = args.state("H_a", H_a, i, n_a * n_a);
-    T* g = H_g.empty() ? nullptr : args.state("H_g", H_g, i, n_g * n_g);
-    args.state("work", work, i, N);
+    T *p = args.state("P", i, N), *m = args.state("M", i, N);
+    T* a = args.state("H_a", i, n_a * n_a);
+    T* g = args.given("H_g") ? args.state("H_g", i, n_g * n_g) : nullptr;
+    args.state("work", i, N);
     if (small_step_fits(n_g, n_a, sizeof(T)))
       out.small.push_back(
           {p, g, m, a, nullptr, nullptr, nullptr, int(n_g), int(n_a), int(n_a), 0});
@@ -101,75 +94,69 @@ Directions<T> directions(
 }
 
 // cuBLAS, in the precision that torch.backends.cuda.matmul is set to; fp32 unless the user asked.
-void multiply_large(
-    const std::vector<size_t>& large, const Tensors& P, const Tensors& H_g, const Tensors& M,
-    const Tensors& H_a, const Tensors& work) {
+template <typename T>
+void multiply_large(const CudaArguments<T>& args, const std::vector<size_t>& large) {
   for (const size_t i : large) {
-    Tensor p = P[i], left = work[i];
-    if (H_g.empty()) {
-      at::mm_out(p, M[i], H_a[i]);
+    Tensor P = args.tensor("P", i), left = args.tensor("work", i);
+    const Tensor &M = args.tensor("M", i), &H_a = args.tensor("H_a", i);
+    if (args.given("H_g")) {
+      at::mm_out(left, args.tensor("H_g", i), M);
+      at::mm_out(P, left, H_a);
     } else {
-      at::mm_out(left, H_g[i], M[i]);
-      at::mm_out(p, left, H_a[i]);
+      at::mm_out(P, M, H_a);
     }
   }
 }
 
-void kron_precondition_cuda(
-    const Tensors& P, const Tensors& H_g, const Tensors& M, const Tensors& H_a,
-    const Tensors& work) {
+void kron_precondition_cuda(const Call& call) {
+  const Tensors& M = call.tensors("M");
   by_dtype("cuda", M, [&](auto zero) {
-    CudaArguments<decltype(zero)> args(M[0]);
-    const auto split = directions(args, P, H_g, M, H_a, work);
+    CudaArguments<decltype(zero)> args(call, M[0]);
+    const auto split = directions(args, M);
     small_step(split.small, nullptr, args.stream());
-    multiply_large(split.large, P, H_g, M, H_a, work);
+    multiply_large(args, split.large);
   });
 }
 
 // A small layer's step is part of its direction's launch; the large ones' follows in one launch.
-void kron_step_cuda(
-    const Tensors& W, const Tensors& b, const Tensors& M, const Tensors& P, const Tensors& work,
-    const Tensors& dW, const Tensors& db, const Tensors& H_g, const Tensors& H_a,
-    const Tensors& step_size, double mu, double weight_decay, const Flag& ok) {
+void kron_step_cuda(const Call& call) {
+  const Tensors& M = call.tensors("M");
   by_dtype("cuda", M, [&](auto zero) {
-    CudaArguments<decltype(zero)> args(M[0]);
-    auto split = directions(args, P, H_g, M, H_a, work);
-    const auto averages = parameters(args, "M", true, M, W, b, &dW, &db);
+    CudaArguments<decltype(zero)> args(call, M[0]);
+    auto split = directions(args, M);
+    const auto averages = parameters(args, M, "M", Joined::kWritten, Gradient::kGiven);
     std::vector<ParameterLayer<decltype(zero)>> steps;
     size_t small = 0, large = 0;
     for (size_t i = 0; i < M.size(); ++i) {
       auto l = averages[i];
-      l.step_size = args.scalar("step_size", step_size, i);
+      l.step_size = args.scalar("step_size", i);
       if (large < split.large.size() && split.large[large] == i) {
-        l.joined = args.state("P", P, i, M[i].numel());
+        l.joined = args.state("P", i, M[i].numel());
         steps.push_back(l), ++large;
       } else {
         auto& layer = split.small[small++];
         layer.W = l.W, layer.b = l.b, layer.d_in = l.d_in, layer.step_size = l.step_size;
       }
     }
-    const bool* flag = args.flag("ok", ok);
+    const double mu = call.number("momentum"), weight_decay = call.number("weight_decay");
+    const bool* flag = args.flag("ok");
     momentum(averages, mu, weight_decay, flag, args.stream());
     small_step(split.small, flag, args.stream());
-    multiply_large(split.large, P, H_g, M, H_a, work);
+    multiply_large(args, split.large);
     descend(steps, flag, args.stream());
   });
 }
 
 }  // namespace
 
-}  // namespace kbfgs::cuda
-
-void register_kron_precondition_cuda(py::module_& module) {
-  using namespace kbfgs::cuda;
-  const auto def = [&](const char* name, auto function) {
-    module.def(name, function, py::call_guard<py::gil_scoped_release>());
-  };
-  def("kron_precondition_cuda", &kron_precondition_cuda);
-  def("momentum_cuda", &momentum_cuda);
-  def("descend_cuda", &descend_cuda);
-  def("slope_cuda", &slope_cuda);
-  def("output_change_cuda", &output_change_cuda);
-  def("restore_cuda", &restore_cuda);
-  def("kron_step_cuda", &kron_step_cuda);
+void bind_kron_precondition(pybind11::module_& module) {
+  def(module, "kron_precondition_cuda", &kron_precondition_cuda);
+  def(module, "momentum_cuda", &momentum_cuda);
+  def(module, "descend_cuda", &descend_cuda);
+  def(module, "slope_cuda", &slope_cuda);
+  def(module, "output_change_cuda", &output_change_cuda);
+  def(module, "restore_cuda", &restore_cuda);
+  def(module, "kron_step_cuda", &kron_step_cuda);
 }
+
+}  // namespace kbfgs::cuda

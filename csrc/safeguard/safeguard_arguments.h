@@ -1,5 +1,7 @@
-// The tensors of a call of judge_ as judgements.
+// A call of judge_ as judgements and their rule.
 #pragma once
+
+#include <vector>
 
 #include "../common/arguments.h"
 #include "safeguard.h"
@@ -7,24 +9,20 @@
 namespace kbfgs {
 
 template <typename T>
-std::vector<Judge<T>> judgements(
-    Arguments<T>& args, const Tensors& scale, const Tensors& watched, const Tensors& counts,
-    const Tensors& decision, const Tensors& loss, const Tensors& loss_next, const Tensors& slope) {
+std::vector<Judge<T>> judgements(Arguments<T>& args, size_t count) {
   std::vector<Judge<T>> out;
-  for (size_t i = 0; i < scale.size(); ++i)
+  for (size_t i = 0; i < count; ++i)
     out.push_back(
-        {args.state("scale", scale, i, 1), args.state("watched", watched, i, 4),
-         args.integers("counts", counts, i, 4), args.flags("decision", decision, i, 3),
-         args.input("loss", loss, i, 1), args.input("loss_next", loss_next, i, 1),
-         slope.empty() ? nullptr : args.input("slope", slope, i, 1)});
+        {args.state("scale", i, 1), args.state("watched", i, 4), args.integers("counts", i, 4),
+         args.flags("decision", i, 3), args.input("loss", i, 1), args.input("loss_next", i, 1),
+         args.given("slope") ? args.input("slope", i, 1) : nullptr});
   return out;
 }
 
-// judge_ of _C; the CUDA one is in bindings_cuda.cpp.
-void judge_cpu(
-    const Tensors& scale, const Tensors& watched, const Tensors& counts, const Tensors& decision,
-    const Tensors& loss, const Tensors& loss_next, const Tensors& slope, double noise,
-    double shrink, double grow, double sufficient, double smallest, double surge, int64_t window,
-    std::optional<int64_t> restart_after, const Flag& ok);
+inline JudgeRule judge_rule(const Call& call) {
+  return {call.number("noise"), call.number("shrink"), call.number("grow"),
+          call.number("sufficient"), call.number("smallest"), call.number("surge"),
+          call.integer("window"), call.has("restart_after") ? call.integer("restart_after") : 0};
+}
 
 }  // namespace kbfgs

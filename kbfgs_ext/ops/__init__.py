@@ -1,10 +1,9 @@
 """The ops of K-BFGS: six families, each a folder with one implementation per backend.
 
 Every op takes lists, with one entry per layer, and writes its arguments named first. See README.md
-in this folder for symbols and equations, `library.py` for the schemas, `registry.py` for dispatch.
+in this folder for symbols and equations and how an op is declared, `registry.py` for dispatch.
 """
 
-from kbfgs_ext.ops import library as library
 from kbfgs_ext.ops.bfgs_update import bfgs_update_, curvature_update_, restart_
 from kbfgs_ext.ops.double_damping import double_damping_, pair_ema_
 from kbfgs_ext.ops.factor_ema import factor_ema_, hessian_action_

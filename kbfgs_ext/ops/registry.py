@@ -11,15 +11,19 @@ cpu        C++ kernels (csrc)                      CPU tensors
 reference  plain PyTorch, one equation per line    any device and dtype
 ========== ======================================= =============================
 
-An implementation declines a call by raising `Unsupported` *before* it writes anything; then, and
-only then, `auto` tries the next backend. Every other error propagates.
+A call reaches a backend as one dict of its arguments by name. An implementation declines it by
+raising `Unsupported` *before* it writes anything; then, and only then, `auto` tries the next
+backend. Every other error propagates.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -36,22 +40,44 @@ FAMILIES = (
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
+Call = dict[str, Any]  # an op's arguments by name, without `backend`
+
+
 class Unsupported(Exception):
     """A backend cannot take this call; the message says why. Nothing has been written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An op as its public function declares it."""
+
+    name: str
+    family: str
+    arguments: tuple[str, ...]  # in order; the last is `backend`
+    defaults: Mapping[str, Any]
+
+    def positional(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+        """The arguments in order; what is not given has its default."""
+        return *args, *map({**self.defaults, **kwargs}.__getitem__, self.arguments[len(args) :])
+
+    def call(self, args: tuple, kwargs: Mapping[str, Any]) -> Call:
+        """The arguments by name, `backend` among them; what is not given has its default."""
+        if len(args) < len(self.arguments):
+            args = self.positional(args, kwargs)
+        return dict(zip(self.arguments, args, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One backend of one op.
 
-    ``run`` takes the op's arguments without ``backend``; ``unavailable`` returns why the backend
-    cannot work in this process at all (not built, not importable), or None.
+    ``run`` takes a call; ``unavailable`` returns why the backend cannot work in this process at all
+    (not built, not importable), or None.
     """
 
     op: str
-    family: str
     backend: str
-    run: Callable[..., None]
+    run: Callable[[Call], None]
     unavailable: Callable[[], str | None]
 
 
@@ -64,55 +90,77 @@ class Taken:
 
 
 _watched: dict[str, Taken] | None = None  # where `watch` notes the calls, if it does
+_OPS: dict[str, Op] = {}
 _TABLE: dict[str, dict[str, Implementation]] = {}
 
 
+def declare(name: str, family: str, signature: inspect.Signature) -> Op:
+    """Make an op known."""
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family: {family!r}")
+    given = signature.parameters
+    defaults = {n: p.default for n, p in given.items() if p.default is not inspect.Parameter.empty}
+    _TABLE[name] = {}
+    _OPS[name] = Op(name, family, tuple(given), defaults)
+    return _OPS[name]
+
+
 def register(
-    op: str, family: str, backend: str, unavailable: Callable[[], str | None] = lambda: None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: ``run`` is the ``backend`` implementation of ``op``."""
-    if family not in FAMILIES or backend not in BACKENDS:
-        raise ValueError(f"unknown family or backend: {family!r}, {backend!r}")
+    op: str,
+    backend: str,
+    run: Callable[[Call], None],
+    unavailable: Callable[[], str | None] = lambda: None,
+) -> None:
+    """``run`` is the ``backend`` implementation of ``op`` from now on."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend: {backend!r}")
+    _TABLE[op][backend] = Implementation(op, backend, run, unavailable)
 
-    def add(run: Callable[..., None]) -> Callable[..., None]:
-        _TABLE.setdefault(op, {})[backend] = Implementation(op, family, backend, run, unavailable)
-        return run
 
-    return add
+def by_name(function: Callable[..., None]) -> Callable[[Call], None]:
+    """``function`` as one of a call, from which it gets the arguments that it names."""
+    names = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def run(call: Call) -> None:
+        function(**{name: call[name] for name in names})
+
+    return run
 
 
 def ops() -> dict[str, str]:
     """Every op with its family."""
-    return {op: next(iter(impls.values())).family for op, impls in sorted(_TABLE.items())}
+    return {name: op.family for name, op in sorted(_OPS.items())}
+
+
+def declaration(op: str) -> Op:
+    """What the public function of ``op`` declares."""
+    return _OPS[op]
 
 
 def implementation(op: str, backend: str) -> Implementation:
-    """The implementation of ``op`` on ``backend``; raises `Unsupported` where there is none."""
-    found = _TABLE[op].get(backend)
-    if found is None:
-        raise Unsupported(f"{op} has no {backend} backend")
-    return found
+    """The implementation of ``op`` on ``backend``."""
+    return _TABLE[op][backend]
 
 
 def available(op: str, backend: str) -> bool:
     """Whether ``op`` has a ``backend`` that can work in this process."""
-    found = _TABLE[op].get(backend)
-    return found is not None and found.unavailable() is None
+    return _TABLE[op][backend].unavailable() is None
 
 
-def run(op: str, backend: str, args: tuple) -> None:
+def run(op: str, backend: str, call: Call) -> None:
     """Run ``op`` on ``backend``; for "auto" on the first backend that takes the call."""
     if backend == "auto":
         backend = environment.forced_backend() or "auto"
     if backend != "auto":
-        reason = _run_one(op, backend, args)
+        reason = _run_one(op, backend, call)
         if reason is not None:
             raise Unsupported(reason)
         _note(op, backend, ())
         return
     declined: list[str] = []
     for name in BACKENDS:
-        reason = _run_one(op, name, args)
+        reason = _run_one(op, name, call)
         if reason is None:
             _note(op, name, declined)
             return
@@ -120,16 +168,16 @@ def run(op: str, backend: str, args: tuple) -> None:
     raise Unsupported(f"no backend takes this call of {op}: " + "; ".join(declined))
 
 
-def _run_one(op: str, backend: str, args: tuple) -> str | None:
+def _run_one(op: str, backend: str, call: Call) -> str | None:
     """Run ``op`` on ``backend``, or say why that does not take the call."""
     found = _TABLE[op].get(backend)
     if found is None:
         return f"{op} has no {backend} backend"
-    reason = _wrong_device(backend, args) or found.unavailable()
+    reason = _wrong_device(backend, call.values()) or found.unavailable()
     if reason is not None:
         return reason
     try:
-        found.run(*args)
+        found.run(call)
     except Unsupported as error:
         return str(error)
     return None
@@ -166,11 +214,11 @@ def explain_step(taken: Mapping[str, Taken]) -> str:
     return "\n".join(lines)
 
 
-def _wrong_device(backend: str, args: tuple) -> str | None:
+def _wrong_device(backend: str, args: Iterable[Any]) -> str | None:
     """Why ``backend`` does not run where the tensors of ``args`` are, or None."""
     if backend == "reference":
         return None
-    kind = "cpu" if backend == "cpu" else "cuda"
+    on_cpu = backend == "cpu"
     for arg in args:
         if isinstance(arg, (list, tuple)):
             tensors = arg
@@ -179,26 +227,29 @@ def _wrong_device(backend: str, args: tuple) -> str | None:
         else:
             continue
         for item in tensors:
-            if (item.is_cpu if kind == "cpu" else item.is_cuda) is False:
+            if not (item.is_cpu if on_cpu else item.is_cuda):
                 if backend == "triton" and environment.triton_interpreted():
                     return None
+                kind = "cpu" if on_cpu else "cuda"
                 return f"the {backend} backend needs {kind} tensors, got {item.device}"
     return None
 
 
 def explain(
-    device: str | torch.device | None = None, op: str | None = None, args: tuple | None = None
+    device: str | torch.device | None = None,
+    op: str | None = None,
+    args: Mapping[str, Any] | None = None,
 ) -> str:
     """Which backend each op would take on ``device``, and why not the others.
 
     Args:
         device: CUDA where there is one, else the CPU, unless given.
         op: one op alone, such as "kron_step_".
-        args: with ``op``: a call's arguments, without the backend. Every backend is then tried on
-            copies of them, which also shows what depends on dtype, layout and size.
+        args: with ``op``: a call's arguments by name, without the backend. Every backend is then
+            tried on copies of them, which also shows what depends on dtype, layout and size.
 
     Raises:
-        ValueError: there is no such op, or ``args`` come without one.
+        ValueError: there is no such op, or ``args`` come without one or are not its own.
     """
     if op is not None and op not in _TABLE:
         raise ValueError(f"op must be one of {', '.join(ops())}, got {op!r}")
@@ -227,24 +278,30 @@ def explain(
     return "\n".join(lines)
 
 
-def _explain_call(op: str, args: tuple) -> str:
-    chosen, reasons, forced = None, [], environment.forced_backend()
+def _explain_call(op: str, args: Mapping[str, Any]) -> str:
+    declared, chosen, reasons = declaration(op), None, []
+    own = set(declared.arguments) - {"backend"}
+    if unfit := (args.keys() - own) | (own - args.keys() - declared.defaults.keys()):
+        raise ValueError(f"args do not fit {op}: {', '.join(sorted(unfit))}")
+    call = declared.call((), args)
+    del call["backend"]
+    forced = environment.forced_backend()
     for name in BACKENDS:
-        copies = tuple([t.clone() for t in a] if isinstance(a, (list, tuple)) else a for a in args)
+        copies = {
+            k: [t.clone() for t in a] if isinstance(a, (list, tuple)) else a
+            for k, a in call.items()
+        }
         skipped = forced and name != forced
         reason = f"KBFGS_BACKEND={forced}" if skipped else _run_one(op, name, copies)
         if reason is None:
             chosen = chosen or name
         else:
             reasons.append(f"not {name}: {reason}")
-    return f"{ops()[op]}/{op}: {chosen or 'none'}" + "".join(f"; {r}" for r in reasons)
+    return f"{declared.family}/{op}: {chosen or 'none'}" + "".join(f"; {r}" for r in reasons)
 
 
 def _why_not(op: str, backend: str, kind: str) -> str | None:
-    found = _TABLE[op].get(backend)
-    if found is None:
-        return "not written for this op"
-    reason = found.unavailable()
+    reason = _TABLE[op][backend].unavailable()
     if reason is not None:
         return reason
     try:

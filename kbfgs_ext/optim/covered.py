@@ -29,6 +29,10 @@ from kbfgs_ext.optim.settings import Settings
 
 KNOWN = 64  # lists of layers whose parts are kept: more where layers take turns in a model
 ACCUMULATION = torch.float32  # factors of 16-bit parameters are kept in this dtype
+DARK = (
+    "the covered layers ran under torch.no_grad() or inference_mode(): a pass needs gradients,"
+    " so run the model with them enabled"
+)
 
 
 class CoveredLayer:
@@ -90,7 +94,7 @@ class CoveredLayer:
             "work": (workspace_size(n_a, n_g),),
         }
         shapes |= dict.fromkeys(("a_bar", "a_bar_next"), (n_a,))
-        g = ("slope", "h_origin", "h_change", "g_bar", "g_bar_next")
+        g = ("slope", "h_change", "g_bar", "g_bar_next")
         shapes |= dict.fromkeys(g, (n_g,))
         return shapes | self.activation.scratch_shapes() | self.gradient.scratch_shapes()
 
@@ -318,3 +322,38 @@ def product_scratch_elements(layers: list[CoveredLayer], device: torch.device) -
     after the other; one each on a GPU, where they go at once. Without an H_a none is needed."""
     sizes = [layer.n_g * layer.n_a for layer in layers if layer.activation.live]
     return max(sizes, default=0) if device.type == "cpu" else sum(sizes)
+
+
+def moved_layers(layers: list[CoveredLayer], in_the_dark: bool) -> list[CoveredLayer]:
+    """Those that a step moves after its first pass: a gradient has reached them.
+
+    ``in_the_dark``: the pass has run layers, but none with gradients.
+    """
+    active, empty = [], []
+    for layer in layers:
+        observer = layer.observer
+        if observer.dark and observer.recomputed and not observer.uses:
+            raise RuntimeError(
+                f"layer '{layer.name}' ran forward without gradients and was recomputed in"
+                " backward: use torch.utils.checkpoint with use_reentrant=False"
+            )
+        if observer.empty and not observer.uses:
+            empty.append(layer)  # its gradients are zero: no use at all
+            continue
+        layer.look()
+        if layer.moving:
+            active.append(layer)
+    if not active and empty:
+        raise ValueError(
+            f"the input of layer '{empty[0].name}' is empty: shape {empty[0].observer.empty};"
+            " a step needs a batch with at least one row"
+        )
+    if not active:
+        names = ", ".join(layer.name for layer in layers)
+        raise RuntimeError(
+            DARK
+            if in_the_dark
+            else "closure must call backward() on a loss that depends on the covered layers,"
+            f" and leave their gradients in place: no gradient has reached any of {names}"
+        )
+    return active

@@ -21,7 +21,7 @@ from torch import nn
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim import direction, gradients, hyper
 from kbfgs_ext.optim.capture import Pass, Recorder
-from kbfgs_ext.optim.covered import CoveredLayer, Group, Part, Parts
+from kbfgs_ext.optim.covered import DARK, CoveredLayer, Group, Part, Parts, moved_layers
 from kbfgs_ext.optim.factors import ActivationMatrix, Verdict
 from kbfgs_ext.optim.fallback import Fallback
 from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, own_work
@@ -31,10 +31,6 @@ from kbfgs_ext.optim.settings import Settings
 
 FAILED = object()  # what a second pass that raised sends
 FIRST, DESCEND, SECOND, FINISH = "first_pass()", "descend(loss)", "second_pass()", "finish(loss)"
-_DARK = (
-    "the covered layers ran under torch.no_grad() or inference_mode(): a pass needs gradients,"
-    " so run the model with them enabled"
-)
 
 
 def profiled(phase: str) -> contextlib.AbstractContextManager[Any]:
@@ -147,7 +143,8 @@ class Step:
         settings, guard, fallback = self.settings, self.guard, self.fallback
         loss, unscale = yield DESCEND
         with self.own_work():
-            active = self._moved_layers()
+            active = moved_layers(self.layers, self._in_the_dark())
+            self._watch.look(active, self.parameters())
             unscaled = unscale()
             if unscaled is not None:
                 torch._foreach_mul_([layer["g_bar"] for layer in active], unscaled)
@@ -307,7 +304,7 @@ class Step:
                 yield
         except RuntimeError as error:
             if self._in_the_dark():
-                raise RuntimeError(_DARK) from error
+                raise RuntimeError(DARK) from error
             raise
         finally:
             self.recorder.at = Pass.OFF
@@ -315,38 +312,6 @@ class Step:
     def _in_the_dark(self) -> bool:
         """Whether the pass has run covered layers, but none with gradients."""
         return self.recorder.in_the_dark and not any(layer.observer.uses for layer in self.layers)
-
-    def _moved_layers(self) -> list[CoveredLayer]:
-        """The layers that this step moves: a gradient has reached them."""
-        active, empty = [], []
-        for layer in self.layers:
-            observer = layer.observer
-            if observer.dark and observer.recomputed and not observer.uses:
-                raise RuntimeError(
-                    f"layer '{layer.name}' ran forward without gradients and was recomputed in"
-                    " backward: use torch.utils.checkpoint with use_reentrant=False"
-                )
-            if observer.empty and not observer.uses:
-                empty.append(layer)  # its gradients are zero: no use at all
-                continue
-            layer.look()
-            if layer.moving:
-                active.append(layer)
-        if not active and empty:
-            raise ValueError(
-                f"the input of layer '{empty[0].name}' is empty: shape {empty[0].observer.empty};"
-                " a step needs a batch with at least one row"
-            )
-        if not active:
-            names = ", ".join(layer.name for layer in self.layers)
-            raise RuntimeError(
-                _DARK
-                if self._in_the_dark()
-                else "closure must call backward() on a loss that depends on the covered layers,"
-                f" and leave their gradients in place: no gradient has reached any of {names}"
-            )
-        self._watch.look(active, self.parameters())
-        return active
 
     def _with_gradients(self, active: list[CoveredLayer]) -> list[torch.Tensor]:
         moving: list[torch.Tensor] = [p for layer in active for p in layer.moving]

@@ -15,7 +15,7 @@ N, COUNTS, LAM = N_G * N_A, 4 * 8, 8  # an int64 counter row and a float64 scala
 BY_HAND = {
     "factor_ema_": Cost(4 * (1.5 * N_A**2 + N_A + M * D_IN), M * N_A * (N_A + 1)),
     "hessian_action_": Cost(4 * (N_A + M * D_IN + N_A) + LAM, 4 * M * D_IN),
-    "pair_ema_": Cost(4 * (4 * N_G + 4 * N_G), 8 * N_G),
+    "pair_ema_": Cost(4 * (4 * N_G + 3 * N_G), 7 * N_G),
     "double_damping_": Cost(
         4 * (5 * N_G + N_G**2) + 2 * COUNTS + LAM, 2 * N_G**2 + 8 * N_G
     ),
@@ -23,11 +23,11 @@ BY_HAND = {
         4 * (2 * (N_A**2 + N_G**2) + 3 * (N_A + N_G)) + 2 * 2 * COUNTS, 6 * (N_A**2 + N_G**2)
     ),
     "curvature_update_, ema": Cost(
-        4 * (3 * N_A**2 + 2 * N_G**2 + N_A + 8 * N_G) + 4 * COUNTS + 2 * LAM,
+        4 * (3 * N_A**2 + 2 * N_G**2 + N_A + 7 * N_G) + 4 * COUNTS + 2 * LAM,
         10 * N_A**2 + 6 * N_G**2,
     ),
     "curvature_update_, minibatch": Cost(
-        4 * (2 * N_A**2 + M * D_IN + 2 * N_G**2 + N_A + 8 * N_G) + 4 * COUNTS + 2 * LAM,
+        4 * (2 * N_A**2 + M * D_IN + 2 * N_G**2 + N_A + 7 * N_G) + 4 * COUNTS + 2 * LAM,
         8 * N_A**2 + 4 * M * D_IN + 6 * N_G**2,
     ),
     "restart_": Cost(2 * 3 * 8 + COUNTS, 0),

@@ -42,8 +42,7 @@ def kernel_of(monkeypatch):
     """Puts another implementation in the place of the cpu backend's."""
 
     def put(op, run):
-        found = registry.implementation(op, "cpu")
-        fake = registry.Implementation(op, found.family, "cpu", run, lambda: None)
+        fake = registry.Implementation(op, "cpu", run, lambda: None)
         monkeypatch.setitem(registry._TABLE[op], "cpu", fake)
 
     return put
@@ -74,7 +73,8 @@ def test_shapes_are_the_papers_and_squares():
     assert found["square 4096"] == (Layer(4096, 4096, bias=False),)
     assert {case.shape for case in cases(full=True)} == set(found)
     two_loop = [c for c in cases() if c.key == ("lbfgs_two_loop_, p = 100", "mnist 784-1000")]
-    assert [(q.shape, s.shape) for q, s in zip(*two_loop[0].build("meta")[1:3], strict=True)] == [
+    args = two_loop[0].build("meta")
+    assert [(q.shape, s.shape) for q, s in zip(args["Q"], args["S"], strict=True)] == [
         ((1000, 785), (100, 1000))
     ]
 
@@ -90,10 +90,10 @@ def test_every_provider_passes_the_gate_and_can_be_repeated(kernel):
     assert (BLAS in found) == (kernel.blas is not None)
     for name, run in found.items():
         mine = copies(args)
-        run(*mine)
+        run(mine)
         assert gate.verdict(mine) is None, name
         for _ in range(19):
-            run(*mine)
+            run(mine)
         for argument, tensor in written(kernel.op, mine):
             if argument.startswith("counts"):
                 assert tensor.tolist() in ([0, 0, 0, 0], [20, 0, 0, 0])
@@ -108,7 +108,7 @@ def test_compiled_reference_passes_the_gate():
     case = Case(small("pair_ema_").kernel, "square 32", shapes()["square 32"])
     args = case.build(CPU)
     mine = copies(args)
-    compiled(case)(*mine)
+    compiled(case)(mine)
     assert Gate("pair_ema_", args).verdict(mine) is None
 
 
@@ -125,16 +125,19 @@ def test_why_not_compiled():
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda args: args[0][1].mul_(1 + 1e-5), r"H\[1\]: error"),
-        (lambda args: args[0][0].fill_(float("nan")), r"H\[0\]: not finite"),
-        (lambda args: args[1][0].add_(1), r"counts\[0\]: \[2, 1, 1, 1\], not \[1, 0, 0, 0\]"),
+        (lambda args: args["H"][1].mul_(1 + 1e-5), r"H\[1\]: error"),
+        (lambda args: args["H"][0].fill_(float("nan")), r"H\[0\]: not finite"),
+        (
+            lambda args: args["counts"][0].add_(1),
+            r"counts\[0\]: \[2, 1, 1, 1\], not \[1, 0, 0, 0\]",
+        ),
         (lambda args: None, None),
     ],
 )
 def test_gate_sees_what_is_wrong(spoil, message):
     args = small("bfgs_update_").build(CPU)
     got = copies(args)
-    registry.implementation("bfgs_update_", "reference").run(*got)
+    registry.implementation("bfgs_update_", "reference").run(got)
     spoil(got)
     verdict = Gate("bfgs_update_", args).verdict(got)
     if message is None:
@@ -146,7 +149,7 @@ def test_gate_sees_what_is_wrong(spoil, message):
 
 @backends.needs_native
 def test_what_is_wrong_gets_no_time(kernel_of, tmp_path, capsys):
-    kernel_of("momentum_", lambda M, *rest: M[0].fill_(0))
+    kernel_of("momentum_", lambda call: call["M"][0].fill_(0))
     path = tmp_path / "micro.jsonl"
     asked = ["--kernel", "momentum_", "--shape", "square 32", "--json", str(path), *SHORT]
     assert micro.main(asked) == 1
@@ -280,9 +283,9 @@ def test_guard_catches_a_kernel_slowed_on_purpose(kernel_of, tmp_path, capsys):
     assert micro.main([*asked, "--json", str(path)]) == 0
     honest = registry.implementation("lbfgs_two_loop_", "cpu").run
 
-    def slow(*args):
+    def slow(call):
         time.sleep(0.005)
-        honest(*args)
+        honest(call)
 
     kernel_of("lbfgs_two_loop_", slow)
     rows = measure.load(path)

@@ -1,16 +1,15 @@
 // A Python module with the CUDA functions of kbfgs_ext._C, running on the host (cuda_host.h).
 #include <pybind11/pybind11.h>
 
+#include "bindings.h"
 #include "common/arguments.h"
 
 #define KBFGS_CUDA_HOST_TYPES
 #include "cuda_host.h"
 
-void register_cuda(pybind11::module_& module);
-
 PYBIND11_MODULE(KBFGS_HOST_MODULE, module) {
   kbfgs::translate_unsupported();
-  register_cuda(module);
+  kbfgs::cuda::bind(module);
   module.def("set_machine", [](int multiprocessors, int shared_bytes, bool backwards) {
     cuda_host::settings() = {multiprocessors, shared_bytes, backwards, {}};
   });

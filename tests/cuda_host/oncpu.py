@@ -6,10 +6,10 @@ from kbfgs_ext.ops import registry
 from tests.helpers import calls, cases, compare
 
 
-def run(op: str, args: list) -> list:
+def run(op: str, args: calls.Args) -> calls.Args:
     """The cuda implementation on copies of ``args``; returns them as it left them."""
     mine = calls.apply(args, calls.copy)
-    registry.implementation(op, "cuda").run(*mine)
+    registry.implementation(op, "cuda").run(mine)
     return mine
 
 
@@ -25,7 +25,7 @@ def check(case: cases.Case, dtype, run=run) -> None:
         if name.startswith("work"):
             continue
         if case.op == "lbfgs_two_loop_":
-            scale = max(t.abs().max().item(), args[1][0].abs().max().item())
+            scale = max(t.abs().max().item(), args["Q"][0].abs().max().item())
         else:
             scale = compare.error(before, before.new_zeros(())) if g.is_floating_point() else 0
         compare.assert_as_accurate(g, r, t, name, scale)

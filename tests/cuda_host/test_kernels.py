@@ -91,7 +91,7 @@ def test_any_alignment(host, op):
 
     def run_shifted(name, args):
         moved = calls.apply(args, lambda t: t if t.dim() == 0 else shifted(t))
-        registry.implementation(name, "cuda").run(*moved)
+        registry.implementation(name, "cuda").run(moved)
         return moved
 
     check(case, torch.float32, run_shifted)
@@ -101,16 +101,12 @@ def test_any_alignment(host, op):
 def test_factors_stay_symmetric_to_the_last_bit(host, kind):
     args = cases.curvature_update(PAIRS, kind)(torch.float32)
     got = run("curvature_update_", args)
-    for H, before in zip(got[0] + got[1], args[0] + args[1], strict=True):
+    for H, before in zip(got["H_a"] + got["H_g"], args["H_a"] + args["H_g"], strict=True):
         assert not torch.equal(H, before)
         compare.assert_same_bits(H, H.T.contiguous(), "symmetry")
 
 
-def names(op):
-    return [argument.name for argument in calls.schema(op)]
-
-
-FLAGGED = sorted(op for op in registry.ops() if any(a.name == "ok" for a in calls.schema(op)))
+FLAGGED = sorted(op for op in registry.ops() if "ok" in calls.names(op))
 WRITTEN_WHEN_VOID = {  # as each op's api.py says
     "factor_ema_": ("a_bar",),
     "double_damping_": ("Hy",),
@@ -124,8 +120,7 @@ WRITTEN_WHEN_VOID = {  # as each op's api.py says
 @pytest.mark.parametrize("op", FLAGGED)
 def test_void_step_leaves_every_bit(host, op):
     args = cases.first(op).build(torch.float32)
-    no = torch.tensor(False)
-    args = [no if n.startswith("ok") else a for n, a in zip(names(op), args, strict=True)]
+    args |= {name: torch.tensor(False) for name in args if name.startswith("ok")}
     got = run(op, args)
     for (name, g), (_, before) in zip(calls.flat(op, got), calls.flat(op, args), strict=True):
         if name.split("[")[0] not in WRITTEN_WHEN_VOID.get(op, ()):
@@ -136,7 +131,7 @@ def spoilable(op):
     """Names of the op's lists of numbers in the case used for NaN and Inf."""
     args = _for_values(op).build(torch.float64)
     return [
-        name for name, value in zip(names(op), args, strict=True)
+        name for name, value in args.items()
         if isinstance(value, list) and value and value[-1].is_floating_point()
         and value[-1].numel() and not value[-1].isnan().all()
     ]  # fmt: skip
@@ -154,7 +149,7 @@ def _for_values(op):
 )
 def test_not_finite_argument_means_what_the_reference_says(host, op, name, value):
     args = _for_values(op).build(torch.float64)
-    spoiled = dict(zip(names(op), args, strict=True))[name][0]
+    spoiled = args[name][0]
     spoiled.view(-1)[-1] = value
     got, wanted = run(op, args), calls.run(op, args, "reference")
     for (which, g), (_, w) in zip(
@@ -173,7 +168,7 @@ def test_what_the_kernels_do_not_take_is_declined_before_anything_is_written(hos
         args = calls.apply(cases.first("double_damping_").build(torch.float32), change)
         before = calls.apply(args, torch.clone)
         with pytest.raises(Unsupported, match=reason):
-            registry.implementation("double_damping_", "cuda").run(*args)
+            registry.implementation("double_damping_", "cuda").run(args)
         for (name, g), (_, w) in zip(
             calls.flat("double_damping_", args), calls.flat("double_damping_", before), strict=True
         ):
@@ -181,7 +176,7 @@ def test_what_the_kernels_do_not_take_is_declined_before_anything_is_written(hos
     H = torch.eye(3).repeat(1, 2)[:, ::2]
     v, counts = torch.ones(3), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(Unsupported, match="H is not contiguous"):
-        registry.implementation("bfgs_update_", "cuda").run([H], [counts], [v], [v], [], [v], None)
+        run("bfgs_update_", dict(H=[H], counts=[counts], s=[v], y=[v], Hy=[], c=[v], ok=None))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +186,7 @@ def test_a_call_cannot_reach_past_a_tensor(host, op, name):
     for short in contract.shortened(op, name):
         before = calls.apply(short, calls.copy)
         with pytest.raises((ValueError, IndexError, Unsupported)):
-            registry.implementation(op, "cuda").run(*short)
+            registry.implementation(op, "cuda").run(short)
         for (argument, g), (_, b) in zip(
             calls.flat(op, short), calls.flat(op, before), strict=True
         ):
@@ -201,6 +196,5 @@ def test_a_call_cannot_reach_past_a_tensor(host, op, name):
 
 def test_empty_lists_do_nothing(host):
     for op in registry.ops():
-        empty = [[] if isinstance(a, list) else a for a in cases.first(op).build(torch.float32)]
-        run(op, empty)
+        run(op, calls.empty(cases.first(op).build(torch.float32)))
     assert host.launches() == []

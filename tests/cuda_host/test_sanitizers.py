@@ -55,7 +55,8 @@ def test_the_sanitizer_would_see_it():
     code = (
         "import torch; from tests.cuda_host import build; m = build.load('asan')\n"
         "s, v = torch.ones(33), torch.ones(33); v.untyped_storage().resize_(32 * 4)\n"
-        "m.pair_ema_cuda([s], [v], [s], [s], [s], [s], 0.5, None)\n"
+        "lists = dict(s=[s], y=[v], h_change=[s], g_bar=[s], g_bar_next=[s])\n"
+        "m.pair_ema_cuda(lists | dict(decay=0.5, ok=None))\n"
     )
     done = run_python("-c", code)
     assert done.returncode != 0

@@ -7,7 +7,7 @@ import torch
 from tests.helpers import calls
 
 
-def to_gpu(args: list) -> list:
+def to_gpu(args: calls.Args) -> calls.Args:
     """The arguments on the GPU, with the strides that they have."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -17,8 +17,8 @@ def to_gpu(args: list) -> list:
     return calls.apply(args, move)
 
 
-def run(op: str, args: list, backend: str) -> list:
+def run(op: str, args: calls.Args, backend: str) -> calls.Args:
     """The op on copies of ``args`` on the GPU; returns them as it left them, on the CPU."""
     mine = to_gpu(args)
-    getattr(torch.ops.kbfgs_ext, op)(*mine, backend)
+    calls.call(op, mine, backend)
     return calls.apply(mine, torch.Tensor.cpu)

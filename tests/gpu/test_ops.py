@@ -43,7 +43,8 @@ def test_opcheck(backend, op):
     pytest.importorskip("expecttest", reason="torch.library.opcheck needs it")
     args = to_gpu(cases.first(op).build(torch.float32))
     overload = getattr(torch.ops.kbfgs_ext, op).default
-    torch.library.opcheck(overload, (*args, backend), test_utils=("test_schema", "test_faketensor"))
+    args["backend"] = backend
+    torch.library.opcheck(overload, (), args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -63,7 +64,7 @@ def test_follows_the_current_stream(backend, op):
         torch.cuda._sleep(50_000_000)  # cycles: some 30 ms
         for (_, to), (_, value) in zip(calls.flat(op, mine), calls.flat(op, source), strict=True):
             to.copy_(value)
-        getattr(torch.ops.kbfgs_ext, op)(*mine, backend)
+        calls.call(op, mine, backend)
     stream.synchronize()
     for (name, g), (_, w) in zip(
         calls.flat(op, mine, True), calls.flat(op, wanted, True), strict=True
@@ -92,12 +93,11 @@ def test_op_is_captured_by_a_graph(backend, op):
     args = cases.first(op).build(torch.float32)
     wanted = run(op, args, backend)
     source, mine = to_gpu(args), to_gpu(args)
-    call = getattr(torch.ops.kbfgs_ext, op)
-    call(*mine, backend)  # compiles and allocates what the first call does
+    calls.call(op, mine, backend)  # compiles and allocates what the first call does
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call(*mine, backend)
+        calls.call(op, mine, backend)
     for (_, to), (_, value) in zip(calls.flat(op, mine), calls.flat(op, source), strict=True):
         to.copy_(value)
     graph.replay()
@@ -112,7 +112,7 @@ def test_op_is_captured_by_a_graph(backend, op):
 def test_factors_stay_symmetric_to_the_last_bit(backend):
     for kind in ("accepted", "both"):
         got = run("curvature_update_", cases.curvature_update(PAIRS, kind)(torch.float32), backend)
-        for H in got[0] + got[1]:
+        for H in got["H_a"] + got["H_g"]:
             compare.assert_same_bits(H, H.T.contiguous(), "symmetry")
 
 

@@ -1,4 +1,4 @@
-"""Calling any op by its schema: its arguments in order, without ``backend``.
+"""Calling any op: its arguments are a dict by name, without ``backend``.
 
 `run` calls the op on copies and hands back the arguments as it left them; `flat` names the tensors.
 """
@@ -6,33 +6,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from kbfgs_ext.ops import library as library
+from kbfgs_ext.ops import registry
+
+Args = dict[str, Any]
 
 
-def schema(op: str) -> list[torch.Argument]:
-    """The op's arguments without ``backend``."""
-    return list(getattr(torch.ops.kbfgs_ext, op).default._schema.arguments)[:-1]
+def names(op: str) -> tuple[str, ...]:
+    """The op's arguments in order, without ``backend``."""
+    return registry.declaration(op).arguments[:-1]
 
 
-def written(op: str) -> list[bool]:
-    """Which arguments the op writes."""
-    return [a.alias_info is not None and a.alias_info.is_write for a in schema(op)]
+def written(op: str) -> set[str]:
+    """The arguments that the op writes."""
+    schema = getattr(torch.ops.kbfgs_ext, op).default._schema
+    return {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
 
 
-def apply(args: list, change: Callable[[torch.Tensor], torch.Tensor]) -> list:
+def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """An argument with its tensors changed."""
+    if isinstance(value, list):
+        return [change(t) for t in value]
+    return change(value) if isinstance(value, torch.Tensor) else value
+
+
+def apply(args: Args, change: Callable[[torch.Tensor], torch.Tensor]) -> Args:
     """The arguments with every tensor changed."""
-    out = []
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            out.append(change(arg))
-        elif isinstance(arg, list):
-            out.append([change(t) for t in arg])
-        else:
-            out.append(arg)
-    return out
+    return {name: changed(value, change) for name, value in args.items()}
 
 
 def copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,26 +46,36 @@ def copy(tensor: torch.Tensor) -> torch.Tensor:
     return out.copy_(tensor)
 
 
-def widened(args: list) -> list:
+def widened(args: Args) -> Args:
     """The same numbers in float64: the input of the truth."""
     return apply(args, lambda t: t.double() if t.is_floating_point() else t.clone())
 
 
-def run(op: str, args: list, backend: str) -> list:
+def empty(args: Args) -> Args:
+    """The call without layers."""
+    return {name: [] if isinstance(value, list) else value for name, value in args.items()}
+
+
+def call(op: str, args: Args, backend: str) -> None:
+    """The op itself, without the checks of its public function."""
+    getattr(torch.ops.kbfgs_ext, op)(**args, backend=backend)
+
+
+def run(op: str, args: Args, backend: str) -> Args:
     """The op on copies of ``args``; returns them as it left them."""
     mine = apply(args, copy)
-    getattr(torch.ops.kbfgs_ext, op)(*mine, backend)
+    call(op, mine, backend)
     return mine
 
 
-def flat(op: str, args: list, only_written: bool | None = None) -> list[tuple[str, torch.Tensor]]:
+def flat(op: str, args: Args, only_written: bool | None = None) -> list[tuple[str, torch.Tensor]]:
     """(name, tensor) of all tensors; or of those written; or of those only read."""
-    found = []
-    for argument, is_written, value in zip(schema(op), written(op), args, strict=True):
-        if only_written is not None and is_written != only_written:
+    found, outputs = [], written(op)
+    for name, value in args.items():
+        if only_written is not None and (name in outputs) != only_written:
             continue
         if isinstance(value, torch.Tensor):
-            found.append((argument.name, value))
+            found.append((name, value))
         elif isinstance(value, list):
-            found += [(f"{argument.name}[{i}]", t) for i, t in enumerate(value)]
+            found += [(f"{name}[{i}]", t) for i, t in enumerate(value)]
     return found

@@ -1,7 +1,7 @@
 """Hand-picked calls of every op, each with a readable id.
 
-A case builds the arguments of one op in the order of its schema, without ``backend``, from
-seeded float64 numbers rounded to the dtype asked for. Arguments that an op only writes are filled
+A case builds the arguments of one op, a dict by name without ``backend``, from seeded float64
+numbers rounded to the dtype asked for. Arguments that an op only writes are filled
 with NaN. How to run one: calls.py.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from kbfgs_ext.ops import library as library
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
+from tests.helpers.calls import Args
 from tests.helpers.inputs import (
     NAN,
     in_dtype,
@@ -44,7 +44,7 @@ from tests.helpers.safeguard_cases import judge
 class Case:
     op: str
     id: str
-    build: Callable[[torch.dtype], list]  # tensors on the CPU
+    build: Callable[[torch.dtype], Args]  # tensors on the CPU
 
     def __str__(self) -> str:
         return f"{self.op}{self.id}"
@@ -60,7 +60,7 @@ def factor_ema(sizes, m, bias=True, decay=0.9, ok=None, layout=lambda t: t, mean
         A = [] if mean_only else random_spds(tuple(factors), seed=50)
         a_bar = nan_filled(*[(n,) for n in factors])
         A, a_bar, X = in_dtype(dtype, [A, a_bar, X])
-        return [A, a_bar, [layout(x) for x in X], decay, ok]
+        return dict(A=A, a_bar=a_bar, X=[layout(x) for x in X], decay=decay, ok=ok)
 
     return build
 
@@ -70,15 +70,16 @@ def hessian_action(sizes, m, bias=True, layout=lambda t: t):
         X = [0.5 + randn(m, n, seed=i) for i, n in enumerate(sizes)]
         s = random_vectors(tuple(n + bias for n in sizes), seed=50)
         y, X, s = in_dtype(dtype, [nan_filled(*[v.shape for v in s]), X, s])
-        return [y, [layout(x) for x in X], s, scalars(0.55, len(sizes))]
+        return dict(y=y, X=[layout(x) for x in X], s=s, lam=scalars(0.55, len(sizes)))
 
     return build
 
 
 def pair_ema(sizes, decay=0.9, ok=None, layout=lambda t: t):
     def build(dtype):
-        s, y, *means = in_dtype(dtype, [random_vectors(sizes, 10 * k) for k in range(6)])
-        return [s, y, *[[layout(v) for v in vectors] for vectors in means], decay, ok]
+        s, y, *means = in_dtype(dtype, [random_vectors(sizes, 10 * k) for k in range(5)])
+        h_change, g_bar, g_next = ([layout(v) for v in vectors] for vectors in means)
+        return dict(s=s, y=y, h_change=h_change, g_bar=g_bar, g_bar_next=g_next, decay=decay, ok=ok)
 
     return build
 
@@ -121,7 +122,10 @@ def double_damping(sizes, kind, condition=10.0, lam=0.55, ok=None, with_H=True):
         )
         s, y, Hy, H = in_dtype(dtype, [s, y, Hy, H])
         count = len(sizes)
-        return [s, y, Hy, some_counts(count), H if with_H else [], scalars(lam, count), 0.2, ok]
+        return dict(
+            s=s, y=y, Hy=Hy, counts=some_counts(count), H=H if with_H else [],
+            lam=scalars(lam, count), mu1=0.2, ok=ok,
+        )  # fmt: skip
 
     return build
 
@@ -132,7 +136,7 @@ def bfgs_update(sizes, kind="accepted", condition=10.0, c_scale=1e-3, ok=None, g
         s, y = pairs_for(H, kind)
         H, s, y, c = in_dtype(dtype, [H, s, y, random_vectors(sizes, 90, c_scale)])
         Hy = [h @ v for h, v in zip(H, y, strict=True)] if give_Hy else []
-        return [H, some_counts(len(sizes)), s, y, Hy, c, ok]
+        return dict(H=H, counts=some_counts(len(sizes)), s=s, y=y, Hy=Hy, c=c, ok=ok)
 
     return build
 
@@ -149,24 +153,25 @@ def curvature_update(
         H_a, H_g = random_spds(n_a, 10, condition), random_spds(n_g, 20, condition)
         A = [] if from_X else random_spds(n_a, 30, condition)
         X = [0.5 + randn(m, n - bias, seed=40 + i) for i, n in enumerate(n_a)] if from_X else []
-        # Differences such that the averaged pair is the wanted one.
+        # Changes such that the averaged pair is the wanted one.
         s_new, y_new = pairs_for(H_g, kind)
-        s, y, h_bar, g_bar = (random_vectors(n_g, 100 + 10 * k, 1e-3) for k in range(4))
-        h_next = [h + 10 * (v - 0.9 * w) for h, v, w in zip(h_bar, s_new, s, strict=True)]
+        s, y, g_bar = (random_vectors(n_g, 100 + 10 * k, 1e-3) for k in range(3))
+        h_change = [10 * (v - 0.9 * w) for v, w in zip(s_new, s, strict=True)]
         g_next = [g + 10 * (v - 0.9 * w) for g, v, w in zip(g_bar, y_new, y, strict=True)]
         work = nan_filled(*[
             (workspace_size(n_a[i] if n_a else 0, n_g[i] if n_g else 0),)
             for i in range(len(layers))
         ])  # fmt: skip
-        H_a, H_g, s, y, work, A, X, a_bar, h_bar, h_next, g_bar, g_next = in_dtype(
-            dtype,
-            [H_a, H_g, s, y, work, A, X, random_vectors(n_a, 60), h_bar, h_next, g_bar, g_next],
-        )
-        return [
-            H_a, H_g, s, y, some_counts(len(n_a)), some_counts(len(n_g)), work, A, X, a_bar, h_bar,
-            h_next, g_bar, g_next, scalars(0.3, len(n_a)), scalars(lam, len(n_g)), 0.9, 0.2, ok,
-            ok_pair,
-        ]  # fmt: skip
+        lists = dict(
+            H_a=H_a, H_g=H_g, s=s, y=y, work=work, A=A, X=X, a_bar=random_vectors(n_a, 60),
+            h_change=h_change, g_bar=g_bar, g_bar_next=g_next,
+        )  # fmt: skip
+        return dict(
+            zip(lists, in_dtype(dtype, list(lists.values())), strict=True),
+            counts_a=some_counts(len(n_a)), counts_g=some_counts(len(n_g)),
+            lam_a=scalars(0.3, len(n_a)), lam_g=scalars(lam, len(n_g)),
+            pair_decay=0.9, mu1=0.2, ok=ok, ok_pair=ok_pair,
+        )  # fmt: skip
 
     return build
 
@@ -183,16 +188,17 @@ def restart(sizes, side, bias=True, force=None, layout=lambda t: t):
         marks = [torch.tensor([7, 2, 1]) for _ in sizes]
         streaks = [(7, 5), (7, 4), (8, 9), (7, 7)]
         counts = [torch.tensor([*streaks[i % 4], 0, 0]) for i in range(count)]
+        args = dict(H=[], pushed=[], marks=marks, counts=counts, lam=[], A=[], X=[], after=3)
+        args["force"] = force
         if side == "ring":
-            return [[], [torch.tensor(5 + i) for i in range(count)], marks, counts, [], [], [], 3,
-                    force]  # fmt: skip
+            return args | {"pushed": [torch.tensor(5 + i) for i in range(count)]}
         H = random_spds(sizes, 20)
         H[0][-1] = NAN
         A = random_spds(sizes, 30) if side == "A" else []
         X = [randn(20, n - bias, seed=i) for i, n in enumerate(sizes)] if side == "X" else []
         H, A, X = in_dtype(dtype, [H, A, X])
         lam = [] if side == "g" else scalars(0.3, count)
-        return [H, [], marks, counts, lam, A, [layout(x) for x in X], 3, force]
+        return args | dict(H=H, lam=lam, A=A, X=[layout(x) for x in X])
 
     return build
 
@@ -206,7 +212,7 @@ def two_loop(sizes, p, pushed, columns, form, condition=10.0, layout=lambda t: t
         shapes = [(n,) if columns is None else (n, columns) for n in sizes]
         Q = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
         out, Q, S, Y, rho = in_dtype(dtype, [nan_filled(*shapes), Q, S, Y, rho])
-        return [out, [layout(q) for q in Q], S, Y, rho, count, form]
+        return dict(out=out, Q=[layout(q) for q in Q], S=S, Y=Y, rho=rho, pushed=count, form=form)
 
     return build
 
@@ -217,7 +223,8 @@ def push(sizes, p, pushed, kind="accepted", ok=None):
         S, Y, rho, count = (list(column) for column in zip(*rings, strict=True))
         s, y = pairs_for(random_spds(sizes, 20), kind)
         S, Y, rho, s, y, c = in_dtype(dtype, [S, Y, rho, s, y, random_vectors(sizes, 90, 1e-3)])
-        return [S, Y, rho, count, some_counts(len(sizes)), s, y, c, ok]
+        counts = some_counts(len(sizes))
+        return dict(S=S, Y=Y, rho=rho, pushed=count, counts=counts, s=s, y=y, c=c, ok=ok)
 
     return build
 

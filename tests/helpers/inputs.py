@@ -10,8 +10,13 @@ from tests.helpers.oracles import randn, spd
 NAN = float("nan")
 
 
-def in_dtype(dtype: torch.dtype, args: list) -> list:
-    return calls.apply(args, lambda t: t.to(dtype) if t.dtype == torch.float64 else t)
+def in_dtype(dtype: torch.dtype, values: list) -> list:
+    """Lists of tensors, or what else is an argument, with float64 rounded."""
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.dtype == torch.float64 else tensor
+
+    return [calls.changed(value, rounded) for value in values]
 
 
 def scalars(value: float, count: int) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from tests.helpers.oracles import randn
 
 
 def _weights(layers, bias, seed):
+    """W and b, or dW and db."""
     W = [randn(d_out, d_in, seed=seed + i) for i, (d_in, d_out) in enumerate(layers)]
     b = [randn(d_out if bias else 0, seed=seed + 50 + i) for i, (_, d_out) in enumerate(layers)]
     return W, b
@@ -24,7 +25,10 @@ def kron_precondition(layers, bias=True, identity=False, condition=10.0):
         H_g = [] if identity else random_spds(tuple(g for g, _ in shapes), 20, condition)
         H_a = random_spds(tuple(a for _, a in shapes), 30, condition)
         M = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
-        return in_dtype(dtype, [nan_filled(*shapes), H_g, M, H_a, nan_filled(*shapes)])
+        P, H_g, M, H_a, work = in_dtype(
+            dtype, [nan_filled(*shapes), H_g, M, H_a, nan_filled(*shapes)]
+        )
+        return dict(P=P, H_g=H_g, M=M, H_a=H_a, work=work)
 
     return build
 
@@ -35,7 +39,9 @@ def momentum(layers, bias=True, mu=0.9, decay=1e-2, ok=None, layout=lambda t: t)
         M, dW, db, W, b = in_dtype(
             dtype, [M, *_weights(layers, bias, 100), *_weights(layers, bias, 200)]
         )
-        return [M, [layout(t) for t in dW], db, W, b, mu, decay, ok]
+        return dict(
+            M=M, dW=[layout(t) for t in dW], db=db, W=W, b=b, momentum=mu, weight_decay=decay, ok=ok
+        )
 
     return build
 
@@ -44,14 +50,15 @@ def descend(layers, bias=True, ok=None):
     def build(dtype):
         P = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
         W, b, P = in_dtype(dtype, [*_weights(layers, bias, 100), P])
-        return [W, b, P, scalars(0.3, len(layers)), ok]
+        return dict(W=W, b=b, P=P, step_size=scalars(0.3, len(layers)), ok=ok)
 
     return build
 
 
 def _after_a_step(layers, bias, dtype):
     """W, b, saved and NaN for what is written: the step is a hundred times shorter than they."""
-    W, b, P, _, _ = descend(layers, bias)(dtype)
+    args = descend(layers, bias)(dtype)
+    W, b, P = args["W"], args["b"], args["P"]
     saved = [torch.cat([w, v[:, None]], 1) if bias else w for w, v in zip(W, b, strict=True)]
     saved = [w - 1e-2 * p for w, p in zip(saved, P, strict=True)]
     (out,) = in_dtype(dtype, [nan_filled(*((len(w),) for w in W))])
@@ -62,7 +69,7 @@ def slope(layers, bias=True, layout=lambda t: t):
     def build(dtype):
         W, b, saved, out = _after_a_step(layers, bias, dtype)
         dW, db = in_dtype(dtype, [*_weights(layers, bias, 200)])
-        return [out, W, b, saved, [layout(t) for t in dW], db]
+        return dict(slope=out, W=W, b=b, saved=saved, dW=[layout(t) for t in dW], db=db)
 
     return build
 
@@ -79,8 +86,10 @@ def output_change(layers, bias=True, layout=lambda t: t, means=lambda t: t):
             for v in a_bar + a_next:
                 v[-1] = 1
         a_bar, a_next = in_dtype(dtype, [a_bar, a_next])
-        return [out, W, b, [layout(w) for w in saved], [means(v) for v in a_bar],
-                [means(v) for v in a_next]]  # fmt: skip
+        return dict(
+            change=out, W=W, b=b, saved=[layout(w) for w in saved],
+            a_bar=[means(v) for v in a_bar], a_bar_next=[means(v) for v in a_next],
+        )  # fmt: skip
 
     return build
 
@@ -89,18 +98,17 @@ def restore(layers, undo, bias=True):
     def build(dtype):
         saved = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]
         W, b, saved = in_dtype(dtype, [*_weights(layers, bias, 100), saved])
-        return [W, b, saved, torch.tensor(undo)]
+        return dict(W=W, b=b, saved=saved, undo=torch.tensor(undo))
 
     return build
 
 
 def kron_step(layers, bias=True, ok=None, layout=lambda t: t):
     def build(dtype):
-        P, H_g, M, H_a, work = kron_precondition(layers, bias)(dtype)
         W, b, dW, db = in_dtype(dtype, [*_weights(layers, bias, 100), *_weights(layers, bias, 200)])
-        return [
-            W, b, M, P, work, [layout(t) for t in dW], db, H_g, H_a, scalars(0.3, len(layers)),
-            0.9, 1e-2, ok,
-        ]  # fmt: skip
+        return kron_precondition(layers, bias)(dtype) | dict(
+            W=W, b=b, dW=[layout(t) for t in dW], db=db, step_size=scalars(0.3, len(layers)),
+            momentum=0.9, weight_decay=1e-2, ok=ok,
+        )  # fmt: skip
 
     return build

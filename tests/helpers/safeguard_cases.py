@@ -38,9 +38,11 @@ def judge(*kinds: str, sloped=True, restart_after=AFTER, ok=None, ordered=False)
         scale, watched, loss, loss_next, slope = in_dtype(dtype, lists)
         counts = [torch.tensor([9, 1, 4, 1]) for _ in rows]
         decision = [torch.tensor([True, True, ordered]) for _ in rows]
-        return [
-            scale, watched, counts, decision, loss, loss_next, slope if sloped else [], 1e-5, 0.5,
-            1.1, 0.5, SMALLEST, 2.0, WINDOW, restart_after, ok,
-        ]  # fmt: skip
+        return dict(
+            scale=scale, watched=watched, counts=counts, decision=decision, loss=loss,
+            loss_next=loss_next, slope=slope if sloped else [], noise=1e-5, shrink=0.5, grow=1.1,
+            sufficient=0.5, smallest=SMALLEST, surge=2.0, window=WINDOW,
+            restart_after=restart_after, ok=ok,
+        )  # fmt: skip
 
     return build

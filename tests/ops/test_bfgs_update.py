@@ -83,10 +83,9 @@ def test_curvature_update_is_its_parts(backend, from_X):
     """The fused op against the ops it is made of, each on the reference backend."""
     build = cases.curvature_update([(33, 17), (5, 40)], "both", from_X=from_X)
     args = build(torch.float64)
-    named = dict(zip((a.name for a in calls.schema("curvature_update_")), args, strict=True))
     got = calls.run("curvature_update_", args, backend)
     for i in range(2):
-        one = {k: v[i] for k, v in named.items() if isinstance(v, list) and v}
+        one = {k: v[i] for k, v in args.items() if isinstance(v, list) and v}
         s_a = one["H_a"] @ one["a_bar"]
         y_a = torch.empty_like(s_a)
         if from_X:
@@ -95,28 +94,28 @@ def test_curvature_update_is_its_parts(backend, from_X):
             y_a = one["A"] @ s_a + one["lam_a"] * s_a
         H_a, _ = updated("reference", one["H_a"], s_a, y_a, one["a_bar"])
         s, y = one["s"].clone(), one["y"].clone()
-        means = [[one[k]] for k in ("h_bar", "h_bar_next", "g_bar", "g_bar_next")]
-        ops.pair_ema_([s], [y], *means, 0.9, backend="reference")
+        changes = {k: [one[k]] for k in ("h_change", "g_bar", "g_bar_next")}
+        ops.pair_ema_([s], [y], **changes, decay=0.9, backend="reference")
         s_d, y_d, Hy, counts = s.clone(), y.clone(), torch.empty_like(y), one["counts_g"].clone()
         ops.double_damping_(
             [s_d], [y_d], [Hy], [counts], [one["H_g"]], [one["lam_g"]], backend="reference"
         )
         H_g, _ = updated("reference", one["H_g"], s_d, y_d, one["g_bar"])
-        for name, wanted, place in (("H_a", H_a, 0), ("H_g", H_g, 1), ("s", s, 2), ("y", y, 3)):
+        for name, wanted in (("H_a", H_a), ("H_g", H_g), ("s", s), ("y", y)):
             before = one[name].abs().max().item()
             scale = max(before, wanted.abs().max().item())
-            compare.assert_equal_to(got[place][i], wanted, wanted.shape[0], scale, name)
+            compare.assert_equal_to(got[name][i], wanted, wanted.shape[0], scale, name)
 
 
 @pytest.mark.parametrize("backend", backends.BOTH)
 def test_layer_whose_own_means_are_not_finite_is_skipped_alone(backend):
     args = cases.curvature_update([(5, 4), (6, 7)])(torch.float64)
-    args[11][0][2] = float("nan")  # h_bar_next of the first layer
+    args["h_change"][0][2] = float("nan")
     got = calls.run("curvature_update_", args, backend)
-    for place in (1, 2, 3, 5):  # H_g, s, y, counts_g
-        compare.assert_same_bits(got[place][0], args[place][0])
-        assert not torch.equal(got[place][1], args[place][1])
-    assert not torch.equal(got[0][0], args[0][0])  # its H_a has nothing to do with them
+    for name in ("H_g", "s", "y", "counts_g"):
+        compare.assert_same_bits(got[name][0], args[name][0])
+        assert not torch.equal(got[name][1], args[name][1])
+    assert not torch.equal(got["H_a"][0], args["H_a"][0])  # which has nothing to do with them
 
 
 @pytest.mark.parametrize("backend", backends.BOTH)
@@ -126,19 +125,19 @@ def test_restart_after_a_streak(backend, side):
     n = 17
     args = cases.restart((n,) * 4, side)(torch.float64)
     got = calls.run("restart_", args, backend)
-    H, pushed, marks = got[:3]
-    assert [m.tolist() for m in marks] == [[7, 5, 2], [7, 2, 1], [8, 9, 1], [7, 7, 2]]
+    H = got["H"]
+    assert [m.tolist() for m in got["marks"]] == [[7, 5, 2], [7, 2, 1], [8, 9, 1], [7, 7, 2]]
     if side == "ring":
-        assert [int(p) for p in pushed] == [0, 6, 7, 0]
+        assert [int(p) for p in got["pushed"]] == [0, 6, 7, 0]
         return
-    for i, before in enumerate(args[0]):
+    for i, before in enumerate(args["H"]):
         if i in (1, 2):
             compare.assert_same_bits(H[i], before)
             continue
         divisor = torch.tensor(1.0, dtype=torch.float64)
         if side != "g":
-            X = with_ones(args[6][i]) if side == "X" else None
-            divisor = 0.3 + (args[5][i] if X is None else X.T @ X / len(X)).trace()
+            X = with_ones(args["X"][i]) if side == "X" else None
+            divisor = 0.3 + (args["A"][i] if X is None else X.T @ X / len(X)).trace()
         compare.assert_equal_to(H[i], torch.eye(n, dtype=torch.float64) / divisor, n, 1.0)
 
 
@@ -146,15 +145,15 @@ def test_restart_after_a_streak(backend, side):
 def test_restart_that_is_forced_and_one_that_is_put_off(backend):
     """No streak, and all restart; but where the trace overflows nothing does, until it does not."""
     args = cases.restart((5, 7), "X", force=torch.tensor(True))(torch.float32)
-    args[7] = 100
-    args[6][1][2, 3] = float("inf")
+    args["after"] = 100
+    args["X"][1][2, 3] = float("inf")
     got = calls.run("restart_", args, backend)
-    assert [m[2].item() for m in got[2]] == [2, 1]
-    compare.assert_same_bits(got[0][1], args[0][1])
-    got[6][1][2, 3] = 0.0
+    assert [m[2].item() for m in got["marks"]] == [2, 1]
+    compare.assert_same_bits(got["H"][1], args["H"][1])
+    got["X"][1][2, 3] = 0.0
     again = calls.run("restart_", got, backend)
-    assert [m[2].item() for m in again[2]] == [3, 2]
-    assert torch.equal(again[0][1], torch.diag(again[0][1].diagonal()))
+    assert [m[2].item() for m in again["marks"]] == [3, 2]
+    assert torch.equal(again["H"][1], torch.diag(again["H"][1].diagonal()))
 
 
 def test_bad_arguments_of_restart_are_named():

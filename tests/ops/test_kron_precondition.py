@@ -26,13 +26,12 @@ def test_direction_is_the_kronecker_product(backend, n_g, n_a, seed):
 @pytest.mark.parametrize("bias", [True, False])
 def test_step_is_its_parts(backend, bias):
     args = cases.kron_step([(17, 5), (3, 33)], bias)(torch.float64)
-    W, b, M, P, work, dW, db, H_g, H_a, step, mu, decay, ok = calls.apply(args, torch.clone)
+    wanted = calls.apply(args, torch.clone)
     got = calls.run("kron_step_", args, backend)
-    ops.momentum_(M, dW, db, W, b, mu, decay, ok, "reference")
-    ops.kron_precondition_(P, H_g, M, H_a, work, "reference")
-    ops.descend_(W, b, P, step, ok, "reference")
-    for place, wanted in enumerate((W, b, M, P)):
-        for g, w in zip(got[place], wanted, strict=True):
+    for op in ("momentum_", "kron_precondition_", "descend_"):
+        calls.call(op, {name: wanted[name] for name in calls.names(op)}, "reference")
+    for name in ("W", "b", "M", "P"):
+        for g, w in zip(got[name], wanted[name], strict=True):
             if w.numel():
                 compare.assert_equal_to(g, w, 40, w.abs().max().item() + 1)
 
@@ -41,9 +40,9 @@ def test_step_is_its_parts(backend, bias):
 @pytest.mark.parametrize("bias", [True, False])
 def test_restore_undoes_descend_bit_for_bit(backend, bias):
     args = cases.descend([(17, 5), (33, 64)], bias)(torch.float32)
-    W, b, P, step, ok = calls.apply(args, torch.clone)
+    W, b, P = args["W"], args["b"], args["P"]
     before = [t.clone() for t in W + b]
-    ops.descend_(W, b, P, step, ok, backend)
+    ops.descend_(**args, backend=backend)
     assert not torch.equal(W[0], before[0])
     ops.restore_(W, b, P, torch.tensor(True), backend)
     for got, wanted in zip(W + b, before, strict=True):
@@ -123,11 +122,10 @@ def test_momentum_averages_the_regularised_gradient(backend):
 def test_layers_may_share_the_storage_of_work():
     args = cases.kron_precondition([(17, 5), (3, 9)])(torch.float64)
     alone = calls.run("kron_precondition_", args, "cpu")
-    P, H_g, M, H_a, work = calls.apply(args, torch.clone)
-    pool = torch.empty(max(w.numel() for w in work), dtype=torch.float64)
-    shared = [pool[: w.numel()].view(w.shape) for w in work]
-    ops.kron_precondition_(P, H_g, M, H_a, shared, "cpu")
-    for got, wanted in zip(P, alone[0], strict=True):
+    pool = torch.empty(max(w.numel() for w in args["work"]), dtype=torch.float64)
+    args["work"] = [pool[: w.numel()].view(w.shape) for w in args["work"]]
+    ops.kron_precondition_(**args, backend="cpu")
+    for got, wanted in zip(args["P"], alone["P"], strict=True):
         compare.assert_same_bits(got, wanted)
 
 

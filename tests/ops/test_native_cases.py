@@ -39,7 +39,7 @@ def test_as_accurate_as_the_reference(case, dtype, instruction_set):
         if name.startswith("work"):
             continue
         if case.op == "lbfgs_two_loop_":
-            scale = max(t.abs().max().item(), args[1][0].abs().max().item())
+            scale = max(t.abs().max().item(), args["Q"][0].abs().max().item())
         else:
             scale = compare.error(before, torch.zeros_like(before)) if g.is_floating_point() else 0
         compare.assert_as_accurate(g, r, t, name, scale)
@@ -70,6 +70,6 @@ def test_averages_do_not_keep_denormal_numbers(dtype, instruction_set):
     assert M[5].isnan().all()
 
     s, y, zero = ends.repeat(9), ends.repeat(9), torch.zeros(45, dtype=dtype)
-    ops.pair_ema_([s], [y], [zero], [zero], [zero], [zero], 0.9, yes, "cpu")
+    ops.pair_ema_([s], [y], [zero], [zero], [zero], 0.9, yes, "cpu")
     for pair in (s, y):
         torch.testing.assert_close(pair, expected.repeat(9), rtol=1e-6, atol=0)

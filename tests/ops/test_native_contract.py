@@ -17,25 +17,15 @@ WRITTEN_WHEN_VOID = {
     "curvature_update_": ("work",),
     "judge_": ("decision",),
 }
-FLAGGED = sorted(op for op in registry.ops() if any(a.name == "ok" for a in calls.schema(op)))
+FLAGGED = sorted(op for op in registry.ops() if "ok" in calls.names(op))
 BY_GEMM = ("factor_ema_", "lbfgs_two_loop_", "kron_precondition_", "kron_step_")
-
-
-def names(op):
-    return [argument.name for argument in calls.schema(op)]
-
-
-def with_argument(op, args, name, value):
-    return [value if n == name else a for n, a in zip(names(op), args, strict=True)]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("op", FLAGGED)
 def test_void_step_leaves_every_bit(op, backend):
     args = cases.first(op).build(torch.float32)
-    for flag in ("ok", "ok_pair"):
-        if flag in names(op):
-            args = with_argument(op, args, flag, torch.tensor(False))
+    args |= {flag: torch.tensor(False) for flag in ("ok", "ok_pair") if flag in args}
     got = calls.run(op, args, backend)
     for (name, g), (_, before) in zip(calls.flat(op, got), calls.flat(op, args), strict=True):
         if name.split("[")[0] not in WRITTEN_WHEN_VOID.get(op, ()):
@@ -57,7 +47,7 @@ def floating_lists(op):
     args = cases.first(op).build(torch.float64)
     return [
         name
-        for name, value in zip(names(op), args, strict=True)
+        for name, value in args.items()
         if isinstance(value, list) and value and value[-1].is_floating_point()
         and value[-1].numel() and not value[-1].isnan().all()
     ]  # fmt: skip
@@ -75,7 +65,7 @@ def for_values(op):
 )
 def test_not_finite_argument_means_what_the_reference_says(op, name, value):
     args = for_values(op).build(torch.float64)
-    spoiled = dict(zip(names(op), args, strict=True))[name][0]
+    spoiled = args[name][0]
     spoiled.view(-1)[-1] = value  # the last entry of a symmetric matrix is on its diagonal
     got, reference = (calls.run(op, args, backend) for backend in ("cpu", "reference"))
     for (argument, g), (_, r) in zip(
@@ -122,16 +112,16 @@ STATE = [
 def test_strided_state_falls_through_to_the_reference(op, name):
     plain = cases.first(op).build(torch.float64)
     reference = calls.run(op, plain, "reference")
-    value = dict(zip(names(op), plain, strict=True))[name]
+    value = plain[name]
     # Only the last layer is strided: the refusal must come before the first one is written.
-    args = with_argument(op, plain, name, [*value[:-1], gapped(value[-1])])
+    args = plain | {name: [*value[:-1], gapped(value[-1])]}
     before = calls.apply(args, calls.copy)
     with pytest.raises(registry.Unsupported, match="is not contiguous"):
-        getattr(torch.ops.kbfgs_ext, op)(*args, "cpu")
+        calls.call(op, args, "cpu")
     for (argument, g), (_, b) in zip(calls.flat(op, args), calls.flat(op, before), strict=True):
         compare.assert_same_bits(g, b, argument)
 
-    getattr(torch.ops.kbfgs_ext, op)(*args, "auto")
+    calls.call(op, args, "auto")
     for (argument, g), (_, r) in zip(
         calls.flat(op, args, True), calls.flat(op, reference, True), strict=True
     ):
@@ -157,20 +147,19 @@ def test_other_dtypes_are_refused(op):
 )  # fmt: skip
 def test_mixed_dtypes_are_refused(op, name):
     args = cases.first(op).build(torch.float32)
-    value = dict(zip(names(op), args, strict=True))[name]
+    value = args[name]
     other = [t.double() if t.dtype == torch.float32 else t.float() for t in value]
-    args = with_argument(op, args, name, other)
+    args |= {name: other}
     before = calls.apply(args, calls.copy)
     with pytest.raises(registry.Unsupported, match=r"Float|Double"):
-        getattr(torch.ops.kbfgs_ext, op)(*args, "cpu")
+        calls.call(op, args, "cpu")
     for (argument, g), (_, b) in zip(calls.flat(op, args), calls.flat(op, before), strict=True):
         compare.assert_same_bits(g, b, argument)
 
 
 @pytest.mark.parametrize("op", sorted(registry.ops()))
 def test_empty_lists_return(op):
-    args = [[] if isinstance(a, list) else a for a in cases.first(op).build(torch.float32)]
-    getattr(torch.ops.kbfgs_ext, op)(*args, "cpu")
+    calls.call(op, calls.empty(cases.first(op).build(torch.float32)), "cpu")
 
 
 WIDEST = {
@@ -207,7 +196,7 @@ def test_thread_counts_agree(op):
 @pytest.mark.parametrize("op", sorted(registry.ops()))
 def test_opcheck(op, backend):
     args = calls.apply(cases.first(op).build(torch.float32), calls.copy)
-    torch.library.opcheck(getattr(torch.ops.kbfgs_ext, op).default, (*args, backend))
+    torch.library.opcheck(getattr(torch.ops.kbfgs_ext, op).default, (), args | {"backend": backend})
 
 
 def test_the_extension_has_a_function_for_every_op():
@@ -230,7 +219,7 @@ def lists(op):
     args = cases.first(op).build(torch.float32)
     return [
         name
-        for name, value in zip(names(op), args, strict=True)
+        for name, value in args.items()
         if isinstance(value, list) and value and value[-1].dim() > 0
         and (op, name) != ("curvature_update_", "work")  # has room to spare
     ]  # fmt: skip
@@ -239,10 +228,10 @@ def lists(op):
 def shortened(op, name):
     """Calls of the op with the list's last tensor an element too short, or left out."""
     args = cases.first(op).build(torch.float32)
-    value = dict(zip(names(op), args, strict=True))[name]
-    yield with_argument(op, args, name, [*value[:-1], value[-1].flatten()[:-1].clone()])
-    if name != LEADING.get(op, names(op)[0]):
-        yield with_argument(op, args, name, value[:-1])
+    value = args[name]
+    yield args | {name: [*value[:-1], value[-1].flatten()[:-1].clone()]}
+    if name != LEADING.get(op, calls.names(op)[0]):
+        yield args | {name: value[:-1]}
 
 
 @pytest.mark.parametrize(
@@ -253,7 +242,7 @@ def test_a_call_cannot_reach_past_a_tensor(op, name):
     for short in shortened(op, name):
         before = calls.apply(short, calls.copy)
         with pytest.raises((ValueError, IndexError)):
-            getattr(torch.ops.kbfgs_ext, op)(*short, "cpu")
+            calls.call(op, short, "cpu")
         for (argument, g), (_, b) in zip(
             calls.flat(op, short), calls.flat(op, before), strict=True
         ):
@@ -262,9 +251,9 @@ def test_a_call_cannot_reach_past_a_tensor(op, name):
 
 def test_too_few_elements_are_said_by_name():
     v, c = torch.ones(3), torch.zeros(4, dtype=torch.int64)
-    args = ([torch.eye(3)], [c], [v], [v], [], [v[:2]], None)
+    args = dict(H=[torch.eye(3)], counts=[c], s=[v], y=[v], Hy=[], c=[v[:2]])
     with pytest.raises(ValueError, match="c must have 3 elements, got 2"):
-        torch.ops.kbfgs_ext.bfgs_update_(*args, "cpu")
-    args = ([torch.eye(3)], [v.clone()], [torch.ones(5, 4)], 0.5, None)
+        calls.call("bfgs_update_", args, "cpu")
+    args = dict(A=[torch.eye(3)], a_bar=[v.clone()], X=[torch.ones(5, 4)], decay=0.5)
     with pytest.raises(ValueError, match="X must have rows of 3 elements or one less"):
-        torch.ops.kbfgs_ext.factor_ema_(*args, "cpu")
+        calls.call("factor_ema_", args, "cpu")

@@ -15,6 +15,7 @@ import torch
 
 from kbfgs_ext.ops import registry
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
+from tests.helpers.calls import Args
 from tests.helpers.traffic import AUTOENCODERS, BATCH
 
 MEMORY = 100
@@ -57,13 +58,12 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
-def call(op: str, args: list) -> None:
+def call(op: str, args: Args) -> None:
     """The op's Triton implementation itself: dispatch would ask for a GPU."""
-    module = importlib.import_module(f"kbfgs_ext.ops.{registry.ops()[op]}.triton")
-    getattr(module, op)(*args)
+    registry.implementation(op, "triton").run(args)
 
 
-def launches_of(op: str, args: list) -> list[Launch]:
+def launches_of(op: str, args: Args) -> list[Launch]:
     """What a call launches."""
     with recorded() as launches:
         call(op, args)
@@ -72,7 +72,7 @@ def launches_of(op: str, args: list) -> list[Launch]:
 
 def model_calls(
     name: str, dtype: torch.dtype, input_dtype: torch.dtype | None = None
-) -> dict[str, tuple[str, list]]:
+) -> dict[str, tuple[str, Args]]:
     """Calls of every op on an autoencoder: {what: (op, arguments)}; numbers are not set."""
     return calls_of(AUTOENCODERS[name], dtype, input_dtype)
 
@@ -82,7 +82,7 @@ def calls_of(
     dtype: torch.dtype,
     input_dtype: torch.dtype | None = None,
     batch: int = BATCH,
-) -> dict[str, tuple[str, list]]:
+) -> dict[str, tuple[str, Args]]:
     """The same for a network of these sizes."""
     d_in, n_g = sizes[:-1], sizes[1:]
     n_a = [d + 1 for d in d_in]
@@ -107,55 +107,64 @@ def calls_of(
     scalars = empty(*[()] * count, like=torch.float64)
     scratch = vectors([workspace_size(a, g) for a, g in zip(n_a, n_g, strict=True)])
     ok = torch.empty((), dtype=torch.bool)
-    a_bar = vectors(n_a)
-    g = [vectors(n_g) for _ in range(7)]
-    means = g[2:6]
+    a_bar, a_next = vectors(n_a), vectors(n_a)
+    s, y, Hy, c, h_change, g_bar, g_bar_next = (vectors(n_g) for _ in range(7))
+    pair = dict(s=s, y=y)
+    changes = dict(h_change=h_change, g_bar=g_bar, g_bar_next=g_bar_next)
+    parameters, gradient = dict(W=W, b=b), dict(dW=dW, db=db)
+    averaging = dict(momentum=0.9, weight_decay=1e-5)
+
+    def damping(H):
+        return pair | dict(Hy=Hy, counts=counts, H=H, lam=scalars, mu1=0.2, ok=ok)
 
     def curvature(A, X):
-        return ("curvature_update_", [H_a, H_g, g[0], g[1], counts, counts, scratch, A, X, a_bar,
-                *means, scalars, scalars, 0.9, 0.2, ok, ok])  # fmt: skip
+        return pair | changes | dict(
+            H_a=H_a, H_g=H_g, counts_a=counts, counts_g=counts, work=scratch, A=A, X=X, a_bar=a_bar,
+            lam_a=scalars, lam_g=scalars, pair_decay=0.9, mu1=0.2, ok=ok, ok_pair=ok,
+        )  # fmt: skip
+
+    def restart(H=(), pushed=(), lam=(), A=(), X=(), force=ok):
+        lists = dict(H=H, pushed=pushed, marks=marks, counts=counts, lam=lam, A=A, X=X)
+        return {name: list(value) for name, value in lists.items()} | dict(after=10, force=force)
 
     def judge(slope, after):
         scale, loss, loss_next = empty((), (), ())
-        decision = [torch.empty(3, dtype=torch.bool)]
-        return ("judge_", [[scale], vectors([4]), counts[:1], decision, [loss], [loss_next], slope,
-                1e-6, 0.5, 1.1, 0.5, 1e-6, 2.0, 50, after, ok])  # fmt: skip
+        return dict(
+            scale=[scale], watched=vectors([4]), counts=counts[:1],
+            decision=[torch.empty(3, dtype=torch.bool)], loss=[loss], loss_next=[loss_next],
+            slope=slope, noise=1e-6, shrink=0.5, grow=1.1, sufficient=0.5, smallest=1e-6, surge=2.0,
+            window=50, restart_after=after, ok=ok,
+        )  # fmt: skip
 
-    def two_loop(form, out, Q):
-        return "lbfgs_two_loop_", [out, Q, S, Y, rho, pushed, form]
-
-    return {
-        "factor_ema_": ("factor_ema_", [A, a_bar, X, 0.9, ok]),
-        "factor_ema_, means alone": ("factor_ema_", [[], a_bar, X, 0.9, ok]),
-        "hessian_action_": ("hessian_action_", [a_bar, X, vectors(n_a), scalars]),
-        "pair_ema_": ("pair_ema_", [g[0], g[1], *means, 0.9, ok]),
-        "double_damping_": (
-            "double_damping_", [g[0], g[1], g[2], counts, H_g, scalars, 0.2, ok],
-        ),
-        "double_damping_, Hy given": (
-            "double_damping_", [g[0], g[1], g[2], counts, [], scalars, 0.2, ok],
-        ),
-        "bfgs_update_": ("bfgs_update_", [H_g, counts, g[0], g[1], [], g[2], ok]),
+    ring = dict(S=S, Y=Y, rho=rho, pushed=pushed)
+    product = dict(P=P, H_g=H_g, M=M, H_a=H_a, work=work)
+    found = {
+        "factor_ema_": dict(A=A, a_bar=a_bar, X=X, decay=0.9, ok=ok),
+        "factor_ema_, means alone": dict(A=[], a_bar=a_bar, X=X, decay=0.9, ok=ok),
+        "hessian_action_": dict(y=a_bar, X=X, s=a_next, lam=scalars),
+        "pair_ema_": pair | changes | dict(decay=0.9, ok=ok),
+        "double_damping_": damping(H_g),
+        "double_damping_, Hy given": damping([]),
+        "bfgs_update_": pair | dict(H=H_g, counts=counts, Hy=[], c=c, ok=ok),
         "curvature_update_, ema": curvature(A, []),
         "curvature_update_, minibatch": curvature([], X),
-        "restart_, from A": ("restart_", [H_a, [], marks, counts, scalars, A, [], 10, ok]),
-        "restart_, from X": ("restart_", [H_a, [], marks, counts, scalars, [], X, 10, ok]),
-        "restart_, to I": ("restart_", [H_g, [], marks, counts, [], [], [], 10, None]),
-        "restart_, a ring": ("restart_", [[], pushed, marks, counts, [], [], [], 10, ok]),
-        "lbfgs_two_loop_, recursion": two_loop("recursion", P, M),
-        "lbfgs_two_loop_, compact": two_loop("compact", P, M),
-        "lbfgs_two_loop_, compact, a vector": two_loop("compact", g[0], g[1]),
-        "lbfgs_push_": ("lbfgs_push_", [S, Y, rho, pushed, counts, g[0], g[1], g[2], ok]),
-        "kron_precondition_": ("kron_precondition_", [P, H_g, M, H_a, work]),
-        "kron_precondition_, no H_g": ("kron_precondition_", [P, [], M, H_a, work]),
-        "momentum_": ("momentum_", [M, dW, db, W, b, 0.9, 1e-5, ok]),
-        "descend_": ("descend_", [W, b, P, scalars, ok]),
-        "slope_": ("slope_", [g[0], W, b, P, dW, db]),
-        "output_change_": ("output_change_", [g[0], W, b, P, a_bar, vectors(n_a)]),
-        "restore_": ("restore_", [W, b, P, ok]),
-        "kron_step_": (
-            "kron_step_", [W, b, M, P, work, dW, db, H_g, H_a, scalars, 0.9, 1e-5, ok],
-        ),
+        "restart_, from A": restart(H_a, lam=scalars, A=A),
+        "restart_, from X": restart(H_a, lam=scalars, X=X),
+        "restart_, to I": restart(H_g, force=None),
+        "restart_, a ring": restart(pushed=pushed),
+        "lbfgs_two_loop_, recursion": ring | dict(out=P, Q=M, form="recursion"),
+        "lbfgs_two_loop_, compact": ring | dict(out=P, Q=M, form="compact"),
+        "lbfgs_two_loop_, compact, a vector": ring | dict(out=s, Q=y, form="compact"),
+        "lbfgs_push_": ring | pair | dict(counts=counts, c=c, ok=ok),
+        "kron_precondition_": product,
+        "kron_precondition_, no H_g": product | dict(H_g=[]),
+        "momentum_": parameters | gradient | averaging | dict(M=M, ok=ok),
+        "descend_": parameters | dict(P=P, step_size=scalars, ok=ok),
+        "slope_": parameters | gradient | dict(slope=s, saved=P),
+        "output_change_": parameters | dict(change=s, saved=P, a_bar=a_bar, a_bar_next=a_next),
+        "restore_": parameters | dict(saved=P, undo=ok),
+        "kron_step_": product | parameters | gradient | averaging | dict(step_size=scalars, ok=ok),
         "judge_": judge(empty(()), 10),
         "judge_, no slope, no restarts": judge([], None),
-    }  # fmt: skip
+    }
+    return {what: (what.split(",")[0], args) for what, args in found.items()}

@@ -6,8 +6,10 @@ import torch
 
 from kbfgs_ext.ops import checks
 from kbfgs_ext.ops.checks import Tensors
+from kbfgs_ext.ops.library import op
 
 
+@op("bfgs_update", writes=("H", "counts"))
 def bfgs_update_(
     H: Tensors,
     counts: Tensors,
@@ -47,7 +49,6 @@ def bfgs_update_(
             checks.shape(name, i, v, n)
             checks.like(name, i, v, h)
         checks.shape("counts", i, counts[i], 4)
-    torch.ops.kbfgs_ext.bfgs_update_(H, counts, s, y, Hy, c, ok, backend)
 
 
 def workspace_size(n_a: int, n_g: int) -> int:
@@ -55,6 +56,7 @@ def workspace_size(n_a: int, n_g: int) -> int:
     return 3 * (n_a + n_g) + 32
 
 
+@op("bfgs_update", writes=("H_a", "H_g", "s", "y", "counts_a", "counts_g", "work"))
 def curvature_update_(
     H_a: Tensors,
     H_g: Tensors,
@@ -66,8 +68,7 @@ def curvature_update_(
     A: Tensors,
     X: Tensors,
     a_bar: Tensors,
-    h_bar: Tensors,
-    h_bar_next: Tensors,
+    h_change: Tensors,
     g_bar: Tensors,
     g_bar_next: Tensors,
     lam_a: Tensors,
@@ -88,14 +89,15 @@ def curvature_update_(
         H_a: (n_a, n_a) each, symmetric, updated; an empty list updates the H_g alone (then
             counts_a, A, X, a_bar and lam_a are empty too).
         H_g: (n_g, n_g) each, symmetric, updated; an empty list updates the H_a alone (then s, y,
-            counts_g, h_bar, h_bar_next, g_bar, g_bar_next and lam_g are empty too).
+            counts_g, h_change, g_bar, g_bar_next and lam_g are empty too).
         s, y: (n_g,) each: the moving averages of the pair, updated.
         counts_a, counts_g: (4,) int64 each.
         work: scratch of `workspace_size` elements each.
         A: (n_a, n_a) each; or empty, and then ``X`` is used.
         X: (m, d_in) each, as in `factor_ema_`; or empty when ``A`` is given.
         a_bar: (n_a,) each.
-        h_bar, h_bar_next, g_bar, g_bar_next: (n_g,) each.
+        h_change: (n_g,) each: of the mean output, as `output_change_` gives it.
+        g_bar, g_bar_next: (n_g,) each.
         lam_a, lam_g: float64 scalar each, on the device.
         pair_decay: decay of (5), in [0, 1).
         mu1: Powell's threshold, in [0, 1).
@@ -122,10 +124,7 @@ def curvature_update_(
             checks.like("A", i, A[i], h)
         else:
             checks.rows("X", i, X[i], n_a)
-    g_side = {
-        "s": s, "y": y, "h_bar": h_bar, "h_bar_next": h_bar_next, "g_bar": g_bar,
-        "g_bar_next": g_bar_next,
-    }  # fmt: skip
+    g_side = {"s": s, "y": y, "h_change": h_change, "g_bar": g_bar, "g_bar_next": g_bar_next}
     checks.same_length(H_g=H_g, counts_g=counts_g, lam_g=lam_g, **g_side)
     for i, h in enumerate(H_g):
         n_g = h.shape[0]
@@ -139,12 +138,9 @@ def curvature_update_(
         wanted = workspace_size(H_a[i].shape[0] if H_a else 0, H_g[i].shape[0] if H_g else 0)
         if w.numel() < wanted:
             raise ValueError(f"work[{i}] must have at least {wanted} elements, got {w.numel()}")
-    torch.ops.kbfgs_ext.curvature_update_(
-        H_a, H_g, s, y, counts_a, counts_g, work, A, X, a_bar, h_bar, h_bar_next, g_bar,
-        g_bar_next, lam_a, lam_g, pair_decay, mu1, ok, ok_pair, backend,
-    )  # fmt: skip
 
 
+@op("bfgs_update", writes=("H", "pushed", "marks"))
 def restart_(
     H: Tensors,
     pushed: Tensors,
@@ -205,4 +201,3 @@ def restart_(
             checks.like("A", i, A[i], H[i])
         if X:
             checks.rows("X", i, X[i], n)
-    torch.ops.kbfgs_ext.restart_(H, pushed, marks, counts, lam, A, X, after, force, backend)

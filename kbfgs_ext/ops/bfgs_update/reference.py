@@ -6,7 +6,6 @@ import torch
 
 from kbfgs_ext.ops.double_damping.reference import ACCEPTED, REJECTED, double_damping_, pair_ema_
 from kbfgs_ext.ops.factor_ema.reference import hessian_action_
-from kbfgs_ext.ops.registry import register
 
 CURVATURE_GATE = 1e-4  # of (8), relative to s's*||c||: the authors' value
 
@@ -27,7 +26,6 @@ def count(counts, accept, ok) -> None:
     counts[REJECTED] += ~accept if ok is None else ~accept & ok
 
 
-@register("bfgs_update_", "bfgs_update", "reference")
 def bfgs_update_(H, counts, s, y, Hy, c, ok) -> None:
     for i in range(len(H)):
         Hy_i = Hy[i] if Hy else H[i] @ y[i]
@@ -43,10 +41,9 @@ def bfgs_update_(H, counts, s, y, Hy, c, ok) -> None:
         count(counts[i], accept, ok)
 
 
-@register("curvature_update_", "bfgs_update", "reference")
 def curvature_update_(
-    H_a, H_g, s, y, counts_a, counts_g, work, A, X, a_bar, h_bar, h_bar_next, g_bar, g_bar_next,
-    lam_a, lam_g, pair_decay, mu1, ok, ok_pair,
+    H_a, H_g, s, y, counts_a, counts_g, A, X, a_bar, h_change, g_bar, g_bar_next, lam_a, lam_g,
+    pair_decay, mu1, ok, ok_pair,
 ) -> None:  # fmt: skip
     s_a = [H @ a for H, a in zip(H_a, a_bar, strict=True)]  # (10)
     if A:
@@ -58,16 +55,15 @@ def curvature_update_(
 
     # A void second pass leaves s, y and H_g alone; a layer whose own means are not finite too.
     for i in range(len(H_g)):
-        means = (h_bar[i], h_bar_next[i], g_bar[i], g_bar_next[i])
-        fine = torch.stack([torch.isfinite(v).all() for v in means]).all()
+        averaged = [h_change[i]], [g_bar[i]], [g_bar_next[i]]
+        fine = torch.stack([torch.isfinite(v).all() for (v,) in averaged]).all()
         fine = fine if ok_pair is None else fine & ok_pair
-        pair_ema_([s[i]], [y[i]], *([v] for v in means), pair_decay, fine)
+        pair_ema_([s[i]], [y[i]], *averaged, pair_decay, fine)
         s_g, y_g, Hy = s[i].clone(), y[i].clone(), torch.empty_like(y[i])  # damp only copies
         double_damping_([s_g], [y_g], [Hy], [counts_g[i]], [H_g[i]], [lam_g[i]], mu1, fine)
         bfgs_update_([H_g[i]], [counts_g[i]], [s_g], [y_g], [Hy], [g_bar[i]], fine)
 
 
-@register("restart_", "bfgs_update", "reference")
 def restart_(H, pushed, marks, counts, lam, A, X, after, force) -> None:
     for i in range(len(marks)):
         accepted, rejected = counts[i][ACCEPTED], counts[i][REJECTED]

@@ -287,8 +287,8 @@ def bfgs_update_(H, counts, s, y, Hy, c, ok) -> None:
 
 
 def curvature_update_(
-    H_a, H_g, s, y, counts_a, counts_g, work, A, X, a_bar, h_bar, h_bar_next, g_bar, g_bar_next,
-    lam_a, lam_g, pair_decay, mu1, ok, ok_pair,
+    H_a, H_g, s, y, counts_a, counts_g, work, A, X, a_bar, h_change, g_bar, g_bar_next, lam_a,
+    lam_g, pair_decay, mu1, ok, ok_pair,
 ) -> None:  # fmt: skip
     """Steps 6 to 9 for all layers: four launches with A, five with X."""
     if not H_a and not H_g:
@@ -296,8 +296,7 @@ def curvature_update_(
     T, device = real_type(*H_a, *H_g), work[0].device
     plan = _Plan([h.shape[0] for h in (*H_a, *H_g)])
     X, A, a_bar = by_rows(X), by_rows(A), by_rows(a_bar)
-    h_bar, h_bar_next = by_rows(h_bar), by_rows(h_bar_next)
-    g_bar, g_bar_next = by_rows(g_bar), by_rows(g_bar_next)
+    h_change, g_bar, g_bar_next = by_rows(h_change), by_rows(g_bar), by_rows(g_bar_next)
     x_rows = row_blocks_of_X(X) if X else [0] * len(H_a)
     rows, parts = [], 0
     for i, h in enumerate(H_a):
@@ -310,9 +309,11 @@ def curvature_update_(
         rows.append([n, *matrix(h), *own, ACTIVATION.value, *last])
     for i, h in enumerate(H_g):
         n, skip = h.shape[0], 3 * (H_a[i].shape[0] if H_a else 0)
-        pair = (s[i], y[i], h_bar[i], h_bar_next[i], g_bar[i], g_bar_next[i])
+        pair = (s[i], y[i], h_change[i], g_bar[i], g_bar_next[i])
         own = [*_slices(work[i], skip, n), pointer(g_bar[i]), pointer(counts_g[i])]
-        rows.append([n, *matrix(h), *own, pointer(lam_g[i]), GRADIENT.value, *map(pointer, pair)])
+        rows.append(
+            [n, *matrix(h), *own, pointer(lam_g[i]), GRADIENT.value, *map(pointer, pair), 0]
+        )
     table = TABLES.get(
         device, rows, plan.row_blocks, x_rows + [0] * len(H_g),
         plan.row_blocks[: len(H_a)] + [1] * len(H_g), plan.row_blocks, plan.tiles,

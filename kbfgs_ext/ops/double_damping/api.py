@@ -6,26 +6,28 @@ import torch
 
 from kbfgs_ext.ops import checks
 from kbfgs_ext.ops.checks import Tensors
+from kbfgs_ext.ops.library import op
 
 
+@op("double_damping", writes=("s", "y"))
 def pair_ema_(
     s: Tensors,
     y: Tensors,
-    h_bar: Tensors,
-    h_bar_next: Tensors,
+    h_change: Tensors,
     g_bar: Tensors,
     g_bar_next: Tensors,
     decay: float,
     ok: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """Average the differences that the second pass has seen, for all layers.
+    """Average the changes that the second pass has seen, for all layers.
 
-    (5)  s <- decay*s + (1-decay)*(h_bar_next - h_bar),  y likewise from g_bar
+    (5)  s <- decay*s + (1-decay)*h_change,  y <- decay*y + (1-decay)*(g_bar_next - g_bar)
 
     Args:
         s, y: (n_g,) each, updated; a layer whose new value is not finite keeps the old one.
-        h_bar, h_bar_next, g_bar, g_bar_next: (n_g,) each.
+        h_change: (n_g,) each: of the mean output, as `output_change_` gives it.
+        g_bar, g_bar_next: (n_g,) each.
         decay: in [0, 1).
         ok: bool scalar on the device; where false nothing is updated.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
@@ -37,21 +39,15 @@ def pair_ema_(
     """
     checks.backend(backend)
     checks.fraction("decay", decay)
-    others = {
-        "y": y,
-        "h_bar": h_bar,
-        "h_bar_next": h_bar_next,
-        "g_bar": g_bar,
-        "g_bar_next": g_bar_next,
-    }
+    others = {"y": y, "h_change": h_change, "g_bar": g_bar, "g_bar_next": g_bar_next}
     checks.same_length(s=s, **others)
     for name, vectors in others.items():
         for i, v in enumerate(vectors):
             checks.shape(name, i, v, s[i].shape[0])
             checks.like(name, i, v, s[i])
-    torch.ops.kbfgs_ext.pair_ema_(s, y, h_bar, h_bar_next, g_bar, g_bar_next, decay, ok, backend)
 
 
+@op("double_damping", writes=("s", "y", "Hy", "counts"))
 def double_damping_(
     s: Tensors,
     y: Tensors,
@@ -98,4 +94,3 @@ def double_damping_(
         if H:
             checks.shape("H", i, H[i], n, n)
             checks.like("H", i, H[i], v)
-    torch.ops.kbfgs_ext.double_damping_(s, y, Hy, counts, H, lam, mu1, ok, backend)

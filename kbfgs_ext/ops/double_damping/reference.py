@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from kbfgs_ext.ops.registry import register
-
 ACCEPTED, REJECTED, POWELL, LM = range(4)  # columns of `counts`
 
 
-@register("pair_ema_", "double_damping", "reference")
-def pair_ema_(s, y, h_bar, h_bar_next, g_bar, g_bar_next, decay, ok) -> None:
+def pair_ema_(s, y, h_change, g_bar, g_bar_next, decay, ok) -> None:
     for i in range(len(s)):
-        s_new = decay * s[i] + (1 - decay) * (h_bar_next[i] - h_bar[i])  # (5)
+        s_new = decay * s[i] + (1 - decay) * h_change[i]  # (5)
         y_new = decay * y[i] + (1 - decay) * (g_bar_next[i] - g_bar[i])  # (5)
         keep = torch.isfinite(s_new).all() & torch.isfinite(y_new).all()
         keep = keep if ok is None else keep & ok
@@ -20,7 +17,6 @@ def pair_ema_(s, y, h_bar, h_bar_next, g_bar, g_bar_next, decay, ok) -> None:
         y[i].copy_(torch.where(keep, y_new, y[i]))
 
 
-@register("double_damping_", "double_damping", "reference")
 def double_damping_(s, y, Hy, counts, H, lam, mu1, ok) -> None:
     for i in range(len(s)):
         mu2 = lam[i].to(s[i].dtype)

@@ -1,7 +1,7 @@
 """double_damping in Triton: equations (5) to (7), one program per layer and decision.
 
 launch                   programs            bytes per layer, element size e
-`_pair_ema`              one per layer       6 n e read twice (the second time from cache), 2 n e
+`_pair_ema`              one per layer       5 n e read twice (the second time from cache), 2 n e
 `_products`              per 16 rows         n^2 e read: H y and H s in one pass over H
 `_damp`                  one per layer       4 n e read, 3 n e written
 `_damped_product`        per 16 rows         n^2 e read, but only where both dampings were at work
@@ -47,9 +47,9 @@ from kbfgs_ext.ops.triton_common import (
     vector,
 )
 
-# More words of a row: the moving averages and the means of both passes.
-S_AVG, Y_AVG, H_BAR, H_NEXT, G_BAR, G_NEXT = (tl.constexpr(i) for i in range(10, 16))
-AVERAGE_WORDS = 16
+# More words of a row: the moving averages, and what they average.
+S_AVG, Y_AVG, H_CHANGE, G_BAR, G_NEXT = (tl.constexpr(i) for i in range(10, 15))
+AVERAGE_WORDS = 15
 # One more word of a row in `double_damping_`: where the layer's H s begins in the scratch.
 HS = tl.constexpr(9)
 DAMP_WORDS = 10
@@ -60,13 +60,13 @@ POWELL, LM = tl.constexpr(2), tl.constexpr(3)  # words of `counts`
 
 @triton.jit
 def averaged(row, j, n, decay, T: tl.constexpr):
-    """(5): elements j of the new averages s and y, and whether the means there are finite."""
+    """(5): elements j of the new averages s and y, and whether what they average is finite."""
     beta, rest = number(decay, T), number(1 - decay, T)
-    h, h_next = vector(at(row, H_BAR, T), j, n), vector(at(row, H_NEXT, T), j, n)
+    change = vector(at(row, H_CHANGE, T), j, n)
     g, g_next = vector(at(row, G_BAR, T), j, n), vector(at(row, G_NEXT, T), j, n)
-    s = beta * vector(at(row, S_AVG, T), j, n) + rest * (h_next - h)
+    s = beta * vector(at(row, S_AVG, T), j, n) + rest * change
     y = beta * vector(at(row, Y_AVG, T), j, n) + rest * (g_next - g)
-    return s, y, finite(h) & finite(h_next) & finite(g) & finite(g_next)
+    return s, y, finite(change) & finite(g) & finite(g_next)
 
 
 @triton.jit
@@ -205,12 +205,12 @@ def _damped_product(
         tl.store(at(row, HY, T) + i, Hy, mask=i < n)
 
 
-def pair_ema_(s, y, h_bar, h_bar_next, g_bar, g_bar_next, decay, ok) -> None:
+def pair_ema_(s, y, h_change, g_bar, g_bar_next, decay, ok) -> None:
     """(5) for all layers: one launch."""
     if not s:
         return
     T, device = real_type(*s), s[0].device
-    means = [by_rows(given) for given in (h_bar, h_bar_next, g_bar, g_bar_next)]
+    means = [by_rows(given) for given in (h_change, g_bar, g_bar_next)]
     rows = []
     for i, v in enumerate(s):
         vectors = (v, y[i], *(given[i] for given in means))

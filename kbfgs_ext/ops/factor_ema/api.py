@@ -6,8 +6,10 @@ import torch
 
 from kbfgs_ext.ops import checks
 from kbfgs_ext.ops.checks import Tensors
+from kbfgs_ext.ops.library import op
 
 
+@op("factor_ema", writes=("A", "a_bar"))
 def factor_ema_(
     A: Tensors,
     a_bar: Tensors,
@@ -43,9 +45,9 @@ def factor_ema_(
         if A:
             checks.shape("A", i, A[i], mean.shape[0], mean.shape[0])
             checks.like("A", i, A[i], mean)
-    torch.ops.kbfgs_ext.factor_ema_(A, a_bar, X, decay, ok, backend)
 
 
+@op("factor_ema", writes=("y",))
 def hessian_action_(
     y: Tensors, X: Tensors, s: Tensors, lam: Tensors, backend: str = "auto"
 ) -> None:
@@ -71,4 +73,3 @@ def hessian_action_(
         checks.rows("X", i, x, v.shape[0])
         checks.shape("y", i, out, v.shape[0])
         checks.like("y", i, out, v)
-    torch.ops.kbfgs_ext.hessian_action_(y, X, s, lam, backend)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from kbfgs_ext.ops.registry import register
-
 
 def augmented(X: torch.Tensor, n_a: int) -> torch.Tensor:
     """X~ = [X, 1] where the factor has one row more than X has columns, else X."""
     return X if n_a == X.shape[1] else torch.cat([X, X.new_ones(X.shape[0], 1)], dim=1)
 
 
-@register("factor_ema_", "factor_ema", "reference")
 def factor_ema_(A, a_bar, X, decay, ok) -> None:
     for i in range(len(X)):
         X_t = augmented(X[i].to(a_bar[i].dtype), a_bar[i].shape[0])  # m x n_a
@@ -26,7 +23,6 @@ def factor_ema_(A, a_bar, X, decay, ok) -> None:
             A[i].copy_(torch.where(keep, new, A[i]))
 
 
-@register("hessian_action_", "factor_ema", "reference")
 def hessian_action_(y, X, s, lam) -> None:
     for i in range(len(X)):
         X_t = augmented(X[i].to(s[i].dtype), s[i].shape[0])

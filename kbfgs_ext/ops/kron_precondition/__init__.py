@@ -1,9 +1,5 @@
 """kron_precondition: see README.md in this folder."""
 
-from kbfgs_ext.ops import triton_backend
-from kbfgs_ext.ops.kron_precondition import cuda as cuda
-from kbfgs_ext.ops.kron_precondition import native as native
-from kbfgs_ext.ops.kron_precondition import reference as reference
 from kbfgs_ext.ops.kron_precondition.api import (
     descend_,
     kron_precondition_,
@@ -23,5 +19,3 @@ __all__ = [
     "restore_",
     "slope_",
 ]
-
-triton_backend.register("kron_precondition", *__all__)

@@ -9,8 +9,10 @@ import torch
 
 from kbfgs_ext.ops import checks
 from kbfgs_ext.ops.checks import Tensors
+from kbfgs_ext.ops.library import op
 
 
+@op("kron_precondition", writes=("P", "work"))
 def kron_precondition_(
     P: Tensors, H_g: Tensors, M: Tensors, H_a: Tensors, work: Tensors, backend: str = "auto"
 ) -> None:
@@ -44,9 +46,9 @@ def kron_precondition_(
         ):
             checks.shape(name, i, t, *wanted)
             checks.like(name, i, t, m)
-    torch.ops.kbfgs_ext.kron_precondition_(P, H_g, M, H_a, work, backend)
 
 
+@op("kron_precondition", writes=("M",))
 def momentum_(
     M: Tensors,
     dW: Tensors,
@@ -79,9 +81,9 @@ def momentum_(
     checks.fraction("momentum", momentum)
     checks.same_length(M=M, dW=dW, db=db, W=W, b=b)
     _check_parameters(M, ("dW", dW), ("W", W), ("db", db), ("b", b))
-    torch.ops.kbfgs_ext.momentum_(M, dW, db, W, b, momentum, weight_decay, ok, backend)
 
 
+@op("kron_precondition", writes=("W", "b", "P"))
 def descend_(
     W: Tensors,
     b: Tensors,
@@ -109,9 +111,9 @@ def descend_(
     checks.backend(backend)
     checks.same_length(W=W, b=b, P=P, step_size=step_size)
     _check_parameters(P, ("W", W), ("b", b))
-    torch.ops.kbfgs_ext.descend_(W, b, P, step_size, ok, backend)
 
 
+@op("kron_precondition", writes=("slope",))
 def slope_(
     slope: Tensors,
     W: Tensors,
@@ -145,9 +147,9 @@ def slope_(
     for i, before in enumerate(saved):
         checks.shape("slope", i, slope[i], len(before))
         checks.like("slope", i, slope[i], before)
-    torch.ops.kbfgs_ext.slope_(slope, W, b, saved, dW, db, backend)
 
 
+@op("kron_precondition", writes=("change",))
 def output_change_(
     change: Tensors,
     W: Tensors,
@@ -175,7 +177,7 @@ def output_change_(
     Raises:
         ValueError: a shape, dtype or device does not fit.
 
-    Source: h_bar_next - h_bar in step 6 of the algorithm, for a linear layer.
+    Source: the change of h_bar in step 6 of the algorithm, for a linear layer.
     """
     checks.backend(backend)
     checks.same_length(change=change, W=W, b=b, saved=saved, a_bar=a_bar, a_bar_next=a_bar_next)
@@ -189,9 +191,9 @@ def output_change_(
         ):
             checks.shape(name, i, t, wanted)
             checks.like(name, i, t, before)
-    torch.ops.kbfgs_ext.output_change_(change, W, b, saved, a_bar, a_bar_next, backend)
 
 
+@op("kron_precondition", writes=("W", "b"))
 def restore_(
     W: Tensors, b: Tensors, saved: Tensors, undo: torch.Tensor, backend: str = "auto"
 ) -> None:
@@ -209,9 +211,9 @@ def restore_(
     checks.backend(backend)
     checks.same_length(W=W, b=b, saved=saved)
     _check_parameters(saved, ("W", W), ("b", b))
-    torch.ops.kbfgs_ext.restore_(W, b, saved, undo, backend)
 
 
+@op("kron_precondition", writes=("W", "b", "M", "P", "work"))
 def kron_step_(
     W: Tensors,
     b: Tensors,
@@ -244,9 +246,6 @@ def kron_step_(
         checks.shape("H_a", i, H_a[i], n_a, n_a)
         checks.shape("P", i, P[i], n_g, n_a)
         checks.shape("work", i, work[i], n_g, n_a)
-    torch.ops.kbfgs_ext.kron_step_(
-        W, b, M, P, work, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok, backend
-    )
 
 
 def _check_parameters(joined: Tensors, *named: tuple[str, Tensors]) -> None:

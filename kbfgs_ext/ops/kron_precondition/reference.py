@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from kbfgs_ext.ops.registry import register
-
 
 def joined(W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """[W, b], n_g x n_a."""
     return torch.cat([W, b[:, None]], dim=1) if b.numel() else W
 
 
-@register("momentum_", "kron_precondition", "reference")
 def momentum_(M, dW, db, W, b, momentum, weight_decay, ok) -> None:
     for i in range(len(M)):
         D = joined(dW[i], db[i]).to(M[i].dtype)
@@ -24,14 +21,12 @@ def momentum_(M, dW, db, W, b, momentum, weight_decay, ok) -> None:
         M[i].copy_(M_new if ok is None else torch.where(ok, M_new, M[i]))
 
 
-@register("kron_precondition_", "kron_precondition", "reference")
-def kron_precondition_(P, H_g, M, H_a, work) -> None:
+def kron_precondition_(P, H_g, M, H_a) -> None:
     for i in range(len(P)):
         left = H_g[i] @ M[i] if H_g else M[i]
         P[i].copy_(left @ H_a[i])  # (3)
 
 
-@register("descend_", "kron_precondition", "reference")
 def descend_(W, b, P, step_size, ok) -> None:
     for i in range(len(W)):
         before = joined(W[i], b[i]).to(P[i].dtype)
@@ -41,32 +36,26 @@ def descend_(W, b, P, step_size, ok) -> None:
         _write(W[i], b[i], after)
 
 
-@register("slope_", "kron_precondition", "reference")
 def slope_(slope, W, b, saved, dW, db) -> None:
     for i in range(len(slope)):
         moved = joined(W[i], b[i]).to(saved[i].dtype) - saved[i]
         slope[i].copy_((joined(dW[i], db[i]).to(saved[i].dtype) * moved).sum(dim=1))  # (13)
 
 
-@register("output_change_", "kron_precondition", "reference")
 def output_change_(change, W, b, saved, a_bar, a_bar_next) -> None:
     for i in range(len(change)):
         moved = joined(W[i], b[i]).to(saved[i].dtype) - saved[i]
         change[i].copy_(moved @ a_bar_next[i] + saved[i] @ (a_bar_next[i] - a_bar[i]))  # (15)
 
 
-@register("restore_", "kron_precondition", "reference")
 def restore_(W, b, saved, undo) -> None:
     for i in range(len(W)):
         _write(W[i], b[i], torch.where(undo, saved[i], joined(W[i], b[i]).to(saved[i].dtype)))
 
 
-@register("kron_step_", "kron_precondition", "reference")
-def kron_step_(
-    W, b, M, P, work, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok
-) -> None:  # fmt: skip
+def kron_step_(W, b, M, P, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok) -> None:
     momentum_(M, dW, db, W, b, momentum, weight_decay, ok)
-    kron_precondition_(P, H_g, M, H_a, work)
+    kron_precondition_(P, H_g, M, H_a)
     descend_(W, b, P, step_size, ok)
 
 

@@ -6,10 +6,12 @@ import torch
 
 from kbfgs_ext.ops import checks
 from kbfgs_ext.ops.checks import Tensors
+from kbfgs_ext.ops.library import op
 
 FORMS = ("auto", "recursion", "compact")
 
 
+@op("lbfgs_two_loop", writes=("out",))
 def lbfgs_two_loop_(
     out: Tensors,
     Q: Tensors,
@@ -51,9 +53,9 @@ def lbfgs_two_loop_(
             checks.shape(name, i, pairs, p, q.shape[0])
             checks.like(name, i, pairs, q)
         checks.shape("rho", i, rho[i], p)
-    torch.ops.kbfgs_ext.lbfgs_two_loop_(out, Q, S, Y, rho, pushed, form, backend)
 
 
+@op("lbfgs_two_loop", writes=("S", "Y", "rho", "pushed", "counts"))
 def lbfgs_push_(
     S: Tensors,
     Y: Tensors,
@@ -88,4 +90,3 @@ def lbfgs_push_(
         for name, v in (("s", s[i]), ("y", y[i]), ("c", c[i])):
             checks.shape(name, i, v, n)
             checks.like(name, i, v, pairs)
-    torch.ops.kbfgs_ext.lbfgs_push_(S, Y, rho, pushed, counts, s, y, c, ok, backend)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from kbfgs_ext.ops.bfgs_update.reference import count, gate
-from kbfgs_ext.ops.registry import register
 
 
 def by_age(S, Y, rho, pushed) -> tuple[torch.Tensor, ...]:
@@ -51,7 +50,6 @@ def compact(Q, S, Y, rho, pushed) -> torch.Tensor:
     return Q + S.T @ v - Y.T @ u
 
 
-@register("lbfgs_two_loop_", "lbfgs_two_loop", "reference")
 def lbfgs_two_loop_(out, Q, S, Y, rho, pushed, form) -> None:
     apply = compact if form == "compact" else two_loop
     for i in range(len(out)):
@@ -59,7 +57,6 @@ def lbfgs_two_loop_(out, Q, S, Y, rho, pushed, form) -> None:
         out[i].copy_(apply(columns, S[i], Y[i], rho[i], pushed[i]).reshape(out[i].shape))
 
 
-@register("lbfgs_push_", "lbfgs_two_loop", "reference")
 def lbfgs_push_(S, Y, rho, pushed, counts, s, y, c, ok) -> None:
     for i in range(len(S)):
         finite = torch.isfinite(s[i] @ s[i]) & torch.isfinite(y[i] @ y[i])

@@ -6,8 +6,10 @@ import torch
 
 from kbfgs_ext.ops import checks
 from kbfgs_ext.ops.checks import Tensors
+from kbfgs_ext.ops.library import op
 
 
+@op("safeguard", writes=("scale", "watched", "counts", "decision"))
 def judge_(
     scale: Tensors,
     watched: Tensors,
@@ -82,7 +84,3 @@ def judge_(
     for name, value in (("window", window), ("restart_after", restart_after)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    torch.ops.kbfgs_ext.judge_(
-        scale, watched, counts, decision, loss, loss_next, slope, noise, shrink, grow, sufficient,
-        smallest, surge, window, restart_after, ok, backend,
-    )  # fmt: skip

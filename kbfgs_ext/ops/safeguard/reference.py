@@ -6,12 +6,9 @@ import math
 
 import torch
 
-from kbfgs_ext.ops.registry import register
-
 UNDONE, RESTARTS = 2, 3  # words of `counts`
 
 
-@register("judge_", "safeguard", "reference")
 def judge_(scale, watched, counts, decision, loss, loss_next, slope, noise, shrink, grow,
            sufficient, smallest, surge, window, restart_after, ok) -> None:  # fmt: skip
     for i in range(len(scale)):

@@ -25,7 +25,7 @@ def compared(op, args, got):
         if not g.is_floating_point():
             scale = 0.0
         elif op == "lbfgs_two_loop_":
-            scale = max(t.abs().max().item(), args[1][0].abs().max().item())
+            scale = max(t.abs().max().item(), args["Q"][0].abs().max().item())
         else:
             scale = compare.error(before, torch.zeros_like(before))
         if g.dtype == torch.float64:
@@ -78,11 +78,8 @@ PARAMETERS = ["W", "b", "dW", "db"]
 )
 def test_16_bit_parameters_and_inputs(op, inputs, dtype):
     """State is fp32 all the same, and errors are fp32's but for the rounding of W and b."""
-    names = [argument.name for argument in calls.schema(op)]
-    args = [
-        calls.apply([arg], lambda t: t.to(dtype))[0] if name in inputs else arg
-        for name, arg in zip(names, cases.first(op).build(torch.float32), strict=True)
-    ]
+    args = cases.first(op).build(torch.float32)
+    args |= calls.apply({name: args[name] for name in inputs}, lambda t: t.to(dtype))
     compared(op, args, calls.run(op, args, "triton"))
 
 
@@ -120,22 +117,19 @@ VOID = {
 
 @pytest.mark.parametrize("op", VOID)
 def test_void_call_leaves_every_bit(op):
-    names = [argument.name for argument in calls.schema(op)]
-    args = cases.first(op).build(torch.float32)
-    args[names.index("ok")] = torch.tensor(False)
+    args = cases.first(op).build(torch.float32) | {"ok": torch.tensor(False)}
     got = calls.run(op, args, "triton")
     for name in VOID[op]:
-        place = names.index(name)
-        for g, before in zip(got[place], args[place], strict=True):
+        for g, before in zip(got[name], args[name], strict=True):
             compare.assert_same_bits(g, before, name)
 
 
 def poisoned(op):
     """(argument, value) for every floating argument that the op reads."""
     return [
-        (place, value)
-        for place, argument in enumerate(calls.schema(op))
-        if argument.name not in ("work", "a_bar" if op == "factor_ema_" else "", "out", "lam")
+        (name, value)
+        for name in calls.names(op)
+        if name not in ("work", "a_bar" if op == "factor_ema_" else "", "out", "lam")
         for value in (float("nan"), float("inf"))
     ]
 
@@ -146,14 +140,14 @@ def poisoned(op):
 )
 def test_a_number_that_is_not_finite_does_what_it_does_in_the_reference(op):
     """The last layer is spoiled, argument by argument: decisions, and all other layers, agree."""
-    for place, value in poisoned(op):
+    for argument, value in poisoned(op):
         args = cases.first(op).build(torch.float64)
-        if not isinstance(args[place], list) or not args[place]:
+        if not isinstance(args[argument], list) or not args[argument]:
             continue
-        spoiled = args[place][-1]
+        spoiled = args[argument][-1]
         if not spoiled.is_floating_point() or spoiled.dim() == 0:
             continue
-        if calls.schema(op)[place].name in ("A", "H"):  # symmetric, and so is what spoils it
+        if argument in ("A", "H"):  # symmetric, and so is what spoils it
             spoiled[len(spoiled) // 2, len(spoiled) // 2] = value
         else:
             spoiled.view(-1)[spoiled.numel() // 2] = value
@@ -163,13 +157,12 @@ def test_a_number_that_is_not_finite_does_what_it_does_in_the_reference(op):
         ):
             if not name.startswith("work"):
                 scale = 100.0 if g.is_floating_point() else 0.0
-                compare.assert_as_accurate(g, w, w, f"{name} after {place} {value}", scale)
+                compare.assert_as_accurate(g, w, w, f"{name} after {argument} {value}", scale)
 
 
 def test_average_that_overflows_keeps_the_old_pair():
     """Finite means whose difference is not: s and y stay, and the update goes on with them."""
     args = cases.of("curvature_update_")[0].build(torch.float32)
-    names = [argument.name for argument in calls.schema("curvature_update_")]
-    for name, value in (("h_bar", -3e38), ("h_bar_next", 3e38)):
-        args[names.index(name)][0][0] = value
+    for name, value in (("g_bar", -3e38), ("g_bar_next", 3e38)):
+        args[name][0][0] = value
     compared("curvature_update_", args, calls.run("curvature_update_", args, "triton"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from tests.helpers import traffic
+from tests.helpers import calls, traffic
 from tests.triton import recorder
 
 SIZES, BATCH = (196, 250, 62), 96  # the interpreter is slow
@@ -75,9 +75,9 @@ def fill(arg) -> None:
 @pytest.mark.parametrize("what", sorted(traffic.TRITON))
 def test_bytes_are_the_ones_of_the_tables(what):
     op, args = recorder.calls_of(SIZES, torch.float32, batch=BATCH)[what]
-    for arg in args:
+    for arg in args.values():
         fill(arg)
     with counted() as counter:
-        getattr(torch.ops.kbfgs_ext, op)(*args, "triton")
+        calls.call(op, args, "triton")
     reckoned = traffic.TRITON[what](traffic.layers(SIZES, BATCH)) / traffic.FP32
     assert 0.99 * reckoned <= counter.elements <= EDGE * reckoned

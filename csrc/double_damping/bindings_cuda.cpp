@@ -1,0 +1,55 @@
+// double_damping's ops on CUDA.
+#include "../bindings.h"
+
+#include <vector>
+
+#include "../common/cuda_arguments.h"
+#include "double_damping_cuda.h"
+
+namespace kbfgs::cuda {
+
+namespace {
+
+void pair_ema_cuda(const Call& call) {
+  const Tensors& s = call.tensors("s");
+  by_dtype("cuda", s, [&](auto zero) {
+    using T = decltype(zero);
+    CudaArguments<T> args(call, s[0]);
+    std::vector<PairLayer<T>> layers;
+    for (size_t i = 0; i < s.size(); ++i) {
+      const int64_t n = s[i].numel();
+      layers.push_back(
+          {args.state("s", i, n), args.state("y", i, n), args.input("h_change", i, n),
+           args.input("g_bar", i, n), args.input("g_bar_next", i, n), int(n)});
+    }
+    pair_ema(layers, call.number("decay"), args.flag("ok"), args.stream());
+  });
+}
+
+void double_damping_cuda(const Call& call) {
+  const Tensors& s = call.tensors("s");
+  by_dtype("cuda", s, [&](auto zero) {
+    using T = decltype(zero);
+    CudaArguments<T> args(call, s[0]);
+    const bool with_H = args.given("H");
+    std::vector<DampingLayer<T>> layers;
+    for (size_t i = 0; i < s.size(); ++i) {
+      const int64_t n = s[i].numel();
+      layers.push_back(
+          {args.state("s", i, n), args.state("y", i, n),
+           with_H ? args.state("Hy", i, n) : args.input("Hy", i, n),
+           with_H ? args.state("H", i, n * n) : nullptr, args.integers("counts", i, 4),
+           args.scalar("lam", i), int(n)});
+    }
+    double_damping(layers, call.number("mu1"), args.flag("ok"), args.stream());
+  });
+}
+
+}  // namespace
+
+void bind_double_damping(pybind11::module_& module) {
+  def(module, "pair_ema_cuda", &pair_ema_cuda);
+  def(module, "double_damping_cuda", &double_damping_cuda);
+}
+
+}  // namespace kbfgs::cuda

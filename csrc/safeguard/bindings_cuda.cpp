@@ -1,0 +1,24 @@
+// The judgement (14) on CUDA.
+#include "../bindings.h"
+#include "../common/cuda_arguments.h"
+#include "safeguard_arguments.h"
+#include "safeguard_cuda.h"
+
+namespace kbfgs::cuda {
+
+namespace {
+
+void judge_cuda(const Call& call) {
+  const Tensors& scale = call.tensors("scale");
+  by_dtype("cuda", scale, [&](auto zero) {
+    CudaArguments<decltype(zero)> args(call, scale[0]);
+    const auto all = judgements(args, scale.size());
+    judge(all, judge_rule(call), args.flag("ok"), args.stream());
+  });
+}
+
+}  // namespace
+
+void bind_safeguard(pybind11::module_& module) { def(module, "judge_cuda", &judge_cuda); }
+
+}  // namespace kbfgs::cuda
