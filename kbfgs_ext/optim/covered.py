@@ -241,6 +241,11 @@ class Part:
         """Their bias gradients plus ``decay*b``."""
         return [layer.db(decay) for layer in self.layers]
 
+    def lam_a(self) -> Tensors:
+        """Their dampings of the activation side: scalars on the device."""
+        relative = self.settings.relative_damping
+        return self["lam_a"] if relative else [self.scalars.lam_a] * len(self.layers)
+
     def X(self) -> Tensors:
         """The input rows that their observers have kept."""
         return [layer.observer.X() for layer in self.layers]

@@ -7,6 +7,7 @@ import torch
 from kbfgs_ext import ops
 from kbfgs_ext.optim.covered import Part
 from kbfgs_ext.optim.factors import Tensors
+from kbfgs_ext.optim.settings import Settings
 
 SHORTEST = 1e-20  # length of a direction that still is one
 
@@ -14,8 +15,8 @@ SHORTEST = 1e-20  # length of a direction that still is one
 class Direction:
     """The paper's: P = H_g M H_a; ``step_length`` says how far a layer goes along it."""
 
-    def __init__(self, step_length: str) -> None:
-        self._step_length = step_length
+    def __init__(self, settings: Settings) -> None:
+        self._step_length, self._nesterov = settings.step_length, settings.nesterov
 
     def descend(self, part: Part, work: Tensors, ok: torch.Tensor) -> None:
         """M, P and the weights of a step; ``work`` is the product scratch."""
@@ -25,7 +26,7 @@ class Direction:
         M, momentum = part["M"], part.group["momentum"]
         W, b, dW, db = part.W(), part.b(), part.dW(inside), part.db(inside)
         fused = part.has("H_g") and part.activation.live and part.gradient.live
-        if fused and self._step_length == "direction":
+        if fused and not self._nesterov and self._step_length == "direction":
             ops.kron_step_(
                 W=W,
                 b=b,
@@ -43,8 +44,13 @@ class Direction:
                 backend=part.backend,
             )
         else:
-            ops.momentum_(M, dW, db, W, b, momentum, decay - inside, ok, part.backend)
-            part.gradient.precondition(part, work)
+            gradient = (dW, db, W, b, momentum, decay - inside, ok, part.backend)
+            ops.momentum_(M, *gradient)
+            if self._nesterov:  # P starts as what M would be after the same gradient once more
+                torch._foreach_copy_(part["P"], M)
+                M = part["P"]
+                ops.momentum_(M, *gradient)
+            part.gradient.precondition(part, M, work)
             ops.descend_(W, b, part["P"], self._sizes(part), ok, part.backend)
         part.written()
         if part.halved:

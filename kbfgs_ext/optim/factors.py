@@ -85,12 +85,18 @@ class Factor:
     def start(self, lam: torch.Tensor) -> None:
         """The factor of the first step, with the damping ``lam``."""
 
+    def _scales(self) -> Shapes:
+        """What relative dampings of the gradient side are made of."""
+        names = ("ss", "yy") if self.settings.relative_damping else ()
+        return dict.fromkeys(names, ((), torch.float64))
+
     # A step's, on all layers of a part. Those of the gradient side also do what is left to do for
     # the activation side, because the ops take both sides at once.
 
     @staticmethod
-    def precondition(part: Part, work: Tensors) -> None:
-        """Step 4: P = H_g M H_a; ``work`` is the product scratch, as far as there is an H_a."""
+    def precondition(part: Part, M: Tensors, work: Tensors) -> None:
+        """Step 4: P = H_g M H_a, where ``M`` may stand in P; ``work`` is the product scratch, as
+        far as there is an H_a."""
         raise NotImplementedError
 
     @staticmethod
@@ -105,11 +111,18 @@ class Identity(Factor):
     live = False
 
     @staticmethod
-    def precondition(part: Part, work: Tensors) -> None:
-        if part.activation.live:
-            ops.kron_precondition_(part["P"], [], part["M"], part["H_a"], work, part.backend)
-        else:
-            torch._foreach_copy_(part["P"], part["M"])
+    def precondition(part: Part, M: Tensors, work: Tensors) -> None:
+        P = part["P"]
+        if not part.activation.live:
+            torch._foreach_copy_(P, M)
+            return
+        for these in _one_after_another(work):
+            N = M[these]
+            if N[0] is P[these][0]:
+                torch._foreach_copy_(work[these], N)
+                N = work[these]
+            H_a = part["H_a"][these]
+            ops.kron_precondition_(P[these], [], N, H_a, work[these], part.backend)
 
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
@@ -123,12 +136,16 @@ class ActivationMatrix(Factor):
     ========= ========= ===============================
     A         n_a x n_a activation factor ("ema" alone)
     H_a       n_a x n_a inverse activation factor
+    v, lam_a  scalar    mean square input, and the damping made of it (relative_damping)
     ========= ========= ===============================
     """
 
     def kept_shapes(self, real: torch.dtype) -> Shapes:
         names = ("H_a", "A") if self.settings.keep_A else ("H_a",)
-        return super().kept_shapes(real) | dict.fromkeys(names, ((self.n, self.n), real))
+        shapes = super().kept_shapes(real) | dict.fromkeys(names, ((self.n, self.n), real))
+        if self.settings.relative_damping:
+            shapes |= dict.fromkeys(("v", "lam_a"), ((), torch.float64))
+        return shapes
 
     @property
     def average(self) -> torch.Tensor:
@@ -171,12 +188,13 @@ class GradientMatrix(Factor):
     ======== ========= =====================
     H_g      n_g x n_g inverse gradient factor
     s, y     n_g       moving averages of the pair
+    ss, yy   scalar    moving averages of its squared changes (relative_damping)
     ======== ========= =====================
     """
 
     def kept_shapes(self, real: torch.dtype) -> Shapes:
         own: Shapes = {"H_g": ((self.n, self.n), real), "s": ((self.n,), real)}
-        return super().kept_shapes(real) | own | {"y": ((self.n,), real)}
+        return super().kept_shapes(real) | own | {"y": ((self.n,), real)} | self._scales()
 
     def clear(self) -> None:
         super().clear()
@@ -187,13 +205,13 @@ class GradientMatrix(Factor):
         _start_scale(self.kept["H_g"].diagonal(), self.settings.initial_scale, lam)
 
     @staticmethod
-    def precondition(part: Part, work: Tensors) -> None:
+    def precondition(part: Part, M: Tensors, work: Tensors) -> None:
+        P, H_g = part["P"], part["H_g"]
         if part.activation.live:
-            H_g, H_a = part["H_g"], part["H_a"]
-            ops.kron_precondition_(part["P"], H_g, part["M"], H_a, work, part.backend)
+            ops.kron_precondition_(P, H_g, M, part["H_a"], work, part.backend)
         else:
-            for layer in part.layers:
-                torch.mm(layer["H_g"], layer["M"], out=layer["P"])
+            for p, h, m in zip(P, H_g, M, strict=True):
+                torch.mm(h, m.clone() if m is p else m, out=p)
 
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
@@ -209,6 +227,7 @@ class PairRing(Factor):
     pushed    scalar  pairs pushed so far
     gamma     scalar  H_g is gamma times what the ring says (initial_scale other than 1)
     s, y      n_g     moving averages of the pair
+    ss, yy    scalar  moving averages of its squared changes (relative_damping)
     ========= ======= ===========================================================
 
     The ring starts from I. To start from gamma*I it holds the pairs (s, gamma*y), and H_g is gamma
@@ -224,7 +243,7 @@ class PairRing(Factor):
         shapes |= dict.fromkeys(("s", "y"), ((self.n,), real))
         if self.settings.initial_scale != 1.0:
             shapes["gamma"] = ((), real)
-        return shapes
+        return shapes | self._scales()
 
     def scratch_shapes(self) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(("s_damped", "y_damped", "Hy"), (self.n,))
@@ -235,15 +254,12 @@ class PairRing(Factor):
             _start_scale(self.kept["gamma"], self.settings.initial_scale, lam)
 
     @staticmethod
-    def precondition(part: Part, work: Tensors) -> None:
-        """P = H_g (M H_a), layer after layer on the CPU, where all share the scratch."""
-        M, P = part["M"], part["P"]
+    def precondition(part: Part, M: Tensors, work: Tensors) -> None:
+        P = part["P"]
         if not part.activation.live:
-            PairRing.apply(part, P, M)
+            PairRing.apply(part, P, [m.clone() if m is p else m for m, p in zip(M, P, strict=True)])
             return
-        step = 1 if work[0].device.type == "cpu" else len(M)
-        for i in range(0, len(M), step):
-            these = slice(i, i + step)
+        for these in _one_after_another(work):
             ops.kron_precondition_(
                 work[these], [], M[these], part["H_a"][these], P[these], part.backend
             )
@@ -288,6 +304,13 @@ class PairRing(Factor):
         restart(part, "g", verdict.order_g)
 
 
+def _one_after_another(work: Tensors) -> list[slice]:
+    """Layer after layer on the CPU, where all share the scratch; all at once elsewhere."""
+    if work[0].device.type != "cpu":
+        return [slice(None)]
+    return [slice(i, i + 1) for i in range(len(work))]
+
+
 def _start_scale(place: torch.Tensor, gamma: float | str, lam_g: torch.Tensor) -> None:
     if isinstance(gamma, str):
         place.copy_(1 / lam_g)
@@ -319,7 +342,7 @@ def _update_matrices(
             h_change=of(gradients, "h_change"),
             g_bar=of(gradients, "g_bar"),
             g_bar_next=of(gradients, "g_bar_next"),
-            lam_a=[part.scalars.lam_a] * n if activations else [],
+            lam_a=part.lam_a() if activations else [],
             lam_g=[part.scalars.lam_g] * n if gradients else [],
             pair_decay=part.group["pair_decay"],
             mu1=part.group["powell"],
@@ -354,7 +377,7 @@ def restart(
         pushed=[] if matrices else part["pushed"],
         marks=part["marks_" + side],
         counts=part["counts_" + side],
-        lam=[part.scalars.lam_a] * len(part.layers) if of_a else [],
+        lam=part.lam_a() if of_a else [],
         A=part["A"] if of_a and not X else [],
         X=list(X) if of_a else [],
         after=after,

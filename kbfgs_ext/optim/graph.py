@@ -53,7 +53,8 @@ class CapturedStep:
         for x, y in loader:
             loss = step(x, y)
 
-    The first ``warm_up`` calls are ordinary steps, on a stream of their own; then one is captured.
+    The first ``warm_up`` calls are ordinary steps, on a stream of their own; then one is captured,
+    and with pair_every or factor_every above 1 one of every kind, each when it comes next.
     From there on a call copies its inputs to the graph's and replays it, with the same results.
     lr, damping, damping_a and damping_g of the optimizer's groups may change between calls, by a
     scheduler or by hand. On a CPU every call is an ordinary step.
@@ -85,7 +86,8 @@ class CapturedStep:
         self._calls = 0
         self._stream: Any = None  # of warm-up and capture
         self._inputs: tuple[torch.Tensor, ...] = ()
-        self._graph: Graph | None = None
+        self._graphs: dict[tuple[bool, bool], Graph] = {}  # by `Step.kind`
+        self._warm: set[tuple[bool, bool]] = set()  # the kinds that an ordinary step has shown
         self._baked: list[dict[str, Any]] = []
         # What a replay writes and the optimizer might let go of: an ordinary step between replays
         # makes other copies when other parameters have gradients.
@@ -94,7 +96,7 @@ class CapturedStep:
     @property
     def captured(self) -> bool:
         """Whether steps are replays by now."""
-        return self._graph is not None
+        return bool(self._graphs)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """One training step on a minibatch; the arguments go to the loss function.
@@ -113,12 +115,14 @@ class CapturedStep:
         self._calls += 1
         if self._optimizer.device.type != "cuda":
             return self._ordinary(inputs)
-        if self._graph is None:
+        kind = self._optimizer.steps.kind
+        if kind not in self._graphs:
             started = all(layer.started for layer in self._optimizer.layers)
-            if self._calls <= self._warm_up or not started:
+            if self._calls <= self._warm_up or not started or kind not in self._warm:
+                self._warm.add(kind)
                 return self._on_the_side(inputs)
-            self._capture(inputs)
-        return self._replay(inputs)
+            self._capture(inputs, kind)
+        return self._replay(inputs, self._graphs[kind])
 
     def _closure(self, inputs: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
         def closure() -> torch.Tensor:
@@ -151,28 +155,34 @@ class CapturedStep:
             )
         return loss
 
-    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
+    def _capture(self, inputs: tuple[torch.Tensor, ...], kind: tuple[bool, bool]) -> None:
         self._refuse()
-        self._inputs = tuple(t.clone() for t in inputs)
-        self._baked = self._present()
+        if not self._graphs:
+            self._inputs = tuple(t.clone() for t in inputs)
+            self._baked = self._present()
+        self._check_baked()
         closure = self._closure(self._inputs)
         with self._optimizer.steps.captured():
-            self._graph = Graph(lambda: self._optimizer.step_once(closure).detach(), self._stream)
-        self._held = self._optimizer.steps.copies()
+            self._graphs[kind] = Graph(
+                lambda: self._optimizer.step_once(closure).detach(), self._stream
+            )
+        self._held += self._optimizer.steps.copies()
 
-    def _replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        assert self._graph is not None
+    def _check_baked(self) -> None:
         if self._present() != self._baked:
             raise RuntimeError(
                 f"{', '.join(BAKED)} and the fallback's settings are part of the captured step and"
                 " have changed since, or a checkpoint was loaded, or restart() called; make a new"
                 " CapturedStep (a fallback whose lr is a tensor on the device may change it)"
             )
+
+    def _replay(self, inputs: tuple[torch.Tensor, ...], graph: Graph) -> torch.Tensor:
+        self._check_baked()
         with self._optimizer.replayed_step():
             for mine, given in zip(self._inputs, inputs, strict=True):
                 mine.copy_(given, non_blocking=True)
-            self._graph.replay()
-        return self._graph.result
+            graph.replay()
+        return graph.result
 
     def _check_inputs(self, inputs: tuple[torch.Tensor, ...]) -> None:
         for i, given in enumerate(inputs):
@@ -190,12 +200,7 @@ class CapturedStep:
 
     def _refuse(self) -> None:
         """Raise RuntimeError for what a graph cannot hold."""
-        optimizer, settings = self._optimizer, self._optimizer.settings
-        if settings.pair_every > 1 or settings.factor_every > 1:
-            raise RuntimeError(
-                "this step cannot be captured: with pair_every or factor_every above 1 one step is"
-                " not like the next"
-            )
+        optimizer = self._optimizer
         for group in optimizer.param_groups:
             if not group.get("capturable", True):
                 raise RuntimeError(

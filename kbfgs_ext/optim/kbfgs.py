@@ -77,6 +77,10 @@ class KBFGS(CoveredOptimizer):
             length alike: -lr*(R/r)*P, with r the root mean square of the rows of a layer's P and R
             that of the rows of all P of its param group (of the layers with the same factors).
             "layer" takes from P the direction alone: -lr*P/r.
+        nesterov: precondition not M but what it would be after the same gradient once more.
+        relative_damping: the dampings are shares: lam_a of the mean square of a layer's inputs,
+            lam_g of its curvature along its own steps. False takes them as they are, in units of
+            squared inputs and of the loss, as the paper does.
         exclude: layers that go to the fallback: modules, with all that is in them, and names or
             patterns of names ("head", "blocks.*.qkv").
         context: modules outside ``model`` that the closure runs too, such as a frozen or otherwise
@@ -126,6 +130,8 @@ class KBFGS(CoveredOptimizer):
         restart_after: int | None = 10,
         initial_scale: float | str = 1.0,
         step_length: str = "direction",
+        nesterov: bool = False,
+        relative_damping: bool = False,
         exclude: nn.Module | str | Iterable[nn.Module | str] = (),
         context: nn.Module | Iterable[nn.Module] | None = None,
         generators: Iterable[torch.Generator] = (),
@@ -158,6 +164,8 @@ class KBFGS(CoveredOptimizer):
             restart_after=restart_after,
             initial_scale=initial_scale,
             step_length=step_length,
+            nesterov=bool(nesterov),
+            relative_damping=bool(relative_damping),
         )
         super().__init__(model, settings, defaults, groups, fallback, exclude, context, generators)
 

@@ -36,6 +36,8 @@ class Settings:
     restart_after: int | None = 10
     initial_scale: float | str = 1.0
     step_length: str = "direction"
+    nesterov: bool = False
+    relative_damping: bool = False
 
     def __post_init__(self) -> None:
         if self.memory is not None:
@@ -94,4 +96,5 @@ class Settings:
             "max_factor_dim": self.max_factor_dim,
             "restart_after": self.restart_after,
             "initial_scale": self.initial_scale,
+            "relative_damping": self.relative_damping,
         }

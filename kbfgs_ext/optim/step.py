@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from kbfgs_ext.ops import registry
-from kbfgs_ext.optim import direction, gradients, hyper
+from kbfgs_ext.optim import direction, gradients, hyper, scales
 from kbfgs_ext.optim.capture import Pass, Recorder
 from kbfgs_ext.optim.covered import DARK, CoveredLayer, Group, Part, Parts, moved_layers
 from kbfgs_ext.optim.factors import ActivationMatrix, Verdict
@@ -60,7 +60,7 @@ class Step:
         self.settings, self.generators = settings, generators
         self.device = device
         self.guard = Safeguard(settings.rule, device, settings.restart_after, settings.backend)
-        self.direction = direction.Direction(settings.step_length)
+        self.direction = direction.Direction(settings)
         self.fallback: Fallback | None = None
         self.recorder = Recorder()
         self.buffers = Buffers(model)
@@ -131,6 +131,12 @@ class Step:
         self._course, self.due, self.active, self._paired = None, FIRST, [], []
 
     @property
+    def kind(self) -> tuple[bool, bool]:
+        """Of the next step: whether it has a second pass, and whether it needs activations."""
+        settings = self.settings
+        return self.number % settings.pair_every == 0, self.number % settings.factor_every == 0
+
+    @property
     def second_pass_wanted(self) -> bool:
         """Whether the second pass that comes next has anything to show: not in a run whose factors
         have not started, since its first loss or gradients were not finite."""
@@ -158,7 +164,7 @@ class Step:
                 active = []  # there is nothing to start the factors from yet
             self.active = active
             self._paired = [layer for layer in active if layer.observer.complete]
-            paired = not active or self.number % settings.pair_every == 0
+            paired = not active or self.kind[0]
             self.number += bool(active)
             seen = any(layer.observer.has_inputs() for layer in active)
             # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
@@ -195,6 +201,7 @@ class Step:
             verdict = Verdict(ok, ok_pair, order_a, guard.order_g)
             with self.phase("curvature"):
                 for part in self.parts.of(pairs):
+                    scales.measure_pairs(part, ok_pair)
                     part.gradient.update(part, verdict, late)
 
     def _descend(self, active: list[CoveredLayer], verdict: Verdict, late: bool) -> None:
@@ -223,6 +230,7 @@ class Step:
 
     def _statistics(self, part: Part, ok: torch.Tensor) -> None:
         """Step 3: the activation factor and mean; at a layer's start also its damped inverse."""
+        scales.measure_inputs(part, part.X(), ok)
         cold = [layer for layer in part.layers if not layer.started]
         for layer in cold:  # a warm start has left A_0
             decay = 0.0 if not layer.warm_batches else None
@@ -230,8 +238,9 @@ class Step:
             layer.activation.average_one(layer["a_bar"], layer.observer.X(), decay, ok)
         for old in self.parts.of([layer for layer in part.layers if layer.started]):
             ActivationMatrix.average_in(old, old.X(), ok)
-        for layer in cold:
-            layer.activation.start(part.scalars.lam_a)
+        for layer, lam_a in zip(part.layers, part.lam_a(), strict=True):
+            if not layer.started:
+                layer.activation.start(lam_a)
 
     def _slope(self, active: list[CoveredLayer]) -> torch.Tensor:
         """The derivative of the loss along the step just taken, a scalar on the device."""
@@ -289,8 +298,8 @@ class Step:
     def recording(self, which: Pass) -> Iterator[None]:
         """The hooks in the given state."""
         suffix = "_next" if which is Pass.SECOND else ""
-        fresh = self.number % self.settings.factor_every == 0
-        paired = which is Pass.SECOND or self.number % self.settings.pair_every == 0
+        paired, fresh = self.kind
+        paired = paired or which is Pass.SECOND
         for layer in self.layers:
             wanted = layer.activation.live and (fresh or not layer.started)
             keep_inputs = which is not Pass.SECOND and wanted

@@ -1,0 +1,55 @@
+"""The scales that relative dampings are in: a layer's own, measured on the device.
+
+    lam_a <- damping_a * v      v follows the mean square of the layer's inputs, tr(A)/d_in
+    y     <- sqrt(ss/yy) * y    ss, yy follow |h_bar+ - h_bar|^2 and |g_bar+ - g_bar|^2
+
+With y in units of s, lam_g = damping_g is a share of the layer's curvature. Both make a setting
+independent of the scale of inputs and loss.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kbfgs_ext.optim.covered import Part
+from kbfgs_ext.optim.factors import Tensors
+
+FOLLOW_INPUTS = 0.1  # share of a new value in the moving average
+FOLLOW_PAIRS = 0.05
+
+
+def measure_inputs(part: Part, X: Tensors, ok: torch.Tensor) -> None:
+    """Let v follow the rows ``X``, and set lam_a."""
+    if not part.settings.relative_damping:
+        return
+    old = torch.stack(part["v"])
+    squares = torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))
+    torch._foreach_pow_(squares, 2)
+    torch._foreach_div_(squares, [float(x.numel()) for x in X])
+    new = torch.stack(squares).to(old.dtype)
+    _follow(part["v"], old, new, FOLLOW_INPUTS, ok)
+    torch._foreach_copy_(part["lam_a"], torch._foreach_mul(part["v"], part.scalars.lam_a))
+
+
+def measure_pairs(part: Part, ok: torch.Tensor) -> None:
+    """Let ss and yy follow the pair of this step, and put its gradients in units of s."""
+    if not part.settings.relative_damping or not part.gradient.live:
+        return
+    g_bar, g_bar_next = part["g_bar"], part["g_bar_next"]
+    changes = [*part["h_change"], *torch._foreach_sub(g_bar_next, g_bar)]
+    old = torch.stack(part["ss"] + part["yy"])
+    new = torch.stack(torch._foreach_norm(changes)).to(old.dtype).square()
+    _follow(part["ss"] + part["yy"], old, new, FOLLOW_PAIRS, ok)
+    ss, yy = torch.stack(part["ss"]), torch.stack(part["yy"])
+    units = torch.where((ss > 0) & (yy > 0), (ss / yy).sqrt(), 1.0).to(g_bar[0].dtype)
+    torch._foreach_mul_(g_bar, list(units.unbind()))
+    torch._foreach_mul_(g_bar_next, list(units.unbind()))
+
+
+def _follow(
+    places: Tensors, old: torch.Tensor, new: torch.Tensor, share: float, ok: torch.Tensor
+) -> None:
+    """The moving averages ``places``; they begin with the first value that is finite and not 0."""
+    average = torch.where(old > 0, old.lerp(new, share), new)
+    average = torch.where(ok & torch.isfinite(new), average, old)
+    torch._foreach_copy_(places, list(average.unbind()))
