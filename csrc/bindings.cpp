@@ -1,15 +1,20 @@
-// kbfgs_ext._C: functions <op>cpu and <op>cuda (pair_ema_cpu), each taking a call of the op as a dict
-// by argument name (common/call.h). They are in their family's bindings_cpu.cpp and bindings_cuda.cpp.
-// Whatever the kernels do not take raises Unsupported, always before anything is written.
+// kbfgs_ext._C: functions <op>cpu and <op>cuda, each taking a call of the op as a dict by argument
+// name. They are in their family's bindings_cpu.cpp and bindings_cuda.cpp. Whatever the kernels do not
+// take raises Unsupported, always before anything is written.
+#include <pybind11/stl.h>
+
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include <pybind11/stl.h>
-
-#include "bindings.h"
-#include "common/arguments.h"
 #include "common/isa.h"
+#include "common/python.h"
+
+#ifdef KBFGS_WITH_CUDA
+namespace kbfgs::cuda {
+void bind(pybind11::module_& module);  // bindings_cuda.cpp
+}
+#endif
 
 namespace kbfgs {
 
@@ -34,12 +39,10 @@ void use_instruction_set(const std::string& name) {
 PYBIND11_MODULE(_C, module) {
   using namespace kbfgs;
   translate_unsupported();
-  bind_bfgs_update(module);
-  bind_double_damping(module);
-  bind_factor_ema(module);
-  bind_kron_precondition(module);
-  bind_lbfgs_two_loop(module);
-  bind_safeguard(module);
+  for (const auto& ops :
+       {bfgs_update_ops(), double_damping_ops(), factor_ema_ops(), kron_precondition_ops(),
+        lbfgs_two_loop_ops(), safeguard_ops()})
+    define(module, ops);
   module.def("instruction_sets", &instruction_sets);        // that run here; the last is in use
   module.def("use_instruction_set", &use_instruction_set);  // for tests of the others
 #ifdef KBFGS_WITH_CUDA

@@ -1,27 +1,31 @@
-// Each family puts its ops into the module: <family>/bindings_cpu.cpp and bindings_cuda.cpp.
+// What each family has to offer: functions <op>cpu in its bindings_cpu.cpp, <op>cuda in its
+// bindings_cuda.cpp (pair_ema_cpu).
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <utility>
+#include <vector>
+
+#include "common/call.h"
 
 namespace kbfgs {
 
-void bind_bfgs_update(pybind11::module_& module);
-void bind_double_damping(pybind11::module_& module);
-void bind_factor_ema(pybind11::module_& module);
-void bind_kron_precondition(pybind11::module_& module);
-void bind_lbfgs_two_loop(pybind11::module_& module);
-void bind_safeguard(pybind11::module_& module);
+using Functions = std::vector<std::pair<const char*, void (*)(const Call&)>>;
+
+Functions bfgs_update_ops();
+Functions double_damping_ops();
+Functions factor_ema_ops();
+Functions kron_precondition_ops();
+Functions lbfgs_two_loop_ops();
+Functions safeguard_ops();
 
 namespace cuda {
 
-void bind(pybind11::module_& module);  // all families
-
-void bind_bfgs_update(pybind11::module_& module);
-void bind_double_damping(pybind11::module_& module);
-void bind_factor_ema(pybind11::module_& module);
-void bind_kron_precondition(pybind11::module_& module);
-void bind_lbfgs_two_loop(pybind11::module_& module);
-void bind_safeguard(pybind11::module_& module);
+Functions bfgs_update_ops();
+Functions double_damping_ops();
+Functions factor_ema_ops();
+Functions kron_precondition_ops();
+Functions lbfgs_two_loop_ops();
+Functions safeguard_ops();
 
 }  // namespace cuda
 

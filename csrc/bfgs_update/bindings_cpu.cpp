@@ -81,10 +81,12 @@ void restart_cpu(const Call& call) {
 
 }  // namespace
 
-void bind_bfgs_update(pybind11::module_& module) {
-  def(module, "bfgs_update_cpu", &bfgs_update_cpu);
-  def(module, "curvature_update_cpu", &curvature_update_cpu);
-  def(module, "restart_cpu", &restart_cpu);
+Functions bfgs_update_ops() {
+  return {
+      {"bfgs_update_cpu", &bfgs_update_cpu},
+      {"curvature_update_cpu", &curvature_update_cpu},
+      {"restart_cpu", &restart_cpu},
+  };
 }
 
 }  // namespace kbfgs

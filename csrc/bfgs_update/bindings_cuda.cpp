@@ -88,10 +88,12 @@ void restart_cuda(const Call& call) {
 
 }  // namespace
 
-void bind_bfgs_update(pybind11::module_& module) {
-  def(module, "bfgs_update_cuda", &bfgs_update_cuda);
-  def(module, "curvature_update_cuda", &curvature_update_cuda);
-  def(module, "restart_cuda", &restart_cuda);
+Functions bfgs_update_ops() {
+  return {
+      {"bfgs_update_cuda", &bfgs_update_cuda},
+      {"curvature_update_cuda", &curvature_update_cuda},
+      {"restart_cuda", &restart_cuda},
+  };
 }
 
 }  // namespace kbfgs::cuda

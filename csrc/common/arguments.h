@@ -19,17 +19,6 @@ struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-inline void translate_unsupported() {
-  pybind11::register_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const Unsupported& reason) {
-      const auto registry = pybind11::module_::import("kbfgs_ext.ops.registry");
-      PyErr_SetString(registry.attr("Unsupported").ptr(), reason.what());
-    }
-  });
-}
-
 template <typename T>
 struct Strided {
   T* data;  // m x columns, unit column stride

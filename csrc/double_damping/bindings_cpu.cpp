@@ -40,9 +40,8 @@ void double_damping_cpu(const Call& call) {
 
 }  // namespace
 
-void bind_double_damping(pybind11::module_& module) {
-  def(module, "pair_ema_cpu", &pair_ema_cpu);
-  def(module, "double_damping_cpu", &double_damping_cpu);
+Functions double_damping_ops() {
+  return {{"pair_ema_cpu", &pair_ema_cpu}, {"double_damping_cpu", &double_damping_cpu}};
 }
 
 }  // namespace kbfgs

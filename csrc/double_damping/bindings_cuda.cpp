@@ -47,9 +47,8 @@ void double_damping_cuda(const Call& call) {
 
 }  // namespace
 
-void bind_double_damping(pybind11::module_& module) {
-  def(module, "pair_ema_cuda", &pair_ema_cuda);
-  def(module, "double_damping_cuda", &double_damping_cuda);
+Functions double_damping_ops() {
+  return {{"pair_ema_cuda", &pair_ema_cuda}, {"double_damping_cuda", &double_damping_cuda}};
 }
 
 }  // namespace kbfgs::cuda

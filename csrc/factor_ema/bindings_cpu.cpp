@@ -44,9 +44,8 @@ void hessian_action_cpu(const Call& call) {
 
 }  // namespace
 
-void bind_factor_ema(pybind11::module_& module) {
-  def(module, "factor_ema_cpu", &factor_ema_cpu);
-  def(module, "hessian_action_cpu", &hessian_action_cpu);
+Functions factor_ema_ops() {
+  return {{"factor_ema_cpu", &factor_ema_cpu}, {"hessian_action_cpu", &hessian_action_cpu}};
 }
 
 }  // namespace kbfgs

@@ -51,9 +51,8 @@ void hessian_action_cuda(const Call& call) {
 
 }  // namespace
 
-void bind_factor_ema(pybind11::module_& module) {
-  def(module, "factor_ema_cuda", &factor_ema_cuda);
-  def(module, "hessian_action_cuda", &hessian_action_cuda);
+Functions factor_ema_ops() {
+  return {{"factor_ema_cuda", &factor_ema_cuda}, {"hessian_action_cuda", &hessian_action_cuda}};
 }
 
 }  // namespace kbfgs::cuda

@@ -141,14 +141,16 @@ void kron_step_cpu(const Call& call) {
 
 }  // namespace
 
-void bind_kron_precondition(pybind11::module_& module) {
-  def(module, "kron_precondition_cpu", &kron_precondition_cpu);
-  def(module, "momentum_cpu", &momentum_cpu);
-  def(module, "descend_cpu", &descend_cpu);
-  def(module, "slope_cpu", &slope_cpu);
-  def(module, "output_change_cpu", &output_change_cpu);
-  def(module, "restore_cpu", &restore_cpu);
-  def(module, "kron_step_cpu", &kron_step_cpu);
+Functions kron_precondition_ops() {
+  return {
+      {"kron_precondition_cpu", &kron_precondition_cpu},
+      {"momentum_cpu", &momentum_cpu},
+      {"descend_cpu", &descend_cpu},
+      {"slope_cpu", &slope_cpu},
+      {"output_change_cpu", &output_change_cpu},
+      {"restore_cpu", &restore_cpu},
+      {"kron_step_cpu", &kron_step_cpu},
+  };
 }
 
 }  // namespace kbfgs

@@ -149,14 +149,16 @@ void kron_step_cuda(const Call& call) {
 
 }  // namespace
 
-void bind_kron_precondition(pybind11::module_& module) {
-  def(module, "kron_precondition_cuda", &kron_precondition_cuda);
-  def(module, "momentum_cuda", &momentum_cuda);
-  def(module, "descend_cuda", &descend_cuda);
-  def(module, "slope_cuda", &slope_cuda);
-  def(module, "output_change_cuda", &output_change_cuda);
-  def(module, "restore_cuda", &restore_cuda);
-  def(module, "kron_step_cuda", &kron_step_cuda);
+Functions kron_precondition_ops() {
+  return {
+      {"kron_precondition_cuda", &kron_precondition_cuda},
+      {"momentum_cuda", &momentum_cuda},
+      {"descend_cuda", &descend_cuda},
+      {"slope_cuda", &slope_cuda},
+      {"output_change_cuda", &output_change_cuda},
+      {"restore_cuda", &restore_cuda},
+      {"kron_step_cuda", &kron_step_cuda},
+  };
 }
 
 }  // namespace kbfgs::cuda

@@ -56,9 +56,8 @@ void lbfgs_push_cpu(const Call& call) {
 
 }  // namespace
 
-void bind_lbfgs_two_loop(pybind11::module_& module) {
-  def(module, "lbfgs_two_loop_cpu", &lbfgs_two_loop_cpu);
-  def(module, "lbfgs_push_cpu", &lbfgs_push_cpu);
+Functions lbfgs_two_loop_ops() {
+  return {{"lbfgs_two_loop_cpu", &lbfgs_two_loop_cpu}, {"lbfgs_push_cpu", &lbfgs_push_cpu}};
 }
 
 }  // namespace kbfgs

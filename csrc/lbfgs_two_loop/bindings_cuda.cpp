@@ -56,10 +56,8 @@ void lbfgs_push_cuda(const Call& call) {
 
 }  // namespace
 
-void bind_lbfgs_two_loop(pybind11::module_& module) {
-  def(module, "lbfgs_two_loop_cuda", &lbfgs_two_loop_cuda);
-  def(module, "lbfgs_push_cuda", &lbfgs_push_cuda);
-  module.def("two_loop_fits", &two_loop_fits);
+Functions lbfgs_two_loop_ops() {
+  return {{"lbfgs_two_loop_cuda", &lbfgs_two_loop_cuda}, {"lbfgs_push_cuda", &lbfgs_push_cuda}};
 }
 
 }  // namespace kbfgs::cuda

@@ -19,6 +19,8 @@ void judge_cpu(const Call& call) {
 
 }  // namespace
 
-void bind_safeguard(pybind11::module_& module) { def(module, "judge_cpu", &judge_cpu); }
+Functions safeguard_ops() {
+  return {{"judge_cpu", &judge_cpu}};
+}
 
 }  // namespace kbfgs

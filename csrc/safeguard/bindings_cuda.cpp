@@ -19,6 +19,8 @@ void judge_cuda(const Call& call) {
 
 }  // namespace
 
-void bind_safeguard(pybind11::module_& module) { def(module, "judge_cuda", &judge_cuda); }
+Functions safeguard_ops() {
+  return {{"judge_cuda", &judge_cuda}};
+}
 
 }  // namespace kbfgs::cuda

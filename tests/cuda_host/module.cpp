@@ -1,11 +1,14 @@
 // A Python module with the CUDA functions of kbfgs_ext._C, running on the host (cuda_host.h).
 #include <pybind11/pybind11.h>
 
-#include "bindings.h"
-#include "common/arguments.h"
+#include "common/python.h"
 
 #define KBFGS_CUDA_HOST_TYPES
 #include "cuda_host.h"
+
+namespace kbfgs::cuda {
+void bind(pybind11::module_& module);  // bindings_cuda.cpp
+}
 
 PYBIND11_MODULE(KBFGS_HOST_MODULE, module) {
   kbfgs::translate_unsupported();
