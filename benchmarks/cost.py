@@ -120,6 +120,11 @@ def _descend(a: Arguments) -> int:
     return 2 * _sum(torch.numel, a["P"])
 
 
+def _polar(n_g: int, n_a: int, iterations: int) -> int:
+    k, n = min(n_g, n_a), max(n_g, n_a)
+    return 3 * k * k * n + (4 * iterations - 3) * k**3
+
+
 _FLOPS: dict[str, Callable[[Arguments], int]] = {
     "factor_ema_": _factor_ema,
     "hessian_action_": _hessian_action,
@@ -137,5 +142,6 @@ _FLOPS: dict[str, Callable[[Arguments], int]] = {
     "output_change_": lambda a: 5 * _sum(torch.numel, a["saved"]),
     "restore_": lambda a: 0,
     "judge_": lambda a: 0,
+    "polar_": lambda a: _sum(lambda P: _polar(*P.shape, len(a["coefficients"]) // 3), a["P"]),
     "kron_step_": lambda a: _momentum(a) + _kron_precondition(a) + _descend(a),
 }

@@ -41,7 +41,7 @@ PYBIND11_MODULE(_C, module) {
   translate_unsupported();
   for (const auto& ops :
        {bfgs_update_ops(), double_damping_ops(), factor_ema_ops(), kron_precondition_ops(),
-        lbfgs_two_loop_ops(), safeguard_ops()})
+        lbfgs_two_loop_ops(), safeguard_ops(), spectral_ops()})
     define(module, ops);
   module.def("instruction_sets", &instruction_sets);        // that run here; the last is in use
   module.def("use_instruction_set", &use_instruction_set);  // for tests of the others

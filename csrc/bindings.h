@@ -17,6 +17,7 @@ Functions factor_ema_ops();
 Functions kron_precondition_ops();
 Functions lbfgs_two_loop_ops();
 Functions safeguard_ops();
+Functions spectral_ops();
 
 namespace cuda {
 
@@ -26,6 +27,7 @@ Functions factor_ema_ops();
 Functions kron_precondition_ops();
 Functions lbfgs_two_loop_ops();
 Functions safeguard_ops();
+Functions spectral_ops();
 
 }  // namespace cuda
 

@@ -7,7 +7,7 @@ namespace kbfgs::cuda {
 void bind(pybind11::module_& module) {
   for (const auto& ops :
        {bfgs_update_ops(), double_damping_ops(), factor_ema_ops(), kron_precondition_ops(),
-        lbfgs_two_loop_ops(), safeguard_ops()})
+        lbfgs_two_loop_ops(), safeguard_ops(), spectral_ops()})
     define(module, ops);
   module.def("two_loop_fits", &two_loop_fits);
 }

@@ -19,7 +19,9 @@ using Tensors = std::vector<Tensor>;
 
 class Call {
  public:
-  using Value = std::variant<std::monostate, Tensors, Tensor, double, int64_t, std::string>;
+  using Numbers = std::vector<double>;
+  using Value =
+      std::variant<std::monostate, Tensors, Tensor, double, int64_t, std::string, Numbers>;
   using Named = std::pair<std::string_view, Value>;
 
   // Names are not copied: what they point into must outlive this.
@@ -31,6 +33,9 @@ class Call {
   const Tensor& tensor(std::string_view name) const { return get<Tensor>(name, "a tensor"); }
   int64_t integer(std::string_view name) const { return get<int64_t>(name, "an integer"); }
   const std::string& text(std::string_view name) const { return get<std::string>(name, "a string"); }
+  const Numbers& numbers(std::string_view name) const {
+    return get<Numbers>(name, "a list of numbers");
+  }
   double number(std::string_view name) const {
     const int64_t* whole = std::get_if<int64_t>(&find(name));
     return whole ? static_cast<double>(*whole) : get<double>(name, "a number");

@@ -35,8 +35,14 @@ inline Call::Value converted(std::string_view name, PyObject* value) {
   if (PyUnicode_Check(value)) return pybind11::handle(value).cast<std::string>();
   if (!PyList_Check(value) && !PyTuple_Check(value))
     throw std::invalid_argument(std::string(name) + " is of a type that no op takes");
-  Tensors list;
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(value);
+  if (size > 0 && PyFloat_Check(PySequence_Fast_GET_ITEM(value, 0))) {
+    Call::Numbers numbers;
+    for (Py_ssize_t i = 0; i < size; ++i)
+      numbers.push_back(pybind11::handle(PySequence_Fast_GET_ITEM(value, i)).cast<double>());
+    return numbers;
+  }
+  Tensors list;
   list.reserve(static_cast<size_t>(size));
   for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* entry = PySequence_Fast_GET_ITEM(value, i);

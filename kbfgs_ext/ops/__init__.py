@@ -1,4 +1,4 @@
-"""The ops of K-BFGS: six families, each a folder with one implementation per backend.
+"""The ops of K-BFGS: seven families, each a folder with one implementation per backend.
 
 Every op takes lists, with one entry per layer, and writes its arguments named first. See README.md
 in this folder for symbols and equations and how an op is declared, `registry.py` for dispatch.
@@ -19,6 +19,7 @@ from kbfgs_ext.ops.kron_precondition import (
 from kbfgs_ext.ops.lbfgs_two_loop import lbfgs_push_, lbfgs_two_loop_
 from kbfgs_ext.ops.registry import FAMILIES, Unsupported
 from kbfgs_ext.ops.safeguard import judge_
+from kbfgs_ext.ops.spectral import polar_
 
 __all__ = [
     "FAMILIES",
@@ -37,6 +38,7 @@ __all__ = [
     "momentum_",
     "output_change_",
     "pair_ema_",
+    "polar_",
     "restart_",
     "restore_",
     "slope_",

@@ -36,6 +36,7 @@ FAMILIES = (
     "lbfgs_two_loop",
     "kron_precondition",
     "safeguard",
+    "spectral",
 )
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -221,7 +222,7 @@ def _wrong_device(backend: str, args: Iterable[Any]) -> str | None:
     on_cpu = backend == "cpu"
     for arg in args:
         if isinstance(arg, (list, tuple)):
-            tensors = arg
+            tensors = arg if arg and isinstance(arg[0], torch.Tensor) else ()
         elif isinstance(arg, torch.Tensor):
             tensors = (arg,)
         else:

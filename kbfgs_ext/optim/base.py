@@ -179,7 +179,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
         At a layer's start, once, three float64 matrices of its n_a x n_a come on top.
         """
-        return memory_usage(self.layers, self.steps.fallback, self.steps.buffers)
+        return memory_usage(self.layers, self.settings, self.steps.fallback, self.steps.buffers)
 
     def coverage(self) -> reports.Coverage:
         """What is covered: a row per layer with its sizes and factor bytes, and one per parameter

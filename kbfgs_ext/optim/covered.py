@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
+from kbfgs_ext.ops.spectral.api import workspace_size as polar_workspace
 from kbfgs_ext.optim.capture import Observer
 from kbfgs_ext.optim.factors import (
     ActivationMatrix,
@@ -241,6 +242,11 @@ class Part:
         """Their bias gradients plus ``decay*b``."""
         return [layer.db(decay) for layer in self.layers]
 
+    def products(self, scratch: Tensors) -> Tensors:
+        """The product scratch, n_g x n_a each."""
+        shapes = [(layer.n_g, layer.n_a) for layer in self.layers]
+        return [t[: n * k].view(n, k) for t, (n, k) in zip(scratch, shapes, strict=True)]
+
     def lam_a(self) -> Tensors:
         """Their dampings of the activation side: scalars on the device."""
         relative = self.settings.relative_damping
@@ -280,7 +286,7 @@ class Parts:
             return False
         for layer in self.layers:
             layer.allocate()
-        size = product_scratch_elements(self.layers, self._device)
+        size = product_scratch_elements(self.layers, self._settings, self._device)
         self._product = torch.empty(size, dtype=self.layers[0].dtype, device=self._device)
         self.slopes = torch.cat([layer["slope"] for layer in self.layers])
         rows = [layer.n_g for layer in self.layers]
@@ -309,23 +315,32 @@ class Parts:
             for layers in alike.values():
                 yield Part(group, layers, self._settings)
 
-    def work(self, part: Part) -> Tensors:
-        """Each layer's part of the product scratch, n_g x n_a; none for layers without an H_a."""
-        if not part.activation.live:
-            return []
+    def scratch(self, part: Part) -> Tensors:
+        """Each layer's part of the scratch that the direction needs, flat."""
         alone = self._device.type == "cpu"
         views, at = [], 0
         for layer in part.layers:
-            size = layer.n_g * layer.n_a
-            views.append(self._product[at : at + size].view(layer.n_g, layer.n_a))
+            size = direction_elements(layer, self._settings)
+            views.append(self._product[at : at + size])
             at += 0 if alone else size
         return views
 
 
-def product_scratch_elements(layers: list[CoveredLayer], device: torch.device) -> int:
-    """Elements of the scratch of P = H_g M H_a: shared by all layers on the CPU, where they go one
-    after the other; one each on a GPU, where they go at once. Without an H_a none is needed."""
-    sizes = [layer.n_g * layer.n_a for layer in layers if layer.activation.live]
+def direction_elements(layer: CoveredLayer, settings: Settings) -> int:
+    """Elements of scratch that a layer's direction needs: a matrix as large as P for the product
+    H_g M H_a, if there is an H_a, and what the polar factor is made in."""
+    product = layer.n_g * layer.n_a if layer.activation.live else 0
+    if settings.direction == "spectral":
+        product = max(product, polar_workspace(layer.n_g, layer.n_a))
+    return product
+
+
+def product_scratch_elements(
+    layers: list[CoveredLayer], settings: Settings, device: torch.device
+) -> int:
+    """Elements of the direction's scratch: shared by all layers on the CPU, where they go one after
+    the other; one each on a GPU, where they go at once."""
+    sizes = [direction_elements(layer, settings) for layer in layers]
     return max(sizes, default=0) if device.type == "cpu" else sum(sizes)
 
 

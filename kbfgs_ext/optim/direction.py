@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kbfgs_ext import ops
+from kbfgs_ext.ops.spectral import COEFFICIENTS
 from kbfgs_ext.optim.covered import Part
 from kbfgs_ext.optim.factors import Tensors
 from kbfgs_ext.optim.settings import Settings
@@ -13,20 +14,24 @@ SHORTEST = 1e-20  # length of a direction that still is one
 
 
 class Direction:
-    """The paper's: P = H_g M H_a; ``step_length`` says how far a layer goes along it."""
+    """P = H_g M H_a, the paper's, or with direction="spectral" its polar factor, whose singular
+    values are all 1; ``step_length`` says how far a layer goes along it."""
 
     def __init__(self, settings: Settings) -> None:
         self._step_length, self._nesterov = settings.step_length, settings.nesterov
+        self._spectral = settings.direction == "spectral"
 
-    def descend(self, part: Part, work: Tensors, ok: torch.Tensor) -> None:
-        """M, P and the weights of a step; ``work`` is the product scratch."""
+    def descend(self, part: Part, scratch: Tensors, ok: torch.Tensor) -> None:
+        """M, P and the weights of a step; ``scratch`` is flat, and the same for all layers on the
+        CPU."""
+        work = part.products(scratch) if part.activation.live else []
         decay = part.group["weight_decay"]
         # A frozen half of a layer has no gradient: the other's decay is then put in beforehand.
         inside = decay if part.halved else 0.0
         M, momentum = part["M"], part.group["momentum"]
         W, b, dW, db = part.W(), part.b(), part.dW(inside), part.db(inside)
         fused = part.has("H_g") and part.activation.live and part.gradient.live
-        if fused and not self._nesterov and self._step_length == "direction":
+        if fused and self._plain:
             ops.kron_step_(
                 W=W,
                 b=b,
@@ -51,11 +56,18 @@ class Direction:
                 M = part["P"]
                 ops.momentum_(M, *gradient)
             part.gradient.precondition(part, M, work)
+            if self._spectral:
+                ops.polar_(part["P"], scratch, COEFFICIENTS, backend=part.backend)
             ops.descend_(W, b, part["P"], self._sizes(part), ok, part.backend)
         part.written()
         if part.halved:
             for layer in part.layers:
                 layer.hold()
+
+    @property
+    def _plain(self) -> bool:
+        """Whether one op does it all."""
+        return not (self._spectral or self._nesterov) and self._step_length == "direction"
 
     def _sizes(self, part: Part) -> Tensors:
         """What each layer's P is multiplied by."""
@@ -63,7 +75,8 @@ class Direction:
         sizes = [size] * len(P)
         if self._step_length != "direction":
             sizes = _alike(P, size, self._step_length == "balanced")
-        if part.gradient.live and part.has("gamma") and self._step_length != "layer":
+        scaled = self._spectral or self._step_length == "layer"  # what gamma is lost in
+        if part.gradient.live and part.has("gamma") and not scaled:
             sizes = list(torch._foreach_mul(sizes, part["gamma"]))
         return sizes
 

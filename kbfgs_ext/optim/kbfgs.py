@@ -77,6 +77,8 @@ class KBFGS(CoveredOptimizer):
             length alike: -lr*(R/r)*P, with r the root mean square of the rows of a layer's P and R
             that of the rows of all P of its param group (of the layers with the same factors).
             "layer" takes from P the direction alone: -lr*P/r.
+        direction: "newton" is P = H_g M H_a, the paper's. "spectral" takes its polar factor, which
+            has the singular vectors of P and singular values of 1.
         nesterov: precondition not M but what it would be after the same gradient once more.
         relative_damping: the dampings are shares: lam_a of the mean square of a layer's inputs,
             lam_g of its curvature along its own steps. False takes them as they are, in units of
@@ -130,6 +132,7 @@ class KBFGS(CoveredOptimizer):
         restart_after: int | None = 10,
         initial_scale: float | str = 1.0,
         step_length: str = "direction",
+        direction: str = "newton",
         nesterov: bool = False,
         relative_damping: bool = False,
         exclude: nn.Module | str | Iterable[nn.Module | str] = (),
@@ -164,6 +167,7 @@ class KBFGS(CoveredOptimizer):
             restart_after=restart_after,
             initial_scale=initial_scale,
             step_length=step_length,
+            direction=direction,
             nesterov=bool(nesterov),
             relative_damping=bool(relative_damping),
         )

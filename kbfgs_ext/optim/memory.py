@@ -12,10 +12,11 @@ import torch
 from kbfgs_ext.optim.covered import CoveredLayer, product_scratch_elements
 from kbfgs_ext.optim.fallback import Fallback
 from kbfgs_ext.optim.passes import Buffers
+from kbfgs_ext.optim.settings import Settings
 
 
 def memory_usage(
-    layers: list[CoveredLayer], fallback: Fallback | None, buffers: Buffers
+    layers: list[CoveredLayer], settings: Settings, fallback: Fallback | None, buffers: Buffers
 ) -> dict[str, int]:
     """Bytes by kind, and their "total".
 
@@ -34,7 +35,7 @@ def memory_usage(
         for name, shape in layer.scratch_shapes().items():
             add(name if len(shape) == 2 else "vectors", math.prod(shape), layer.dtype)
     first = layers[0]
-    add("product", product_scratch_elements(layers, first.weight.device), first.dtype)
+    add("product", product_scratch_elements(layers, settings, first.weight.device), first.dtype)
     usage["fallback"] = 0 if fallback is None else fallback.bytes()
     usage["buffers"] = buffers.bytes()
     usage["total"] = sum(usage.values())

@@ -12,6 +12,7 @@ from kbfgs_ext.optim.safeguard import SafeguardRule
 
 HESSIAN_ACTIONS = ("ema", "minibatch")
 STEP_LENGTHS = ("direction", "balanced", "layer")
+DIRECTIONS = ("newton", "spectral")
 PRECISIONS = ("highest", "high", "medium")
 
 
@@ -36,6 +37,7 @@ class Settings:
     restart_after: int | None = 10
     initial_scale: float | str = 1.0
     step_length: str = "direction"
+    direction: str = "newton"
     nesterov: bool = False
     relative_damping: bool = False
 
@@ -61,6 +63,8 @@ class Settings:
                 check_count(name, getattr(self, name))
         if self.step_length not in STEP_LENGTHS:
             raise ValueError(f"step_length must be one of {STEP_LENGTHS}, got {self.step_length!r}")
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction must be one of {DIRECTIONS}, got {self.direction!r}")
         if isinstance(self.initial_scale, str):
             if self.initial_scale != "damping":
                 raise ValueError(

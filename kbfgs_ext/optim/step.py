@@ -219,7 +219,7 @@ class Step:
                 with self.phase("statistics"):
                     self._statistics(one, verdict.ok)
             with self.phase("direction"):
-                self.direction.descend(part, self.parts.work(part), verdict.ok)
+                self.direction.descend(part, self.parts.scratch(part), verdict.ok)
             for one in self.parts.of(seen) if not late else ():
                 with self.phase("curvature"):
                     X = [] if self.settings.keep_A else one.X()

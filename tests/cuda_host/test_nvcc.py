@@ -33,6 +33,10 @@ RESIDENT = {
     "restore_kernel": (256, 4),
     "small_kernel": (256, 1),
     "judge_kernel": (32, 4),
+    **dict.fromkeys(
+        ("largest_kernel", "scaled_kernel", "squares_kernel", "normalise_kernel", "quintic_kernel"),
+        (256, 4),
+    ),
 }
 
 pytestmark = [

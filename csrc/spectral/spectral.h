@@ -1,0 +1,42 @@
+// spectral: the polar factor of a direction, (16) to (19) of kbfgs_ext/ops/spectral/README.md.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace kbfgs {
+
+template <typename T>
+struct Polar {
+  int64_t n_g;
+  int64_t n_a;
+  T* P;     // n_g x n_a, replaced
+  T* work;  // polar_workspace elements
+  int64_t k() const { return std::min(n_g, n_a); }
+};
+
+// One iteration of (18): R = a*I + b*G + c*G^2.
+struct Quintic {
+  double a, b, c;
+};
+
+inline std::vector<Quintic> quintics(const std::vector<double>& coefficients) {
+  std::vector<Quintic> found;
+  for (size_t i = 0; i + 2 < coefficients.size(); i += 3)
+    found.push_back({coefficients[i], coefficients[i + 1], coefficients[i + 2]});
+  return found;
+}
+
+// Elements of `work`: five k x k matrices and a copy of P. The CPU uses four of the five.
+inline int64_t polar_workspace(int64_t n_g, int64_t n_a) {
+  const int64_t k = std::min(n_g, n_a);
+  return 5 * k * k + n_g * n_a;
+}
+
+// Layers go one after the other: they may share `work`.
+template <typename T>
+void polar(
+    const std::vector<Polar<T>>& layers, const std::vector<Quintic>& iterations, double ridge);
+
+}  // namespace kbfgs

@@ -1,0 +1,366 @@
+"""spectral in Triton: equations (16) to (19), the products of all layers grouped.
+
+launch        programs                  reads and writes per layer, in elements   FLOPs
+`_largest`    per 32 x 128 tile of P    n_g n_a read                              n_g n_a
+`_scaled`     the same                  n_g n_a read and written                  n_g n_a
+`_gram`       per tile of G's lower     n k read n/64 times through the L2,       k^2 n
+              triangle                  k^2 written
+`_product`    per tile of a product's   operands k/64 times through the L2,       k^3
+              lower triangle, or two's  k^2 written                               each
+`_normalise`  per 32 x 128 tile of G    k^2 read and written                      2 k^2
+`_finish`     per tile of P             Z and X n/64 times, n_g n_a written       2 k^2 n
+
+k = min(n_g, n_a), n = max. Of symmetric matrices that commute the product is symmetric: tiles on
+and below the diagonal are made, and stored in both places. R = a*I + b*G + c*G^2 is formed while
+loading it. An iteration is three launches (G^2; R G and R Z; R (R G)), the last is two: 3t + 4.
+X is kept k x n, whichever side of P is the shorter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kbfgs_ext.ops.autotune import choose
+from kbfgs_ext.ops.triton_common import (
+    TABLES,
+    at,
+    blocks,
+    divide,
+    finite,
+    launch,
+    locate,
+    matrix,
+    number,
+    operand_type,
+    pointer,
+    precision,
+    real_type,
+    size,
+    store_both,
+    tile,
+    triangle,
+    warps,
+)
+
+# Words of a row: sizes, P with its row stride, the work, and where its partial sums are.
+N_G, N_A, K, P, LD_P, WORK, MOST, SUMS = (tl.constexpr(i) for i in range(8))
+WORDS = 8
+# The work holds five k x k matrices, number 0 the Gram matrix, and behind them X.
+X_PLACE = tl.constexpr(5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Tiles of 64 x 64 along 16 at a time, as in kron_precondition: with a depth of 32 the operand
+    that is formed of two others while loading spills."""
+
+    tile: int = 64
+    depth: int = 16
+    warps: int = 8
+    stages: int = 2
+
+
+PRODUCTS = (Product(), Product(tile=128, stages=3), Product(tile=32, depth=32, warps=4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Elementwise:
+    """32 x 128: whole 512-byte lines in fp32."""
+
+    rows: int = 32
+    cols: int = 128
+    warps: int = 8
+
+
+ELEMENTWISE = Elementwise()
+
+
+@triton.jit
+def place_of(row, PLACE: tl.constexpr, T: tl.constexpr):
+    """The PLACE-th matrix of the work."""
+    k = size(row, K).to(tl.int64)
+    return at(row, WORK, T) + PLACE * k * k
+
+
+@triton.jit
+def tile_at(row, t, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows and columns of the ``t``-th tile of a matrix with ``n_cols`` columns."""
+    across = tl.cdiv(n_cols, COLS)
+    return (
+        (t // across) * ROWS + tl.arange(0, ROWS),
+        (t % across) * COLS + tl.arange(0, COLS),
+    )
+
+
+@triton.jit
+def _largest(
+    starts, rows, most, WORDS: tl.constexpr, ENTRIES: tl.constexpr, T: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    entry, t = locate(starts, ENTRIES)
+    row = rows + entry * WORDS
+    n_g, n_a = size(row, N_G), size(row, N_A)
+    i, j = tile_at(row, t, n_a, ROWS, COLS)
+    x = tl.abs(tile(at(row, P, T), tl.load(row + LD_P), i, j, n_g, n_a))
+    x = tl.where(finite(x), x, float("inf"))  # a maximum may drop a NaN
+    tl.store(most + tl.load(row + MOST) + t, tl.max(tl.max(x, 1), 0))
+
+
+@triton.jit
+def _scaled(
+    starts, rows, most, tiny: tl.float64, WORDS: tl.constexpr, ENTRIES: tl.constexpr,
+    T: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    entry, t = locate(starts, ENTRIES)
+    row = rows + entry * WORDS
+    n_g, n_a = size(row, N_G), size(row, N_A)
+    part = tl.arange(0, PARTS)
+    parts = tl.cdiv(n_g, ROWS) * tl.cdiv(n_a, COLS)
+    largest = tl.full((), 0.0, T)
+    for p0 in tl.range(0, parts, PARTS):
+        seen = tl.load(most + tl.load(row + MOST) + p0 + part, mask=p0 + part < parts, other=0.0)
+        largest = tl.maximum(largest, tl.max(seen, 0))
+    largest = tl.where(finite(largest), tl.maximum(largest, number(tiny, T)), float("nan"))
+    i, j = tile_at(row, t, n_a, ROWS, COLS)
+    x = divide(tile(at(row, P, T), tl.load(row + LD_P), i, j, n_g, n_a), largest.to(T))
+    x = tl.where(finite(largest), x, float("nan"))
+    inside = (i < n_g)[:, None] & (j < n_a)[None, :]
+    # X[i, j] of a wide P, X[j, i] of a tall one
+    wide = n_g <= n_a
+    by_row, by_col = tl.where(wide, n_a, 1), tl.where(wide, 1, n_g)
+    X = place_of(row, X_PLACE, T)
+    offset = i.to(tl.int64)[:, None] * by_row + j.to(tl.int64)[None, :] * by_col
+    tl.store(X + offset, x, mask=inside)
+
+
+@triton.jit
+def quintic(row, G, B, i, j, k, a, b, c, factor, T: tl.constexpr):
+    """R[i, j] = factor*(a*I + b*G + c*B)."""
+    diagonal = ((i[:, None] == j[None, :]) & (i < k)[:, None]).to(T)
+    r = number(a, T) * diagonal + number(b, T) * tile(G, k, i, j, k, k)
+    return factor * (r + number(c, T) * tile(B, k, i, j, k, k))
+
+
+@triton.jit
+def norm_of(row, sums, ridge, tiny, T: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
+    """norm of (17), and what is added to the diagonal: from the partial sums of (16)."""
+    k = size(row, K)
+    across = tl.cdiv(k, TILE)
+    parts = (across * (across + 1)) // 2
+    part = tl.arange(0, PARTS)
+    squares, trace = tl.zeros((PARTS,), tl.float64), tl.zeros((PARTS,), tl.float64)
+    first = sums + 2 * tl.load(row + SUMS)
+    for p0 in tl.range(0, parts, PARTS):
+        squares += tl.load(first + 2 * (p0 + part), mask=p0 + part < parts, other=0.0)
+        trace += tl.load(first + 2 * (p0 + part) + 1, mask=p0 + part < parts, other=0.0)
+    shift = ridge * tl.sum(trace, 0) / k
+    norm = tl.sqrt(tl.sum(squares, 0)) + shift
+    return tl.where(norm < tiny, tiny, norm), shift  # a NaN stays
+
+
+@triton.jit
+def _gram(
+    starts, rows, sums, WORDS: tl.constexpr, ENTRIES: tl.constexpr, T: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    entry, t = locate(starts, ENTRIES)
+    row = rows + entry * WORDS
+    k = size(row, K)
+    n = tl.maximum(size(row, N_G), size(row, N_A))
+    block_i, block_j = triangle(t)
+    i, j = block_i * TILE + tl.arange(0, TILE), block_j * TILE + tl.arange(0, TILE)
+    X = place_of(row, X_PLACE, T)
+    total = tl.zeros((TILE, TILE), T)
+    for m0 in tl.range(0, n, DEPTH):
+        m = m0 + tl.arange(0, DEPTH)
+        x_i, x_j = tile(X, n, i, m, k, n), tile(X, n, j, m, k, n)
+        total = tl.dot(x_i, tl.trans(x_j), total, input_precision=PRECISION, out_dtype=T)  # (16)
+    store_both(place_of(row, 0, T), k, i, j, k, total, True)
+    twice = tl.where(block_i == block_j, 1.0, 2.0)
+    wide = total.to(tl.float64)
+    on_diagonal = (i[:, None] == j[None, :]) & (block_i == block_j)
+    first = sums + 2 * (tl.load(row + SUMS) + t)
+    tl.store(first, twice * tl.sum(tl.sum(wide * wide, 1), 0))
+    tl.store(first + 1, tl.sum(tl.sum(tl.where(on_diagonal, wide, 0.0), 1), 0))
+
+
+@triton.jit
+def _normalise(
+    starts, rows, sums, ridge: tl.float64, tiny: tl.float64, WORDS: tl.constexpr,
+    ENTRIES: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    entry, t = locate(starts, ENTRIES)
+    row = rows + entry * WORDS
+    k = size(row, K)
+    norm, shift = norm_of(row, sums, ridge, tiny, T, PARTS, TILE)
+    i, j = tile_at(row, t, k, ROWS, COLS)
+    G = place_of(row, 0, T)
+    g = divide(tile(G, k, i, j, k, k), norm.to(T))
+    g += tl.where(i[:, None] == j[None, :], (shift / norm).to(T), 0.0)  # (17)
+    inside = (i < k)[:, None] & (j < k)[None, :]
+    tl.store(G + i.to(tl.int64)[:, None] * k + j[None, :], g, mask=inside)
+
+
+@triton.jit
+def _product(
+    starts, rows, sums, ridge: tl.float64, tiny: tl.float64, a: tl.float64, b: tl.float64,
+    c: tl.float64, LEFT: tl.constexpr, RIGHT: tl.constexpr, SECOND: tl.constexpr,
+    OUT: tl.constexpr, OUT2: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
+    QUINTIC: tl.constexpr, COPY: tl.constexpr, LAST: tl.constexpr, WORDS: tl.constexpr,
+    ENTRIES: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """OUT = LEFT RIGHT, all symmetric; with QUINTIC the left one is R, and a second half of the
+    programs makes OUT2 = R SECOND, or R itself where COPY (SECOND is I)."""
+    entry, t = locate(starts, ENTRIES)
+    row = rows + entry * WORDS
+    k = size(row, K)
+    across = tl.cdiv(k, TILE)
+    half = (across * (across + 1)) // 2
+    second = t >= half
+    block_i, block_j = triangle(tl.where(second, t - half, t))
+    i, j = block_i * TILE + tl.arange(0, TILE), block_j * TILE + tl.arange(0, TILE)
+    g, square = place_of(row, G, T), place_of(row, B, T)
+    factor = tl.full((), 1.0, T)
+    if LAST:
+        norm, _ = norm_of(row, sums, ridge, tiny, T, PARTS, TILE)
+        factor = (1.0 / tl.sqrt(norm)).to(T)
+    right = place_of(row, RIGHT, T)
+    if SECOND >= 0:
+        right = tl.where(second, place_of(row, SECOND, T), right)
+    total = tl.zeros((TILE, TILE), T)
+    depth = k
+    if COPY:
+        depth = tl.where(second, 0, k)
+    for m0 in tl.range(0, depth, DEPTH):
+        m = m0 + tl.arange(0, DEPTH)
+        if QUINTIC:
+            left = quintic(row, g, square, i, m, k, a, b, c, factor, T)
+        else:
+            left = tile(place_of(row, LEFT, T), k, i, m, k, k)
+        total = tl.dot(
+            left, tile(right, k, m, j, k, k), total, input_precision=PRECISION, out_dtype=T
+        )  # (18)
+    if COPY:
+        total = tl.where(second, quintic(row, g, square, i, j, k, a, b, c, factor, T), total)
+    out = place_of(row, OUT, T)
+    if OUT2 >= 0:
+        out = tl.where(second, place_of(row, OUT2, T), out)
+    store_both(out, k, i, j, k, total, True)
+
+
+@triton.jit
+def _finish(
+    starts, rows, Z: tl.constexpr, WORDS: tl.constexpr, ENTRIES: tl.constexpr, T: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    entry, t = locate(starts, ENTRIES)
+    row = rows + entry * WORDS
+    n_g, n_a, k = size(row, N_G), size(row, N_A), size(row, K)
+    n = tl.maximum(n_g, n_a)
+    i, j = tile_at(row, t, n, TILE, TILE)
+    z, X = place_of(row, Z, T), place_of(row, X_PLACE, T)
+    total = tl.zeros((TILE, TILE), T)
+    for m0 in tl.range(0, k, DEPTH):
+        m = m0 + tl.arange(0, DEPTH)
+        left, right = tile(z, k, i, m, k, k), tile(X, n, m, j, k, n)
+        total = tl.dot(
+            left.to(OPERAND), right.to(OPERAND), total, input_precision=PRECISION, out_dtype=T
+        )  # (19)
+    wide, stride = n_g <= n_a, tl.load(row + LD_P)
+    by_row, by_col = tl.where(wide, stride, 1), tl.where(wide, 1, stride)
+    offset = i.to(tl.int64)[:, None] * by_row + j.to(tl.int64)[None, :] * by_col
+    tl.store(at(row, P, T) + offset, total, mask=(i < k)[:, None] & (j < n)[None, :])
+
+
+def polar_(P, work, coefficients, ridge) -> None:
+    """(16) to (19) for all layers: 3t + 4 launches for t iterations; layers that share their work
+    go one after the other.
+
+    The Gram matrix and its iterations are fp32 throughout, or three TF32 products in the place of
+    one where torch allows TF32: an iteration multiplies the rounding of G by the square of what it
+    does to the smallest singular values. The last product is as precise as torch's own.
+    """
+    if len({w.data_ptr() for w in work}) < len(work):
+        for i in range(len(P)):
+            polar_(P[i : i + 1], work[i : i + 1], coefficients, ridge)
+        return
+    if P:
+        args = (P, work, tuple(coefficients), ridge)
+        _polar(choose("polar_", PRODUCTS, _polar, args), *args)
+
+
+def _polar(product: Product, P, work, coefficients, ridge) -> None:
+    T, device, e, side = real_type(*P, *work), P[0].device, ELEMENTWISE, product.tile
+    rows, tiles, squares, halves, both, whole, most, sums = [], [], [], [], [], [], 0, 0
+    for p, w in zip(P, work, strict=True):
+        n_g, n_a = p.shape
+        k, n = min(n_g, n_a), max(n_g, n_a)
+        rows.append([n_g, n_a, k, *matrix(p), pointer(w), most, sums])
+        tiles.append(blocks(n_g, e.rows) * blocks(n_a, e.cols))
+        squares.append(blocks(k, e.rows) * blocks(k, e.cols))
+        across = blocks(k, side)
+        halves.append(across * (across + 1) // 2)
+        both.append(2 * halves[-1])
+        whole.append(across * blocks(n, side))
+        most, sums = most + tiles[-1], sums + halves[-1]
+    table = TABLES.get(device, rows, tiles, squares, halves, both, whole)
+    by_tile, by_square, by_half, by_both, by_whole = range(5)
+    largest = torch.empty(most, dtype=P[0].dtype, device=device)
+    partial = torch.empty(2 * sums, dtype=torch.float64, device=device)
+    tiny, exact = torch.finfo(P[0].dtype).tiny, precision(T, device)
+    common: dict[str, Any] = dict(WORDS=WORDS, ENTRIES=table.entries, T=T, device=device)
+    elements = dict(ROWS=e.rows, COLS=e.cols, num_warps=warps(e.warps, T), **common)
+    products = dict(
+        TILE=side, DEPTH=product.depth, num_warps=warps(product.warps, T),
+        num_stages=product.stages, **common,
+    )  # fmt: skip
+    careful = "ieee" if exact == "ieee" else "tf32x3"
+    parts = 64
+
+    def go(kernel, on: int, *args, **options) -> None:
+        launch(kernel, table.programs[on], table.starts[on], table.rows, *args, **options)
+
+    go(_largest, by_tile, largest, **elements)
+    go(_scaled, by_tile, largest, tiny, PARTS=parts, **elements)
+    go(_gram, by_half, partial, PRECISION=careful, **products | dict(DEPTH=2 * product.depth))
+    go(_normalise, by_square, partial, ridge, tiny, PARTS=parts, TILE=side, **elements)
+    G, B, Y, Z, spare = range(5)
+    iterations = [coefficients[t : t + 3] for t in range(0, len(coefficients), 3)]
+    for t, (a, b, c) in enumerate(iterations):
+        first, last = t == 0, t == len(iterations) - 1
+        numbers = (partial, ridge, tiny, a, b, c)
+        same: dict[str, Any] = dict(PARTS=parts, PRECISION=careful, **products)
+        go(
+            _product, by_half, *numbers, LEFT=G, RIGHT=G, SECOND=-1, OUT=B, OUT2=-1, G=G, B=B,
+            QUINTIC=False, COPY=False, LAST=False, **same,
+        )  # fmt: skip
+        if last and first:  # Z = R alone: the first half of the programs makes what nobody reads
+            go(
+                _product, by_both, *numbers, LEFT=G, RIGHT=G, SECOND=Z, OUT=Y, OUT2=Z, G=G, B=B,
+                QUINTIC=True, COPY=True, LAST=True, **same,
+            )  # fmt: skip
+        elif last:
+            go(
+                _product, by_half, *numbers, LEFT=G, RIGHT=Z, SECOND=-1, OUT=spare, OUT2=-1, G=G,
+                B=B, QUINTIC=True, COPY=False, LAST=True, **same,
+            )  # fmt: skip
+            Z, spare = spare, Z
+        else:
+            # R G and R Z; then R (R G), which may not take the place of G while others read it
+            go(
+                _product, by_both, *numbers, LEFT=G, RIGHT=G, SECOND=Z, OUT=Y, OUT2=spare, G=G,
+                B=B, QUINTIC=True, COPY=first, LAST=False, **same,
+            )  # fmt: skip
+            go(
+                _product, by_half, *numbers, LEFT=G, RIGHT=Y, SECOND=-1, OUT=Z, OUT2=-1, G=G, B=B,
+                QUINTIC=True, COPY=False, LAST=False, **same,
+            )  # fmt: skip
+            G, Z, spare = Z, spare, G
+    go(_finish, by_whole, Z=Z, OPERAND=operand_type(T, T, device), PRECISION=exact, **products)

@@ -1,0 +1,165 @@
+"""spectral: the polar factor against the singular value decomposition, and what bad input makes."""
+
+import numpy as np
+import pytest
+import torch
+
+from kbfgs_ext import ops
+from kbfgs_ext.ops.spectral import api
+from tests.helpers import compare
+from tests.helpers.backends import BOTH
+
+ITERATIONS = len(api.COEFFICIENTS) // 3
+SHAPES = [(1, 1), (1, 9), (9, 1), (7, 30), (30, 7), (33, 33), (100, 785), (130, 97)]
+ACCURACY = 0.0126  # of the iteration, on singular values from LEAST to 1
+LEAST = 0.01
+
+
+def run(P, backend, coefficients=api.COEFFICIENTS, ridge=0.0):
+    """The polar factors of the list P; the work begins as NaN, which must not come through."""
+    P = [p.clone() for p in P]
+    work = [torch.full((api.workspace_size(*p.shape),), float("nan"), dtype=p.dtype) for p in P]
+    ops.polar_(P, work, coefficients, ridge, backend)
+    return P
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def with_spectrum(n_g, n_a, values, seed=0):
+    """A matrix with the given singular values, and its polar factor."""
+    U = torch.linalg.qr(randn(n_g, len(values), seed=seed))[0]
+    V = torch.linalg.qr(randn(n_a, len(values), seed=seed + 1))[0]
+    return (U * values) @ V.T, U @ V.T
+
+
+def on_values(values, coefficients=api.COEFFICIENTS):
+    """What (18) and (19) make of singular values in units of sqrt(norm)."""
+    x = values
+    for t in range(0, len(coefficients), 3):
+        a, b, c = coefficients[t : t + 3]
+        x = a * x + b * x**3 + c * x**5
+    return x
+
+
+def test_each_polynomial_is_the_best_on_what_the_ones_before_have_left():
+    """Chebyshev's alternation: errors of one size at four places, of changing sign."""
+    low, high = LEAST, 1.0
+    for t in range(0, 3 * ITERATIONS, 3):
+        a, b, c = api.COEFFICIENTS[t : t + 3]
+        inner = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))
+        places = np.array([low, *inner, high])
+        error = 1 - (a * places + b * places**3 + c * places**5)
+        np.testing.assert_allclose(error, error[0] * np.array([1, -1, 1, -1]), rtol=1e-6)
+        low, high = 1 - error[0], 1 + error[0]
+    assert 1 - low <= ACCURACY
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+def test_against_the_float64_reference(backend, dtype, ridge):
+    P = [randn(*shape, seed=i).to(dtype) for i, shape in enumerate(SHAPES)]
+    got, same = run(P, backend, ridge=ridge), run(P, "reference", ridge=ridge)
+    truth = run([p.double() for p in P], "reference", ridge=ridge)
+    # Roundings of G grow by what (18) does to small singular values, squared, whoever makes them.
+    slope = float(np.prod(api.COEFFICIENTS[::3]))
+    for p, s, t in zip(got, same, truth, strict=True):
+        bound = compare.allowed(s, t, scale=slope)
+        assert compare.error(p, t) <= bound, f"{tuple(p.shape)}: {compare.error(p, t)} > {bound}"
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64)])
+def test_is_the_polar_factor(backend, shape):
+    """Singular values from 1 to 1/20: all come out as 1, with their vectors as they were."""
+    P, polar = with_spectrum(*shape, torch.logspace(0, -1.3, 40, dtype=torch.float64))
+    (got,) = run([P], backend)
+    assert torch.linalg.matrix_norm(got - polar, 2) <= ACCURACY + 1e-9
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_small_singular_values_stay_small_and_zeros_stay(backend):
+    values = torch.tensor([1.0, 0.5, 1e-3, 1e-4, 0.0], dtype=torch.float64)
+    P, _ = with_spectrum(5, 12, values)
+    (got,) = run([P], backend)
+    norm = values.pow(4).sum() ** 0.25
+    wanted = on_values(values / norm)
+    found = torch.linalg.svdvals(got)
+    torch.testing.assert_close(found, wanted.sort(descending=True)[0], rtol=1e-6, atol=1e-9)
+    assert found[-1] < 1e-9 and found[-2] < 0.02
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("ridge", [0.001, 0.01, 1.0])
+def test_ridge_against_the_decomposition(backend, ridge):
+    P, _ = with_spectrum(30, 50, torch.logspace(0, -6, 30, dtype=torch.float64))
+    U, S, V = torch.linalg.svd(P, full_matrices=False)
+    wanted = (U * (S / (S.square() + ridge * S.square().mean()).sqrt())) @ V
+    (got,) = run([P], backend, ridge=ridge)
+    spread = max(ACCURACY, 1 - on_values(min(LEAST, (ridge / 30) ** 0.5)))
+    assert torch.linalg.matrix_norm(got - wanted, 2) <= spread
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_turns_with_its_argument(backend):
+    P = randn(20, 35, seed=3)
+    U, V = torch.linalg.qr(randn(20, 20))[0], torch.linalg.qr(randn(35, 35))[0]
+    plain, turned, transposed = run([P, U @ P @ V, P.T.contiguous()], backend)
+    torch.testing.assert_close(turned, U @ plain @ V, rtol=0, atol=1e-11)
+    torch.testing.assert_close(transposed, plain.T, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
+def test_scale_does_not_matter(backend, scale):
+    P = randn(20, 30).float()
+    plain, scaled = run([P, P * scale], backend)
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_rank_one_zero_and_rows_of_zeros(backend):
+    one = torch.outer(randn(6), randn(9, seed=1))
+    dead = randn(6, 9)
+    dead[2:4] = 0
+    zero, rank_one, rest = run([torch.zeros(6, 9, dtype=torch.float64), one, dead], backend)
+    assert torch.equal(zero, torch.zeros_like(zero))
+    torch.testing.assert_close(rank_one, one / one.norm(), rtol=0, atol=ACCURACY)
+    assert torch.equal(rest[2:4], torch.zeros_like(rest[2:4]))
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_spoils_its_own_layer_alone(backend, bad):
+    P = [randn(8, 5), randn(8, 5)]
+    P[0][3, 2] = bad
+    spoilt, other = run(P, backend)
+    assert spoilt.isnan().all()
+    assert torch.equal(other, run(P[1:], backend)[0])
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_fewer_iterations_are_the_first_of_them(backend, iterations):
+    P, _ = with_spectrum(10, 10, torch.linspace(1, 0.01, 10, dtype=torch.float64))
+    coefficients = api.COEFFICIENTS[: 3 * iterations]
+    (got,) = run([P], backend, coefficients)
+    S = torch.linalg.svdvals(P)
+    wanted = on_values(S / S.pow(4).sum() ** 0.25, coefficients).sort(descending=True)[0]
+    torch.testing.assert_close(torch.linalg.svdvals(got), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_bad_arguments_are_named():
+    P, work = [torch.ones(2, 3)], [torch.empty(api.workspace_size(2, 3))]
+    with pytest.raises(ValueError, match=r"work\[0\] must be a vector of at least 26 elements"):
+        ops.polar_(P, [work[0][:20]], api.COEFFICIENTS)
+    with pytest.raises(ValueError, match="coefficients must be triples, got 4 numbers"):
+        ops.polar_(P, work, (1.0, 2.0, 3.0, 4.0))
+    with pytest.raises(ValueError, match="ridge must be finite and at least 0, got -1"):
+        ops.polar_(P, work, api.COEFFICIENTS, ridge=-1.0)
+    with pytest.raises(ValueError, match=r"P\[0\] must be a matrix with entries"):
+        ops.polar_([torch.ones(3)], work, api.COEFFICIENTS)
+    with pytest.raises(ValueError, match=r"work\[0\] must be torch.float32 on cpu"):
+        ops.polar_(P, [work[0].double()], api.COEFFICIENTS)
