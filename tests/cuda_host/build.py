@@ -7,12 +7,15 @@ run after a change compiles.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import shutil
 import subprocess
 import sysconfig
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -77,9 +80,22 @@ def _compile(source: Path, flags: list[str]) -> Path:
     return out
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Context: one process at a time fills ``folder``; the others wait and find it filled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def library(flavour: str = "plain") -> Path:
     """The shared library of the host module, built if it is not there."""
-    CACHE.mkdir(parents=True, exist_ok=True)
+    with alone(CACHE):
+        return _library(flavour)
+
+
+def _library(flavour: str) -> Path:
     flags = [*COMMON, *FLAVOURS[flavour]]
     kernel_flags = [*flags, "-include", str(HERE / "cuda_host.h")]
     # Only a kernel sees threadIdx and its kind as macros: torch's headers have variables so named.
