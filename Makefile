@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 OUT   ?= build/out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gpu bench bench-check lint clean
+.PHONY: help install demo test test-fast test-all test-gpu bench bench-check lint docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,11 +36,19 @@ $(VENV)/.installed: $(VENV)/.packages $(SOURCES)
 demo: install  ## train kbfgs, kbfgsl and adamw on 5,000 digits; table and plot of loss against seconds
 	$(PY) -m benchmarks.demo --out $(OUT)/demo
 
+# One process per core with one thread each, where pytest-xdist is there. JOBS= runs them in turn.
+JOBS   ?= auto
+PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(JOBS),$$($(PY) -c "import xdist" 2>/dev/null \
+	&& printf %s "-n $(JOBS) --maxprocesses 8 --dist worksteal"))
+
 test: install  ## prove it: mathematics, trajectories, optimizer, kernels (no GPU needed)
-	$(PY) -m pytest
+	$(PYTEST) -m "not long"
 
 test-fast: install  ## the same without the slow tests
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and not long"
+
+test-all: install  ## everything, with long runs of every kind
+	$(PYTEST)
 
 test-gpu: install  ## everything that needs a GPU: build, ops, captured steps, compute-sanitizer
 	$(PY) scripts/test_gpu.py --out $(OUT)/gpu
@@ -50,6 +58,20 @@ bench: install  ## time every kernel against its alternatives; rows go to benchm
 
 bench-check: install  ## name what has slowed by more than 15% since the committed rows
 	$(PY) -m benchmarks.micro --check
+
+# An extra of the package, in .venv; a Python given from outside must have it.
+$(VENV)/.extra-%: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -e ".[$*]" --no-build-isolation
+	touch $@
+extra = $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.extra-$(1))
+
+docs: $(call extra,docs)  ## the documentation as a site in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+wheel: $(call extra,release)  ## sdist and wheel in dist/, checked; for the torch at hand
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist
+	$(PY) -m twine check --strict dist/*
 
 lint: install  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -1,6 +1,7 @@
 """Builds kbfgs_ext._C: the C++ kernels always, the CUDA kernels where nvcc and a CUDA torch are.
 
-Everything else about the package stands in pyproject.toml.
+KBFGS_CUDA=0 leaves the CUDA kernels out. The binary serves the minor version of torch that it was
+built with (kbfgs_ext/environment.py). Everything else about the package stands in pyproject.toml.
 """
 
 import os
@@ -45,6 +46,8 @@ def check_compiler() -> None:
 
 def why_no_cuda() -> str | None:
     """Why the CUDA kernels are left out, or None. A visible GPU is not needed."""
+    if os.environ.get("KBFGS_CUDA", "1") == "0":
+        return "KBFGS_CUDA=0"
     if not CUDA_BINDINGS:
         return "bindings_cuda.cpp is not in this source tree"
     if torch.version.cuda is None:

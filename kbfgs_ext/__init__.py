@@ -12,6 +12,6 @@ from kbfgs_ext import ops, presets
 from kbfgs_ext.ops.registry import explain
 from kbfgs_ext.optim import KBFGS, KBFGSL, CapturedStep, SafeguardRule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["KBFGS", "KBFGSL", "CapturedStep", "SafeguardRule", "explain", "ops", "presets"]

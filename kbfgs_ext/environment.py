@@ -15,8 +15,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import mmap
 import os
+import re
 import types
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,14 +48,65 @@ def autotune() -> bool:
     return os.environ.get("KBFGS_AUTOTUNE", "0") == "1"
 
 
+_REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation ."
+
+
+def built_for(binary: Path) -> str | None:
+    """The torch version that ``binary`` was compiled for, read from its file; None is unknown."""
+    with binary.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        found = re.search(rb"kbfgs_ext built for torch ([0-9][0-9A-Za-z.+]*)", text)
+        return found[1].decode() if found else None
+
+
+def _minor(version: str) -> str:
+    """2.13 of 2.13.0+cpu."""
+    return ".".join(version.split(".")[:2])
+
+
+def _binary() -> Path | None:
+    """The compiled extension of this Python, or None."""
+    spec = importlib.util.find_spec("kbfgs_ext._C")
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+def _misfit(binary: Path) -> str | None:
+    """Why ``binary`` must not be loaded into this torch, or None.
+
+    Its C++ interface holds within a minor version alone. A binary for another one may load and
+    fail in its first call, or worse.
+    """
+    built, here = built_for(binary), torch.__version__
+    if built is None:
+        return f"built for an unknown torch, this is {_minor(here)}: rebuild with {_REBUILD}"
+    if _minor(built) != _minor(here):
+        return f"built for torch {_minor(built)}, this is {_minor(here)}: rebuild with {_REBUILD}"
+    return None
+
+
 @functools.cache
 def _load_native() -> tuple[types.ModuleType | None, str | None]:
-    try:
-        return importlib.import_module("kbfgs_ext._C"), None
-    except ModuleNotFoundError:
-        return None, "the compiled extension kbfgs_ext._C is not built (pip install . builds it)"
-    except ImportError as error:  # built against another torch or Python
-        return None, f"the compiled extension does not load: {error}"
+    """The compiled extension, or why there is none; warns where there is one that cannot serve."""
+    binary = _binary()
+    if binary is None:
+        others = sorted(path.name for path in Path(__file__).parent.glob("_C.*.so"))
+        if not others:
+            return None, "the compiled extension is not built (pip install . builds it)"
+        reason: str | None = (
+            f"built for another Python ({', '.join(others)}): rebuild with {_REBUILD}"
+        )
+    else:
+        reason = _misfit(binary)
+        if reason is None:
+            try:
+                return importlib.import_module("kbfgs_ext._C"), None
+            except ImportError as error:  # a library that is missing, a CUDA build on a CPU torch
+                reason = f"does not load: {error}"
+    warnings.warn(
+        f"kbfgs_ext: the compiled extension is not used: {reason}. Ops run on Triton or on the"
+        " reference backend, which is slower; KBFGS_DISABLE_NATIVE=1 asks for that and is silent.",
+        stacklevel=2,
+    )
+    return None, f"the compiled extension is not used: {reason}"
 
 
 def native() -> Any:

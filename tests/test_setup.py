@@ -15,7 +15,7 @@ def setup(monkeypatch, tmp_path):
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("CUDA_HOME", "CUDA_PATH"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "KBFGS_CUDA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     (tmp_path / "bin").mkdir()
@@ -78,3 +78,10 @@ def test_a_toolkit_without_headers_is_left_out_with_the_reason(setup, toolkit, t
     extension = setup.extension()
     assert not [source for source in extension.sources if source.endswith(".cu")]
     assert "CUDA kernels left out: " in capsys.readouterr().out
+
+
+def test_cuda_left_out_on_purpose(setup, toolkit, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    assert setup.why_no_cuda() is None
+    monkeypatch.setenv("KBFGS_CUDA", "0")
+    assert setup.why_no_cuda() == "KBFGS_CUDA=0"

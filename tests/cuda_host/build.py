@@ -7,12 +7,15 @@ run after a change compiles.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import shutil
 import subprocess
 import sysconfig
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -77,18 +80,34 @@ def _compile(source: Path, flags: list[str]) -> Path:
     return out
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Context: one process at a time fills ``folder``; the others wait and find it filled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def library(flavour: str = "plain") -> Path:
     """The shared library of the host module, built if it is not there."""
-    CACHE.mkdir(parents=True, exist_ok=True)
+    with alone(CACHE):
+        return _library(flavour)
+
+
+def _library(flavour: str) -> Path:
     flags = [*COMMON, *FLAVOURS[flavour]]
-    kernel_flags = [*flags, "-include", str(HERE / "cuda_host.h")]
-    # Only a kernel sees threadIdx and its kind as macros: torch's headers have variables so named.
-    binding_flags = [*flags, "-DKBFGS_CUDA_HOST_TYPES", *kernel_flags[-2:], *_torch_flags()]
-    jobs = [(path, kernel_flags) for path in KERNELS]
+    header = ["-include", str(HERE / "cuda_host.h")]
+    jobs = [(path, [*flags, *header]) for path in KERNELS]
     jobs += [(HERE / "cuda_host.cpp", flags)]
+    # The bindings touch no element, and torch's headers take a minute with the sanitizers: one
+    # object serves every flavour, and its speed is of no account.
+    torch_flags = [*COMMON, "-O0", *_torch_flags()]
+    # Only a kernel sees threadIdx and its kind as macros: torch's headers have variables so named.
+    jobs += [(path, [*torch_flags, "-DKBFGS_CUDA_HOST_TYPES", *header]) for path in BINDINGS]
     name = f"kbfgs_cuda_host_{flavour}"
-    jobs += [(path, binding_flags) for path in BINDINGS]
-    jobs += [(HERE / "module.cpp", [*flags, *_torch_flags(), f"-DKBFGS_HOST_MODULE={name}"])]
+    jobs += [(HERE / "module.cpp", [*torch_flags, f"-DKBFGS_HOST_MODULE={name}"])]
+    jobs.reverse()  # the longest first
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: _compile(*job), jobs))
     out = CACHE / _digest(*(str(path) for path in objects)) / f"{name}.so"

@@ -67,9 +67,8 @@ def report(source: Path, architecture: int, folder: Path) -> str:
 def kernels():
     """(kernel, dtype, architecture) to what it uses."""
     folder = build.CACHE.parent / "nvcc"
-    folder.mkdir(parents=True, exist_ok=True)
     jobs = [(path, arch) for path in build.KERNELS for arch in ARCHITECTURES]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with build.alone(folder), concurrent.futures.ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(lambda job: report(*job, folder), jobs))
     found = {}
     for (_, architecture), text in zip(jobs, reports, strict=True):

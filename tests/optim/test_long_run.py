@@ -12,7 +12,10 @@ from benchmarks.models import AUTOENCODERS, Autoencoder, cross_entropy
 from kbfgs_ext import KBFGS, KBFGSL
 from tests.optim.models import METHODS
 
-ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
+# The default every time, the other in make test-all.
+ACTIONS = pytest.mark.parametrize(
+    "action", [pytest.param("ema", marks=pytest.mark.long), "minibatch"]
+)
 
 
 @pytest.mark.slow

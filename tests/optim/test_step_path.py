@@ -1,5 +1,6 @@
 """The step path: no host read, no growing memory, memory as predicted, resuming bit for bit."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -109,16 +110,18 @@ def test_kernels_around_the_passes_do_not_grow_with_the_layers(action):
 
 
 RESUME = textwrap.dedent("""
-    import json, sys, torch
+    import sys, torch
     from tests.optim.test_step_path import build, run
-    state = torch.load(sys.argv[1])
-    model, opt, schedule = build(**state["how"])
-    model.load_state_dict(state["model"])
-    opt.load_state_dict(state["opt"])
-    schedule.load_state_dict(state["schedule"])
-    torch.set_rng_state(state["rng"])
-    run(model, opt, schedule, range(6, 12))
-    torch.save([p.detach() for p in model.parameters()], sys.argv[2])
+    resumed = []
+    for state in torch.load(sys.argv[1]):
+        model, opt, schedule = build(**state["how"])
+        model.load_state_dict(state["model"])
+        opt.load_state_dict(state["opt"])
+        schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["rng"])
+        run(model, opt, schedule, range(6, 12))
+        resumed.append([p.detach() for p in model.parameters()])
+    torch.save(resumed, sys.argv[2])
 """)
 
 
@@ -143,30 +146,40 @@ def run(model, opt, schedule, steps):
         schedule.step()
 
 
-@pytest.mark.parametrize("limited", [False, True], ids=["kbfgs", "kbfgsl"])
-@ACTIONS
-@pytest.mark.parametrize("fallback", [False, True], ids=["linear only", "fallback"])
-def test_resume_in_a_new_process_is_bit_identical(limited, action, fallback, tmp_path):
-    how = {"limited": limited, "action": action, "fallback": fallback}
-    model, opt, schedule = build(**how)
-    run(model, opt, schedule, range(6))
-    saved = {
-        "how": how,
-        "model": model.state_dict(),
-        "opt": opt.state_dict(),
-        "schedule": schedule.state_dict(),
-        "rng": torch.get_rng_state(),
-    }
+def test_resume_in_a_new_process_is_bit_identical(tmp_path):
+    """Both methods, both actions, with and without a fallback; one process resumes them all."""
+    ways = [
+        {"limited": limited, "action": action, "fallback": fallback}
+        for limited in (False, True)
+        for action in ("ema", "minibatch")
+        for fallback in (False, True)
+    ]
+    saved, models = [], []
+    for how in ways:
+        model, opt, schedule = build(**how)
+        run(model, opt, schedule, range(6))
+        saved.append(
+            copy.deepcopy(
+                {
+                    "how": how,
+                    "model": model.state_dict(),
+                    "opt": opt.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "rng": torch.get_rng_state(),
+                }
+            )
+        )
+        run(model, opt, schedule, range(6, 12))
+        assert int(opt.counters()["steps"]) == 12
+        models.append(model)
     torch.save(saved, tmp_path / "saved.pt")
-    run(model, opt, schedule, range(6, 12))
-    assert int(opt.counters()["steps"]) == 12
 
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", RESUME, tmp_path / "saved.pt", tmp_path / "resumed.pt"]
     subprocess.run(command, check=True, cwd=root, timeout=120)
-    resumed = torch.load(tmp_path / "resumed.pt")
-    for p, q in zip(model.parameters(), resumed, strict=True):
-        assert torch.equal(p, q)
+    for how, model, resumed in zip(ways, models, torch.load(tmp_path / "resumed.pt"), strict=True):
+        for p, q in zip(model.parameters(), resumed, strict=True):
+            assert torch.equal(p, q), how
 
 
 def test_state_is_published_and_serialisable(tmp_path):

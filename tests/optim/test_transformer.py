@@ -15,7 +15,10 @@ STEPS, CONTEXT, BATCH, WIDTH = 100, 32, 16, 32
 SEEDS = [0, 1, 2]
 ADAMW_LRS = [3e-3, 1e-2, 3e-2]  # the best of these is the one to beat
 
-ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
+# The default every time, the other in make test-all.
+ACTIONS = pytest.mark.parametrize(
+    "action", [pytest.param("ema", marks=pytest.mark.long), "minibatch"]
+)
 METHODS = pytest.mark.parametrize(
     ("method", "options"), [(KBFGS, {}), (KBFGSL, {"memory": 20})], ids=["kbfgs", "kbfgsl"]
 )

@@ -1,4 +1,4 @@
-"""Runs tests/triton/interpreted in a process of its own, whose Triton interprets its kernels."""
+"""Runs tests/triton/interpreted in processes of their own, whose Triton interprets its kernels."""
 
 import os
 import subprocess
@@ -10,14 +10,18 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 FOLDER = Path(__file__).parent / "interpreted"
+# One process per file, so that workers share them; the largest file in parts, by family of op.
+PARTS = [(path.name, None) for path in sorted(FOLDER.glob("test_*.py"))]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_interpreted():
+@pytest.mark.parametrize(("file", "keyword"), PARTS, ids=lambda part: part and str(part))
+def test_interpreted(file, keyword):
+    chosen = [] if keyword is None else ["-k", keyword]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header",
-         "-W", "ignore::RuntimeWarning", FOLDER],
+         "-W", "ignore::RuntimeWarning", *chosen, FOLDER / file],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=FOLDER.parents[2],
         capture_output=True,
