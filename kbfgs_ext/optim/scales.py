@@ -28,7 +28,9 @@ def measure_inputs(part: Part, X: Tensors, ok: torch.Tensor) -> None:
     torch._foreach_div_(squares, [float(x.numel()) for x in X])
     new = torch.stack(squares).to(old.dtype)
     _follow(part["v"], old, new, FOLLOW_INPUTS, ok)
-    torch._foreach_copy_(part["lam_a"], torch._foreach_mul(part["v"], part.scalars.lam_a))
+    v = torch.stack(part["v"])
+    lam_a = torch.where(v > 0, v, 1.0) * part.scalars.lam_a  # inputs may all be 0: dead units
+    torch._foreach_copy_(part["lam_a"], list(lam_a.unbind()))
 
 
 def measure_pairs(part: Part, ok: torch.Tensor) -> None:
