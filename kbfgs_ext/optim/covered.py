@@ -38,15 +38,15 @@ class CoveredLayer:
     ``scratch`` lives from one half of a step to the other.
     """
 
-    def __init__(self, name: str, modules: list[nn.Module], view: View, settings: Settings) -> None:
+    def __init__(self, name: str, uses: list[tuple[nn.Module, View]], settings: Settings) -> None:
         self.name = name
-        self.modules = modules  # all that use the weight
-        self.view = view
+        self.uses = uses  # all modules that use the weight, with the view of it that each has
+        self.view = view = uses[0][1]
         self.weight: nn.Parameter = view.weight
         self.bias = view.bias if view.bias is not None and view.bias.requires_grad else None
         n_g, d_in = view.shape
         self.n_g, self.d_in, self.n_a = n_g, d_in, d_in + (self.bias is not None)
-        self.observer = Observer(name, view, self.bias, n_g)
+        self.observer = Observer(name, view, self.bias)
         a_kind: type[Factor] = ActivationMatrix if settings.fits(self.n_a) else Identity
         g_kind: type[Factor] = GradientMatrix if settings.fits(n_g) else Identity
         if settings.memory is not None:
@@ -134,22 +134,32 @@ class CoveredLayer:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def W(self) -> torch.Tensor:
-        """The weight, n_g x d_in."""
-        return self.view.matrix(self.weight.detach())
+        """The weight, n_g x d_in; where it lies otherwise in memory a copy, for `put_back`."""
+        W = self.view.matrix(self.weight.detach())
+        if self.view.in_place:
+            return W
+        if "W" not in self.scratch or self.scratch["W"].dtype != W.dtype:
+            self.scratch["W"] = torch.empty_like(W, memory_format=torch.contiguous_format)
+        return self.scratch["W"].copy_(W)
+
+    def put_back(self) -> None:
+        """After an op has written `W`: let the weight have it."""
+        if not self.view.in_place:
+            self.view.write(self.weight.detach(), self.scratch["W"])
 
     def b(self) -> torch.Tensor:
         """The bias, or an empty tensor."""
-        return self._no_bias if self.bias is None else self.view.vector(self.bias.detach())
+        return self._no_bias if self.bias is None else self.bias.detach()
 
     def dW(self, decay: float = 0.0) -> torch.Tensor:
         """The weight's gradient plus ``decay*W``, n_g x d_in; zero where it is frozen."""
-        return self.view.matrix(self._gradient(self.weight, "no_dW", decay))
+        return self.view.matrix(self._gradient(self.weight, "no_dW", decay)).contiguous()
 
     def db(self, decay: float = 0.0) -> torch.Tensor:
         """The bias's gradient, as the weight's; or an empty tensor."""
         if self.bias is None:
             return self._no_bias
-        return self.view.vector(self._gradient(self.bias, "no_db", decay))
+        return self._gradient(self.bias, "no_db", decay)
 
     def _gradient(self, p: nn.Parameter, zero: str, decay: float) -> torch.Tensor:
         if any(p is moved for moved in self.moving):
@@ -182,7 +192,7 @@ class CoveredLayer:
         moving = {id(p) for p in self.moving}
         saved = self.scratch["saved"]
         if id(self.weight) not in moving:
-            self.W().copy_(saved[:, : self.d_in])
+            self.view.write(self.weight.detach(), saved[:, : self.d_in])
         if self.bias is not None and id(self.bias) not in moving:
             self.b().copy_(saved[:, self.d_in])
 
@@ -200,11 +210,18 @@ class Part:
     """Layers that one call of an op takes: of one param group, and alike in this step.
 
     ``part["H_g"]`` is the list of their tensors, made once.
+
+    Args:
+        group, layers, settings: theirs.
+        in_rows: whether the inputs of all layers are rows, as far as they are asked for.
     """
 
-    def __init__(self, group: Group, layers: list[CoveredLayer], settings: Settings) -> None:
+    def __init__(
+        self, group: Group, layers: list[CoveredLayer], settings: Settings, in_rows: bool
+    ) -> None:
         self.group, self.scalars = group.options, group.scalars
         self.layers, self.settings, self.backend = layers, settings, settings.backend
+        self.in_rows = in_rows
         first = layers[0]
         self.bare, self.halved = first.bare, first.halved
         self.activation: type[Factor] = Identity if self.bare else type(first.activation)
@@ -237,12 +254,18 @@ class Part:
         """Their bias gradients plus ``decay*b``."""
         return [layer.db(decay) for layer in self.layers]
 
+    def inputs(self) -> list[Any]:
+        """What their observers have kept."""
+        return [layer.observer.inputs() for layer in self.layers]
+
     def X(self) -> Tensors:
-        """The input rows that their observers have kept."""
-        return [layer.observer.X() for layer in self.layers]
+        """The same as matrices, where the part is ``in_rows``."""
+        return [rows.X for rows in self.inputs()]
 
     def written(self) -> None:
         """Tell autograd that the parameters have changed: kernels write behind its back."""
+        for layer in self.layers:
+            layer.put_back()
         torch.autograd.graph.increment_version(
             [p for layer in self.layers for p in layer.parameters()]
         )
@@ -280,25 +303,28 @@ class Parts:
         self._known.clear()
         return True
 
-    def of(self, layers: list[CoveredLayer]) -> list[Part]:
-        """``layers`` by param group, and within one by the factors that their step has."""
-        key = tuple((id(layer), layer.bare, layer.halved) for layer in layers)
+    def of(self, layers: list[CoveredLayer], by_inputs: bool = False) -> list[Part]:
+        """``layers`` by param group, and within one by the factors that their step has;
+        ``by_inputs``: and by whether their inputs are rows."""
+        rows = {id(x): not by_inputs or x.observer.in_rows for x in layers}
+        key = tuple((id(x), x.bare, x.halved, rows[id(x)]) for x in layers)
         parts = self._known.get(key)
         if parts is None:
             if len(self._known) > KNOWN:
                 self._known.clear()
-            parts = self._known[key] = list(self._divide({id(layer) for layer in layers}))
+            parts = self._known[key] = list(self._divide(rows))
         return parts
 
-    def _divide(self, wanted: set[int]) -> Iterator[Part]:
+    def _divide(self, rows: dict[int, bool]) -> Iterator[Part]:
         for group in self.groups:
             alike: dict[tuple, list[CoveredLayer]] = {}
             for layer in group.layers:
-                if id(layer) in wanted:
+                if id(layer) in rows:
                     kinds = tuple(type(factor) for factor in layer.factors)
-                    alike.setdefault((kinds, layer.bare, layer.halved), []).append(layer)
-            for layers in alike.values():
-                yield Part(group, layers, self._settings)
+                    key = rows[id(layer)], kinds, layer.bare, layer.halved
+                    alike.setdefault(key, []).append(layer)
+            for (in_rows, *_), layers in alike.items():
+                yield Part(group, layers, self._settings, in_rows)
 
     def work(self, part: Part) -> Tensors:
         """Each layer's part of the product scratch, n_g x n_a; none for layers without an H_a."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kbfgs_ext import ops
+from kbfgs_ext.optim.inputs import Inputs
 from kbfgs_ext.optim.settings import Settings
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Identity(Factor):
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
         if with_activations and part.activation.live:
-            ActivationMatrix.follow(part, [], verdict)
+            ActivationMatrix.follow(part, verdict)
 
 
 class ActivationMatrix(Factor):
@@ -146,23 +147,46 @@ class ActivationMatrix(Factor):
         self.kept["H_a"].copy_(inverse.add_(inverse.T.clone()).mul_(0.5))
 
     def average_one(
-        self, a_bar: torch.Tensor, X: torch.Tensor, decay: float | None, ok: torch.Tensor | None
+        self, a_bar: torch.Tensor, inputs: Inputs, decay: float | None, ok: torch.Tensor | None
     ) -> None:
-        """Before the start: ``X`` enters the average, which ``decay`` is kept of; None leaves the
-        average as it is. a_bar is the mean of ``X``."""
+        """Before the start: the minibatch enters the average, which ``decay`` is kept of; None
+        leaves the average as it is. a_bar is the mean of the minibatch."""
         A = [] if decay is None else [self.average]
-        ops.factor_ema_(A, [a_bar], [X], decay or 0.0, ok, self.settings.backend)
+        inputs.average(A, a_bar, decay or 0.0, ok, self.settings.backend)
 
     @staticmethod
-    def average_in(part: Part, X: Tensors, ok: torch.Tensor) -> None:
-        """Step 3: the minibatch ``X`` enters A, and a_bar is its mean."""
+    def average_in(part: Part, ok: torch.Tensor) -> None:
+        """Step 3: the minibatch enters A, and a_bar is its mean."""
         A = part["A"] if part.settings.keep_A and part.activation.live else []
-        ops.factor_ema_(A, part["a_bar"], X, part.group["stat_decay"], ok, part.backend)
+        a_bar, decay = part["a_bar"], part.group["stat_decay"]
+        if part.in_rows:
+            ops.factor_ema_(A, a_bar, part.X(), decay, ok, part.backend)
+            return
+        for i, inputs in enumerate(part.inputs()):
+            inputs.average(A[i : i + 1], a_bar[i], decay, ok, part.backend)
 
     @staticmethod
-    def follow(part: Part, X: Tensors, verdict: Verdict) -> None:
-        """Step 9 by itself, with A's action from the minibatch ``X``, or from A if that is kept."""
-        _update_matrices(part, True, False, X, verdict)
+    def follow(part: Part, verdict: Verdict) -> None:
+        """Step 9 by itself, with A's action from the minibatch, or from A if that is kept."""
+        if part.settings.keep_A:
+            _update_matrices(part, True, False, [], verdict)
+        elif part.in_rows:
+            _update_matrices(part, True, False, part.X(), verdict)
+        else:
+            ActivationMatrix._follow_patches(part, verdict)
+
+    @staticmethod
+    def _follow_patches(part: Part, verdict: Verdict) -> None:
+        H_a, a_bar, inputs = part["H_a"], part["a_bar"], part.inputs()
+        s, y = [torch.empty_like(a) for a in a_bar], [torch.empty_like(a) for a in a_bar]
+        for i, patches in enumerate(inputs):
+            torch.mv(H_a[i], a_bar[i], out=s[i])
+            patches.action(s[i], y[i])
+            y[i].add_(s[i] * part.scalars.lam_a.to(s[i].dtype))
+        ops.bfgs_update_(H_a, part["counts_a"], s, y, [], a_bar, verdict.ok, part.backend)
+        if part.settings.restart_after is not None:
+            rows = [x.root_mean_square(a) for x, a in zip(inputs, a_bar, strict=True)]
+            restart(part, "a", verdict.order_a, rows)
 
 
 class GradientMatrix(Factor):
@@ -259,7 +283,7 @@ class PairRing(Factor):
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
         if with_activations and part.activation.live:
-            ActivationMatrix.follow(part, [], verdict)
+            ActivationMatrix.follow(part, verdict)
         s, y, Hy, ok = part["s_damped"], part["y_damped"], part["Hy"], verdict.ok_pair
         counts, c = part["counts_g"], part["g_bar"]
         gamma = part["gamma"] if part.has("gamma") else []

@@ -211,15 +211,14 @@ class Step:
                 if not layer.started and not layer.bare:
                     layer.gradient.start(scalars.lam_g)
             seen = [layer for layer in layers if layer.observer.has_inputs()]
-            for one in self.parts.of(seen):
+            for one in self.parts.of(seen, by_inputs=True):
                 with self.phase("statistics"):
                     self._statistics(one, verdict.ok)
             with self.phase("direction"):
                 self.direction.descend(part, self.parts.work(part), verdict.ok)
-            for one in self.parts.of(seen) if not late else ():
+            for one in self.parts.of(seen, by_inputs=True) if not late else ():
                 with self.phase("curvature"):
-                    X = [] if self.settings.keep_A else one.X()
-                    ActivationMatrix.follow(one, X, verdict)
+                    ActivationMatrix.follow(one, verdict)
         for layer in active:
             layer.observer.forget_inputs()  # the activations need not outlive the first pass
             layer.started = layer.started or not layer.bare
@@ -230,9 +229,10 @@ class Step:
         for layer in cold:  # a warm start has left A_0
             decay = 0.0 if not layer.warm_batches else None
             assert isinstance(layer.activation, ActivationMatrix)
-            layer.activation.average_one(layer["a_bar"], layer.observer.X(), decay, ok)
-        for old in self.parts.of([layer for layer in part.layers if layer.started]):
-            ActivationMatrix.average_in(old, old.X(), ok)
+            layer.activation.average_one(layer["a_bar"], layer.observer.inputs(), decay, ok)
+        old = [layer for layer in part.layers if layer.started]
+        for one in self.parts.of(old, by_inputs=True):
+            ActivationMatrix.average_in(one, ok)
         for layer in cold:
             layer.activation.start(part.scalars.lam_a)
 
@@ -374,7 +374,7 @@ class Step:
         """Take in one more group of layers."""
         self.parts.add(group)
         for layer in group.layers:
-            self.recorder.attach(layer.modules, layer.observer)
+            self.recorder.attach(layer.uses, layer.observer)
 
     def restart(self) -> None:
         """Start factors, pairs and momentum anew; `KBFGS.restart`."""
