@@ -359,7 +359,7 @@ class Recorder:
             return None
         if self.at is Pass.WARM:
             if observer.keep_inputs:
-                observer.add(view.inputs(x.detach())).reached = True
+                observer.add(view.inputs(x)).reached = True
             return None
         if not torch.is_grad_enabled():
             self.in_the_dark = observer.dark = True
@@ -369,7 +369,7 @@ class Recorder:
             observer.recomputed = True  # activation checkpointing: the same use again
             return replaced
         with torch.no_grad(), torch._C._DisableFuncTorch():
-            use = observer.add(view.inputs(x.detach()))
+            use = observer.add(view.inputs(x))
         node = _origin(output if replaced is None else replaced)
         if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
             use.reached = True  # inside torch.func nothing tells

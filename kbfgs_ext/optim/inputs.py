@@ -203,14 +203,15 @@ def exact_convolutions() -> Iterator[None]:
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
-    """``x`` as a dense tensor with the features last: out of torch.func's wrappers (vmap, grad,
-    jvp), of nested tensors and of sparse ones."""
+    """``x`` as a dense tensor without a graph, with the features last: out of torch.func's wrappers
+    (vmap, grad, jvp), of nested tensors and of sparse ones."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         batch = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else -1
         x = functorch.get_unwrapped(x)
         if batch >= 0:
             x = x.movedim(batch, 0)
+    x = x.detach()
     if x.is_nested:
         if x.layout is torch.jagged:
             return x.values()
