@@ -261,9 +261,7 @@ class Observer:
 class Hook:
     """A module's forward hook. A copy of the module (deepcopy, pickle) carries a dead hook."""
 
-    def __init__(
-        self, recorder: Recorder | None, observer: Observer | None, view: View | None
-    ) -> None:
+    def __init__(self, recorder: Recorder | None, observer: Any, view: Any) -> None:
         self._recorder = weakref.ref(recorder) if recorder is not None else lambda: None
         self._observer, self._view = observer, view
 

@@ -104,9 +104,10 @@ class TransposedLinear(Kind):
 
     @classmethod
     def covers(cls, module: nn.Module) -> bool:
+        if not super().covers(module):
+            return False
         W, b = (module._parameters.get(name) for name in ("weight", "bias"))
-        known = W is not None and b is not None and W.shape[1:] == b.shape
-        return known and super().covers(module)
+        return W is not None and b is not None and W.shape[1:] == b.shape
 
     @classmethod
     def views(cls, module: Any) -> list[View]:

@@ -13,6 +13,7 @@ from kbfgs_ext.optim.safeguard import SafeguardRule
 HESSIAN_ACTIONS = ("ema", "minibatch")
 STEP_LENGTHS = ("direction", "balanced", "layer")
 PRECISIONS = ("highest", "high", "medium")
+MAX_FACTOR_DIM = 8192  # 256 MiB of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Settings:
     matmul_precision: str | None = None
     pair_every: int = 1
     factor_every: int = 1
-    max_factor_dim: int | None = None
+    max_factor_dim: int | None = MAX_FACTOR_DIM
     restart_after: int | None = 10
     initial_scale: float | str = 1.0
     step_length: str = "direction"
