@@ -211,3 +211,18 @@ def test_no_host_read(method, action):
         closure = closure_of(model, opt, torch.randn(8, 2, 4, 4), torch.randn(8, 3))
         for _ in range(3):
             opt.step(closure)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_convolutions_are_exact_and_leave_torch_s_settings(allowed):
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    try:
+        cudnn.allow_tf32 = allowed
+        setting = cudnn.conv.fp32_precision
+        with inputs.exact_convolutions():
+            assert cudnn.conv.fp32_precision == "ieee"
+        assert cudnn.conv.fp32_precision == setting
+        assert cudnn.allow_tf32 == allowed
+    finally:
+        cudnn.allow_tf32 = before
