@@ -10,8 +10,27 @@ NeurIPS 2020 (arXiv 2006.08877).
 
 from kbfgs_ext import ops, presets
 from kbfgs_ext.ops.registry import explain
-from kbfgs_ext.optim import KBFGS, KBFGSL, CapturedStep, SafeguardRule
+from kbfgs_ext.optim import (
+    KBFGS,
+    KBFGSL,
+    CapturedStep,
+    Kind,
+    SafeguardRule,
+    View,
+    register_kind,
+)
 
 __version__ = "0.2.0"
 
-__all__ = ["KBFGS", "KBFGSL", "CapturedStep", "SafeguardRule", "explain", "ops", "presets"]
+__all__ = [
+    "KBFGS",
+    "KBFGSL",
+    "CapturedStep",
+    "Kind",
+    "SafeguardRule",
+    "View",
+    "explain",
+    "ops",
+    "presets",
+    "register_kind",
+]

@@ -2,6 +2,7 @@
 
 from kbfgs_ext.optim.graph import CapturedStep
 from kbfgs_ext.optim.kbfgs import KBFGS, KBFGSL
+from kbfgs_ext.optim.layers import Kind, View, register_kind
 from kbfgs_ext.optim.safeguard import SafeguardRule
 
-__all__ = ["KBFGS", "KBFGSL", "CapturedStep", "SafeguardRule"]
+__all__ = ["KBFGS", "KBFGSL", "CapturedStep", "Kind", "SafeguardRule", "View", "register_kind"]

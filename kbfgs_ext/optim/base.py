@@ -16,9 +16,10 @@ from torch import nn
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim import checkpoint, hyper, reports
 from kbfgs_ext.optim.coverage import Excluded, common_device, cover, divide
-from kbfgs_ext.optim.covered import CoveredLayer, Group
+from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.fallback import Fallback, default_fallback
 from kbfgs_ext.optim.memory import memory_usage
+from kbfgs_ext.optim.parts import Group
 from kbfgs_ext.optim.passes import check_generators, joined
 from kbfgs_ext.optim.settings import Settings
 from kbfgs_ext.optim.step import Step
@@ -60,8 +61,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
         self._rest, self._reasons = dict(found.rest), dict(found.reasons)
         if not found.layers:
             raise ValueError(
-                f"model has no layer to cover: {type(model).__name__} contains no"
-                " torch.nn.Linear with a trained weight"
+                f"model has no layer to cover: {type(model).__name__} contains no Linear,"
+                " convolution or registered kind of layer with a trained weight"
                 + (" that is not excluded" if "excluded" in found.reasons.values() else "")
             )
         divided = divide(found.layers, found.rest, groups)
@@ -74,6 +75,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         for group, (_, part) in zip(self.param_groups, divided, strict=True):
             self._cover(group, part)
         reports.say_what_is_left_out(found.layers, settings.max_factor_dim)
+        reports.say_what_is_large(found.layers, model)
         self.steps.fallback = self._make_fallback(found.rest, fallback)
         weakref.finalize(self, self.steps.recorder.close)
 
@@ -91,7 +93,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         made = Fallback(rest, factory or default_fallback)
         self.param_groups.extend(made.optimizer.param_groups)  # shared: schedulers reach them
         if factory is None:
-            reports.say_what_falls_back(self, rest, made.optimizer.param_groups[0]["lr"])
+            reports.say_what_falls_back(self, made.optimizer.param_groups[0]["lr"])
         return made
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -131,6 +133,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
             self.param_groups.insert(at, self.param_groups.pop())
             self._cover(self.param_groups[at], layers)
             reports.say_what_is_left_out(layers, self.settings.max_factor_dim)
+            reports.say_what_is_large(layers, self.model)
         if rest and self.steps.fallback is None:
             self.steps.fallback = Fallback(rest, default_fallback)
             self.param_groups.extend(self.steps.fallback.optimizer.param_groups)

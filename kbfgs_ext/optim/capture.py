@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.utils.weak import TensorWeakRef
 
+from kbfgs_ext.optim.inputs import Inputs, Rows
 from kbfgs_ext.optim.layers import View
 
 WHY_NOT_COMPILED = (
@@ -50,7 +51,7 @@ class Use:
     """One call of a covered layer in a pass."""
 
     rows: int
-    X: torch.Tensor | None  # m x d_in, where it is wanted
+    inputs: Inputs | None  # where they are wanted
     mean: torch.Tensor | None  # d_in, where that is enough; the first use's stands in a_bar
     reached: bool = False  # by a backward pass that fills .grad
 
@@ -58,10 +59,10 @@ class Use:
 class Observer:
     """What one layer leaves behind in a pass. Buffers are kept from step to step."""
 
-    def __init__(self, name: str, view: View, bias: torch.Tensor | None, n_g: int) -> None:
+    def __init__(self, name: str, view: View, bias: torch.Tensor | None) -> None:
         self.name = name
         self.view = view
-        self.n_g = n_g
+        self.n_g, self.d_in = view.shape
         self.weight: torch.Tensor = view.weight
         self.bias = bias  # trained with the layer
         self.gradient_hook: Callable[[torch.Tensor], None] = lambda anchor: None
@@ -79,6 +80,7 @@ class Observer:
             keep_inputs: keep the rows of all uses.
         """
         self.uses: list[Use] = []
+        self._joined: Inputs | None = None  # of all uses
         self.a_bar, self.g_bar, self.keep_inputs = a_bar, g_bar, keep_inputs
         self.empty: tuple[int, ...] = ()  # shape of an input without rows
         self.dark = self.recomputed = False  # a use without gradients, and again in backward
@@ -129,28 +131,28 @@ class Observer:
         anchor = self.anchor()
         if anchor is self.bias:
             return None
-        bias = anchor.to(output.dtype)
+        bias = self.view.spread(anchor.to(output.dtype))
         if output.is_nested and output.layout is torch.strided:  # it takes no sum with a vector
             return torch.nested.as_nested_tensor([part + bias for part in output.unbind()])
         return output + bias
 
     # ------------------------------------------------------------------ uses
 
-    def add(self, X: torch.Tensor) -> Use:
-        """One use, with its input rows."""
-        X, mean = X.detach(), None
+    def add(self, inputs: Inputs) -> Use:
+        """One use, with its input."""
+        mean = None
         if self.a_bar is not None and not self.keep_inputs:
-            mean = torch.mean(X, 0, dtype=self.a_bar.dtype, out=self._mean(len(self.uses), X))
-        use = Use(X.shape[0], X if self.keep_inputs else None, mean)
+            mean = self._mean(self.a_bar, len(self.uses))
+            inputs.mean(mean)
+        use = Use(inputs.m, inputs if self.keep_inputs else None, mean)
         self.uses.append(use)
         return use
 
-    def _mean(self, k: int, X: torch.Tensor) -> torch.Tensor:
-        assert self.a_bar is not None
+    def _mean(self, a_bar: torch.Tensor, k: int) -> torch.Tensor:
         if k == 0:
-            return self.a_bar[: X.shape[1]]
+            return a_bar[: self.d_in]
         while len(self._means) < k:
-            self._means.append(torch.empty_like(self.a_bar[: X.shape[1]]))
+            self._means.append(torch.empty_like(a_bar[: self.d_in]))
         return self._means[k - 1]
 
     def reach(self, use: Use, *_: Any) -> None:
@@ -237,36 +239,44 @@ class Observer:
         """Whether the rows themselves are at hand."""
         return self.keep_inputs and self.seen
 
-    def X(self) -> torch.Tensor:
+    def inputs(self) -> Inputs:
         """The input rows of all uses, m x d_in."""
-        rows = [use.X for use in self.uses if use.X is not None]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        if self._joined is None:
+            first, *others = [use.inputs for use in self.uses if use.inputs is not None]
+            self._joined = first.joined(others)
+        return self._joined
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether the inputs are rows, which an op takes as they are."""
+        return isinstance(self.uses[0].inputs, Rows)
 
     def forget_inputs(self) -> None:
         """Let go of the activations."""
         for use in self.uses:
-            use.X = None
-        self._first, self.keep_inputs = None, False
+            use.inputs = None
+        self._first, self._joined, self.keep_inputs = None, None, False
 
 
 class Hook:
     """A module's forward hook. A copy of the module (deepcopy, pickle) carries a dead hook."""
 
-    def __init__(self, recorder: Recorder | None, observer: Observer | None) -> None:
+    def __init__(self, recorder: Recorder | None, observer: Any, view: Any) -> None:
         self._recorder = weakref.ref(recorder) if recorder is not None else lambda: None
-        self._observer = observer
+        self._observer, self._view = observer, view
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor):
+    def __call__(self, module: nn.Module, args: tuple, *rest: Any):
         recorder = self._recorder()
         if recorder is None or self._observer is None or recorder.at is Pass.OFF:
-            return None
-        return recorder.record(self._observer, args[0] if args else kwargs["input"], output)
+            return None  # removed inside a forward, by the garbage collector, it gets no kwargs
+        x = args[0] if args else next(iter(rest[0].values()))
+        return recorder.record(self._observer, self._view, x, rest[1])
 
     def __deepcopy__(self, memo: dict) -> Hook:
-        return Hook(None, None)
+        return Hook(None, None, None)
 
     def __reduce__(self) -> tuple:
-        return Hook, (None, None)
+        return Hook, (None, None, None)
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -296,13 +306,12 @@ class Recorder:
         self._noted: dict[int, list[Observer]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def attach(self, modules: list[nn.Module], observer: Observer) -> None:
-        """Let ``modules`` and the bias report to ``observer``; before the hooks of others, which
-        see the output as the layer has made it, virtual bias and all."""
-        for module in modules:
-            self._handles.append(
-                module.register_forward_hook(Hook(self, observer), with_kwargs=True, prepend=True)
-            )
+    def attach(self, uses: list[tuple[nn.Module, View]], observer: Observer) -> None:
+        """Let modules, with their views, and the bias report to ``observer``; before the hooks of
+        others, which see the output as the layer has made it, virtual bias and all."""
+        for module, view in uses:
+            hook = Hook(self, observer, view)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         observer.gradient_hook = GradientHook(self, observer)
         if observer.bias is not None:
             self._handles.append(
@@ -341,14 +350,14 @@ class Recorder:
         self.closed = True
 
     @uncompiled
-    def record(self, observer: Observer, x: torch.Tensor, output: torch.Tensor):
+    def record(self, observer: Observer, view: View, x: torch.Tensor, output: torch.Tensor):
         """Note one use of a layer; returns what the layer shall return instead, or None."""
         if x.numel() == 0:
             observer.empty = observer.empty or tuple(x.shape)
             return None
         if self.at is Pass.WARM:
             if observer.keep_inputs:
-                observer.add(observer.view.rows(x)).reached = True
+                observer.add(view.inputs(x)).reached = True
             return None
         if not torch.is_grad_enabled():
             self.in_the_dark = observer.dark = True
@@ -358,7 +367,7 @@ class Recorder:
             observer.recomputed = True  # activation checkpointing: the same use again
             return replaced
         with torch.no_grad(), torch._C._DisableFuncTorch():
-            use = observer.add(observer.view.rows(x))
+            use = observer.add(view.inputs(x))
         node = _origin(output if replaced is None else replaced)
         if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
             use.reached = True  # inside torch.func nothing tells

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kbfgs_ext.optim.covered import CoveredLayer
-from kbfgs_ext.optim.layers import View, kind_of
+from kbfgs_ext.optim.layers import View, kind_of, why_not
 from kbfgs_ext.optim.settings import Settings
 
 
@@ -91,11 +91,9 @@ def cover(
     for name, module in model.named_modules():
         for p in module._parameters.values():
             if p is not None:
-                why.setdefault(
-                    id(p), f"{type(module).__name__} is no kind of layer that is covered"
-                )
+                why.setdefault(id(p), why_not(module))
         kind = kind_of(module)
-        for view in [] if kind is None else kind.views(module):
+        for view in [] if kind is None or kind.refuses(module) else kind.views(module):
             weight, bias = view.weight, view.bias
             if not isinstance(weight, nn.Parameter):
                 continue
@@ -135,9 +133,8 @@ def cover(
             if bias is not None:
                 why[id(bias)] = "its layer is covered without it"
         else:
-            modules = [user for _, user, _ in uses]
             name = _plain(name) or type(module).__name__
-            layers.append(CoveredLayer(name, modules, view, settings))
+            layers.append(CoveredLayer(name, [use[1:] for use in uses], settings))
 
     covered = {id(p) for layer in layers for p in layer.parameters()}
     rest = {

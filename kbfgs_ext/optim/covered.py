@@ -1,19 +1,11 @@
-"""A covered layer: its parameters, its two factors, and the tensors of a step; and parts of many.
-
-A `Part` is what one call of an op takes: layers of one param group whose steps are alike.
-"""
+"""A covered layer: its parameters, its two factors, and the tensors of a step."""
 
 from __future__ import annotations
-
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
-from kbfgs_ext.ops.spectral.api import workspace_size as polar_workspace
 from kbfgs_ext.optim.capture import Observer
 from kbfgs_ext.optim.factors import (
     ActivationMatrix,
@@ -22,13 +14,10 @@ from kbfgs_ext.optim.factors import (
     Identity,
     PairRing,
     Shapes,
-    Tensors,
 )
-from kbfgs_ext.optim.hyper import DeviceScalars
 from kbfgs_ext.optim.layers import View
 from kbfgs_ext.optim.settings import Settings
 
-KNOWN = 64  # lists of layers whose parts are kept: more where layers take turns in a model
 ACCUMULATION = torch.float32  # factors of 16-bit parameters are kept in this dtype
 DARK = (
     "the covered layers ran under torch.no_grad() or inference_mode(): a pass needs gradients,"
@@ -43,15 +32,15 @@ class CoveredLayer:
     ``scratch`` lives from one half of a step to the other.
     """
 
-    def __init__(self, name: str, modules: list[nn.Module], view: View, settings: Settings) -> None:
+    def __init__(self, name: str, uses: list[tuple[nn.Module, View]], settings: Settings) -> None:
         self.name = name
-        self.modules = modules  # all that use the weight
-        self.view = view
+        self.uses = uses  # all modules that use the weight, with the view of it that each has
+        self.view = view = uses[0][1]
         self.weight: nn.Parameter = view.weight
         self.bias = view.bias if view.bias is not None and view.bias.requires_grad else None
         n_g, d_in = view.shape
         self.n_g, self.d_in, self.n_a = n_g, d_in, d_in + (self.bias is not None)
-        self.observer = Observer(name, view, self.bias, n_g)
+        self.observer = Observer(name, view, self.bias)
         a_kind: type[Factor] = ActivationMatrix if settings.fits(self.n_a) else Identity
         g_kind: type[Factor] = GradientMatrix if settings.fits(n_g) else Identity
         if settings.memory is not None:
@@ -139,22 +128,32 @@ class CoveredLayer:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def W(self) -> torch.Tensor:
-        """The weight, n_g x d_in."""
-        return self.view.matrix(self.weight.detach())
+        """The weight, n_g x d_in; where it lies otherwise in memory a copy, for `put_back`."""
+        W = self.view.matrix(self.weight.detach())
+        if self.view.in_place:
+            return W
+        if "W" not in self.scratch or self.scratch["W"].dtype != W.dtype:
+            self.scratch["W"] = torch.empty_like(W, memory_format=torch.contiguous_format)
+        return self.scratch["W"].copy_(W)
+
+    def put_back(self) -> None:
+        """After an op has written `W`: let the weight have it."""
+        if not self.view.in_place:
+            self.view.write(self.weight.detach(), self.scratch["W"])
 
     def b(self) -> torch.Tensor:
         """The bias, or an empty tensor."""
-        return self._no_bias if self.bias is None else self.view.vector(self.bias.detach())
+        return self._no_bias if self.bias is None else self.bias.detach()
 
     def dW(self, decay: float = 0.0) -> torch.Tensor:
         """The weight's gradient plus ``decay*W``, n_g x d_in; zero where it is frozen."""
-        return self.view.matrix(self._gradient(self.weight, "no_dW", decay))
+        return self.view.matrix(self._gradient(self.weight, "no_dW", decay)).contiguous()
 
     def db(self, decay: float = 0.0) -> torch.Tensor:
         """The bias's gradient, as the weight's; or an empty tensor."""
         if self.bias is None:
             return self._no_bias
-        return self.view.vector(self._gradient(self.bias, "no_db", decay))
+        return self._gradient(self.bias, "no_db", decay)
 
     def _gradient(self, p: nn.Parameter, zero: str, decay: float) -> torch.Tensor:
         if any(p is moved for moved in self.moving):
@@ -187,161 +186,9 @@ class CoveredLayer:
         moving = {id(p) for p in self.moving}
         saved = self.scratch["saved"]
         if id(self.weight) not in moving:
-            self.W().copy_(saved[:, : self.d_in])
+            self.view.write(self.weight.detach(), saved[:, : self.d_in])
         if self.bias is not None and id(self.bias) not in moving:
             self.b().copy_(saved[:, self.d_in])
-
-
-@dataclasses.dataclass
-class Group:
-    """A param group of covered parameters: its options, its layers, its scalars on the device."""
-
-    options: dict[str, Any]
-    layers: list[CoveredLayer]
-    scalars: DeviceScalars
-
-
-class Part:
-    """Layers that one call of an op takes: of one param group, and alike in this step.
-
-    ``part["H_g"]`` is the list of their tensors, made once.
-    """
-
-    def __init__(self, group: Group, layers: list[CoveredLayer], settings: Settings) -> None:
-        self.group, self.scalars = group.options, group.scalars
-        self.layers, self.settings, self.backend = layers, settings, settings.backend
-        first = layers[0]
-        self.bare, self.halved = first.bare, first.halved
-        self.activation: type[Factor] = Identity if self.bare else type(first.activation)
-        self.gradient: type[Factor] = Identity if self.bare else type(first.gradient)
-        self._each: dict[str, Tensors] = {}
-
-    def __getitem__(self, name: str) -> Tensors:
-        tensors = self._each.get(name)
-        if tensors is None:
-            tensors = self._each[name] = [layer[name] for layer in self.layers]
-        return tensors
-
-    def has(self, name: str) -> bool:
-        """Whether the layers keep such a tensor."""
-        return self.layers[0].has(name)
-
-    def W(self) -> Tensors:
-        """Their weights, n_g x d_in each."""
-        return [layer.W() for layer in self.layers]
-
-    def b(self) -> Tensors:
-        """Their biases, empty where there is none."""
-        return [layer.b() for layer in self.layers]
-
-    def dW(self, decay: float = 0.0) -> Tensors:
-        """Their weight gradients plus ``decay*W``."""
-        return [layer.dW(decay) for layer in self.layers]
-
-    def db(self, decay: float = 0.0) -> Tensors:
-        """Their bias gradients plus ``decay*b``."""
-        return [layer.db(decay) for layer in self.layers]
-
-    def products(self, scratch: Tensors) -> Tensors:
-        """The product scratch, n_g x n_a each."""
-        shapes = [(layer.n_g, layer.n_a) for layer in self.layers]
-        return [t[: n * k].view(n, k) for t, (n, k) in zip(scratch, shapes, strict=True)]
-
-    def lam_a(self) -> Tensors:
-        """Their dampings of the activation side: scalars on the device."""
-        relative = self.settings.relative_damping
-        return self["lam_a"] if relative else [self.scalars.lam_a] * len(self.layers)
-
-    def X(self) -> Tensors:
-        """The input rows that their observers have kept."""
-        return [layer.observer.X() for layer in self.layers]
-
-    def written(self) -> None:
-        """Tell autograd that the parameters have changed: kernels write behind its back."""
-        torch.autograd.graph.increment_version(
-            [p for layer in self.layers for p in layer.parameters()]
-        )
-
-
-class Parts:
-    """The parts that lists of layers fall into, kept from step to step, and the scratch that all
-    layers share."""
-
-    def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.groups: list[Group] = []
-        self.layers: list[CoveredLayer] = []  # of all groups
-        self.slopes = torch.empty(0)  # those of all layers, for one sum
-        self._settings, self._device = settings, device
-        self._known: dict[tuple, list[Part]] = {}
-        self._product = torch.empty(0)
-
-    def add(self, group: Group) -> None:
-        """Take in one more group of layers."""
-        self.groups.append(group)
-        self.layers += group.layers
-
-    def materialize(self) -> bool:
-        """Allocate what is not there yet; whether there was something."""
-        if all(layer.scratch for layer in self.layers) and self._product.numel():
-            return False
-        for layer in self.layers:
-            layer.allocate()
-        size = product_scratch_elements(self.layers, self._settings, self._device)
-        self._product = torch.empty(size, dtype=self.layers[0].dtype, device=self._device)
-        self.slopes = torch.cat([layer["slope"] for layer in self.layers])
-        rows = [layer.n_g for layer in self.layers]
-        for layer, part in zip(self.layers, self.slopes.split(rows), strict=True):
-            layer.scratch["slope"] = part
-        self._known.clear()
-        return True
-
-    def of(self, layers: list[CoveredLayer]) -> list[Part]:
-        """``layers`` by param group, and within one by the factors that their step has."""
-        key = tuple((id(layer), layer.bare, layer.halved) for layer in layers)
-        parts = self._known.get(key)
-        if parts is None:
-            if len(self._known) > KNOWN:
-                self._known.clear()
-            parts = self._known[key] = list(self._divide({id(layer) for layer in layers}))
-        return parts
-
-    def _divide(self, wanted: set[int]) -> Iterator[Part]:
-        for group in self.groups:
-            alike: dict[tuple, list[CoveredLayer]] = {}
-            for layer in group.layers:
-                if id(layer) in wanted:
-                    kinds = tuple(type(factor) for factor in layer.factors)
-                    alike.setdefault((kinds, layer.bare, layer.halved), []).append(layer)
-            for layers in alike.values():
-                yield Part(group, layers, self._settings)
-
-    def scratch(self, part: Part) -> Tensors:
-        """Each layer's part of the scratch that the direction needs, flat."""
-        alone = self._device.type == "cpu"
-        views, at = [], 0
-        for layer in part.layers:
-            size = direction_elements(layer, self._settings)
-            views.append(self._product[at : at + size])
-            at += 0 if alone else size
-        return views
-
-
-def direction_elements(layer: CoveredLayer, settings: Settings) -> int:
-    """Elements of scratch that a layer's direction needs: a matrix as large as P for the product
-    H_g M H_a, if there is an H_a, and what the polar factor is made in."""
-    product = layer.n_g * layer.n_a if layer.activation.live else 0
-    if settings.direction == "spectral":
-        product = max(product, polar_workspace(layer.n_g, layer.n_a))
-    return product
-
-
-def product_scratch_elements(
-    layers: list[CoveredLayer], settings: Settings, device: torch.device
-) -> int:
-    """Elements of the direction's scratch: shared by all layers on the CPU, where they go one after
-    the other; one each on a GPU, where they go at once."""
-    sizes = [direction_elements(layer, settings) for layer in layers]
-    return max(sizes, default=0) if device.type == "cpu" else sum(sizes)
 
 
 def moved_layers(layers: list[CoveredLayer], in_the_dark: bool) -> list[CoveredLayer]:

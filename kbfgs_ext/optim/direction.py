@@ -6,8 +6,8 @@ import torch
 
 from kbfgs_ext import ops
 from kbfgs_ext.ops.spectral import COEFFICIENTS
-from kbfgs_ext.optim.covered import Part
 from kbfgs_ext.optim.factors import Tensors
+from kbfgs_ext.optim.parts import Part
 from kbfgs_ext.optim.settings import Settings
 
 SHORTEST = 1e-20  # length of a direction that still is one

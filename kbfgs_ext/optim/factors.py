@@ -16,30 +16,20 @@ which ops a step is made of. Step numbers are those of docs/algorithm.md.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from kbfgs_ext import ops
+from kbfgs_ext.optim.inputs import Inputs
 from kbfgs_ext.optim.settings import Settings
+from kbfgs_ext.optim.updates import Verdict, restart, update_matrices
 
 if TYPE_CHECKING:
-    from kbfgs_ext.optim.covered import Part
+    from kbfgs_ext.optim.parts import Part
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Tensors = list[torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What the device has decided of a step: bool scalars there."""
-
-    ok: torch.Tensor  # false: the step is void
-    ok_pair: torch.Tensor  # false: no pair comes of it
-    order_a: torch.Tensor | None = None  # all activation sides restart
-    order_g: torch.Tensor | None = None  # all gradient sides do
 
 
 class Factor:
@@ -127,7 +117,7 @@ class Identity(Factor):
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
         if with_activations and part.activation.live:
-            ActivationMatrix.follow(part, [], verdict)
+            ActivationMatrix.follow(part, verdict)
 
 
 class ActivationMatrix(Factor):
@@ -159,27 +149,54 @@ class ActivationMatrix(Factor):
         """
         damped = self.average.to(torch.float64, copy=True)
         damped.diagonal().add_(lam)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped)[0])
+        root = torch.linalg.cholesky_ex(damped)[0]
+        identity = damped.zero_().fill_diagonal_(1.0)
+        # Half the time of cholesky_inverse, which LAPACK does on one core.
+        inverse = torch.cholesky_solve(identity, root)
+        del root, identity, damped
         self.kept["H_a"].copy_(inverse.add_(inverse.T.clone()).mul_(0.5))
 
     def average_one(
-        self, a_bar: torch.Tensor, X: torch.Tensor, decay: float | None, ok: torch.Tensor | None
+        self, a_bar: torch.Tensor, inputs: Inputs, decay: float | None, ok: torch.Tensor | None
     ) -> None:
-        """Before the start: ``X`` enters the average, which ``decay`` is kept of; None leaves the
-        average as it is. a_bar is the mean of ``X``."""
+        """Before the start: the minibatch enters the average, which ``decay`` is kept of; None
+        leaves the average as it is. a_bar is the mean of the minibatch."""
         A = [] if decay is None else [self.average]
-        ops.factor_ema_(A, [a_bar], [X], decay or 0.0, ok, self.settings.backend)
+        inputs.average(A, a_bar, decay or 0.0, ok, self.settings.backend)
 
     @staticmethod
-    def average_in(part: Part, X: Tensors, ok: torch.Tensor) -> None:
-        """Step 3: the minibatch ``X`` enters A, and a_bar is its mean."""
+    def average_in(part: Part, ok: torch.Tensor) -> None:
+        """Step 3: the minibatch enters A, and a_bar is its mean."""
         A = part["A"] if part.settings.keep_A and part.activation.live else []
-        ops.factor_ema_(A, part["a_bar"], X, part.group["stat_decay"], ok, part.backend)
+        a_bar, decay = part["a_bar"], part.group["stat_decay"]
+        if part.in_rows:
+            ops.factor_ema_(A, a_bar, part.X(), decay, ok, part.backend)
+            return
+        for i, inputs in enumerate(part.inputs()):
+            inputs.average(A[i : i + 1], a_bar[i], decay, ok, part.backend)
 
     @staticmethod
-    def follow(part: Part, X: Tensors, verdict: Verdict) -> None:
-        """Step 9 by itself, with A's action from the minibatch ``X``, or from A if that is kept."""
-        _update_matrices(part, True, False, X, verdict)
+    def follow(part: Part, verdict: Verdict) -> None:
+        """Step 9 by itself, with A's action from the minibatch, or from A if that is kept."""
+        if part.settings.keep_A:
+            update_matrices(part, True, False, [], verdict)
+        elif part.in_rows:
+            update_matrices(part, True, False, part.X(), verdict)
+        else:
+            ActivationMatrix._follow_patches(part, verdict)
+
+    @staticmethod
+    def _follow_patches(part: Part, verdict: Verdict) -> None:
+        H_a, a_bar, inputs, lam_a = part["H_a"], part["a_bar"], part.inputs(), part.lam_a()
+        s, y = [torch.empty_like(a) for a in a_bar], [torch.empty_like(a) for a in a_bar]
+        for i, patches in enumerate(inputs):
+            torch.mv(H_a[i], a_bar[i], out=s[i])
+            patches.action(s[i], y[i])
+            y[i].add_(s[i] * lam_a[i].to(s[i].dtype))
+        ops.bfgs_update_(H_a, part["counts_a"], s, y, [], a_bar, verdict.ok, part.backend)
+        if part.settings.restart_after is not None:
+            rows = [x.of_the_same_square(a) for x, a in zip(inputs, a_bar, strict=True)]
+            restart(part, "a", verdict.order_a, rows)
 
 
 class GradientMatrix(Factor):
@@ -215,7 +232,7 @@ class GradientMatrix(Factor):
 
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
-        _update_matrices(part, with_activations and part.activation.live, True, [], verdict)
+        update_matrices(part, with_activations and part.activation.live, True, [], verdict)
 
 
 class PairRing(Factor):
@@ -275,7 +292,7 @@ class PairRing(Factor):
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
         if with_activations and part.activation.live:
-            ActivationMatrix.follow(part, [], verdict)
+            ActivationMatrix.follow(part, verdict)
         s, y, Hy, ok = part["s_damped"], part["y_damped"], part["Hy"], verdict.ok_pair
         counts, c = part["counts_g"], part["g_bar"]
         gamma = part["gamma"] if part.has("gamma") else []
@@ -316,71 +333,3 @@ def _start_scale(place: torch.Tensor, gamma: float | str, lam_g: torch.Tensor) -
         place.copy_(1 / lam_g)
     else:
         place.fill_(gamma)
-
-
-def _update_matrices(
-    part: Part, activations: bool, gradients: bool, X: Tensors, verdict: Verdict
-) -> None:
-    """Steps 6 to 9 on the matrix factors of both sides, or of one."""
-
-    def of(side: bool, name: str) -> Tensors:
-        return part[name] if side else []
-
-    n = len(part.layers)
-    if activations or gradients:
-        ops.curvature_update_(
-            H_a=of(activations, "H_a"),
-            H_g=of(gradients, "H_g"),
-            s=of(gradients, "s"),
-            y=of(gradients, "y"),
-            counts_a=of(activations, "counts_a"),
-            counts_g=of(gradients, "counts_g"),
-            work=part["work"],
-            A=of(activations and not X, "A"),
-            X=X,
-            a_bar=of(activations, "a_bar"),
-            h_change=of(gradients, "h_change"),
-            g_bar=of(gradients, "g_bar"),
-            g_bar_next=of(gradients, "g_bar_next"),
-            lam_a=part.lam_a() if activations else [],
-            lam_g=[part.scalars.lam_g] * n if gradients else [],
-            pair_decay=part.group["pair_decay"],
-            mu1=part.group["powell"],
-            ok=verdict.ok,
-            ok_pair=verdict.ok_pair,
-            backend=part.backend,
-        )
-    if activations:
-        restart(part, "a", verdict.order_a, X)
-    if gradients:
-        restart(part, "g", verdict.order_g)
-
-
-def restart(
-    part: Part, side: str, order: torch.Tensor | None, X: Sequence[torch.Tensor] = ()
-) -> None:
-    """Put the factors of a side back to a safe start, on the device, after ``restart_after``
-    rejected pairs in a row, or where ordered.
-
-    The gate (8) refuses a pair that would spoil H. If it refuses pair after pair, H itself no
-    longer fits the loss. And if step after step is undone however short it is, the direction is no
-    descent: some factor has gone wrong that the gate does not see, and the safeguard orders all to
-    restart.
-    """
-    after = part.settings.restart_after
-    if after is None:
-        return
-    of_a = side == "a"
-    matrices = of_a or part.has("H_g")
-    ops.restart_(
-        H=part["H_" + side] if matrices else [],
-        pushed=[] if matrices else part["pushed"],
-        marks=part["marks_" + side],
-        counts=part["counts_" + side],
-        lam=part.lam_a() if of_a else [],
-        A=part["A"] if of_a and not X else [],
-        X=list(X) if of_a else [],
-        after=after,
-        force=order,
-        backend=part.backend,
-    )

@@ -16,7 +16,7 @@ from kbfgs_ext.optim import gradients, hyper
 from kbfgs_ext.optim.base import CoveredOptimizer
 from kbfgs_ext.optim.capture import uncompiled
 from kbfgs_ext.optim.safeguard import SafeguardRule
-from kbfgs_ext.optim.settings import Settings
+from kbfgs_ext.optim.settings import MAX_FACTOR_DIM, Settings
 from kbfgs_ext.optim.step import FINISH, SECOND
 from kbfgs_ext.optim.warm_start import warm_start
 
@@ -34,8 +34,9 @@ class KBFGS(CoveredOptimizer):
     H_a follows from the activations (kbfgs_ext/ops/README.md has every equation).
 
     Args:
-        model: its `torch.nn.Linear` layers with a trained weight are covered; every other trained
-            parameter goes to ``fallback``, and a warning names them once.
+        model: layers of a known kind with a trained weight are covered: `torch.nn.Linear`,
+            convolutions in one group, transformers' `Conv1D`, and what `register_kind` was given.
+            Every other trained parameter goes to ``fallback``, and a warning says so once.
         lr: learning rate, at least 0; a number or a scalar tensor. With step_length="layer" it is
             the length of a step in every layer.
         damping: Levenberg-Marquardt damping (lambda), above 0; a number or a scalar tensor. Both
@@ -68,6 +69,7 @@ class KBFGS(CoveredOptimizer):
         factor_every: update the activation side (A and H_a) in every factor_every-th step.
         max_factor_dim: a side of a layer (n_a or n_g) that is larger keeps no factor: the identity
             takes its place, and a warning names it once. K-BFGS(L) keeps its pairs all the same.
+            None has no limit.
         restart_after: put a factor back to its start, on the device, after so many rejected pairs
             in a row; and all of them after so many steps in a row that the safeguard has undone at
             its smallest scale, or when it sees the loss surge. None never does.
@@ -128,7 +130,7 @@ class KBFGS(CoveredOptimizer):
         matmul_precision: str | None = None,
         pair_every: int = 1,
         factor_every: int = 1,
-        max_factor_dim: int | None = None,
+        max_factor_dim: int | None = MAX_FACTOR_DIM,
         restart_after: int | None = 10,
         initial_scale: float | str = 1.0,
         step_length: str = "direction",

@@ -1,8 +1,8 @@
 """Layer kinds: what a module looks like to the algorithm.
 
 A kind yields the *views* of a module: the matrices in it, each with its bias, and how a module's
-input becomes rows. A new kind of layer is one small class here, added to `KINDS`; nothing outside
-this file asks a module for its weight.
+input becomes rows. A new kind of layer is one small class, handed to `register_kind`; nothing
+outside this file asks a module for its weight.
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from kbfgs_ext.optim.inputs import Inputs, Window, features_last
+
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
     """A tensor as it is."""
     return t
-
-
-def features_last(x: torch.Tensor) -> torch.Tensor:
-    """An input (..., d_in) as m x d_in rows."""
-    x = plain(x)
-    return x.reshape(-1, x.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,59 +31,163 @@ class View:
     Args:
         weight: the parameter that holds W, unless something else computes it.
         bias: the parameter that holds b, if there is one.
-        rows: the module's input as rows, m x d_in.
-        matrix: a tensor of the weight's shape, itself or a gradient, as n_g x d_in; writes to the
-            result reach the tensor.
-        vector: a tensor of the bias's shape as (n_g,), likewise.
+        inputs: the module's input as rows of d_in.
+        outputs_first: a view of a tensor of the weight's shape, itself or a gradient, with the n_g
+            outputs as the first dimension and the d_in inputs in all others.
+        trailing: dimensions of the module's output that come after its n_g features.
     """
 
     weight: Any
     bias: nn.Parameter | None
-    rows: Transform = features_last
-    matrix: Transform = whole
-    vector: Transform = whole
+    inputs: Callable[[torch.Tensor], Inputs] = features_last
+    outputs_first: Transform = whole
+    trailing: int = 0
 
     @property
     def shape(self) -> torch.Size:
         """n_g x d_in."""
         return self.matrix(self.weight.detach()).shape
 
+    @property
+    def in_place(self) -> bool:
+        """Whether writes to the weight's `matrix` reach the weight: it lies there row by row."""
+        return self.outputs_first(self.weight.detach()).is_contiguous()
 
-class Linear:
-    """`torch.nn.Linear` on inputs of any number of dimensions: (..., d_in) -> (..., d_out)."""
+    def matrix(self, t: torch.Tensor) -> torch.Tensor:
+        """A tensor of the weight's shape as n_g x d_in."""
+        return self.outputs_first(t).flatten(1)
 
-    module_type = nn.Linear
+    def write(self, t: torch.Tensor, matrix: torch.Tensor) -> None:
+        """Put ``matrix``, n_g x d_in, into a tensor of the weight's shape."""
+        place = self.outputs_first(t)
+        place.copy_(matrix.reshape(place.shape))
 
-    @staticmethod
-    def views(module: Any) -> list[View]:
-        """The layer's one matrix."""
+    def spread(self, b: torch.Tensor) -> torch.Tensor:
+        """A vector of n_g as it is added to the module's output."""
+        return b.view(-1, *[1] * self.trailing) if self.trailing else b
+
+
+class Kind:
+    """A kind of layer; `register_kind` takes one more.
+
+    ``module_type`` is the type that it covers, or its name where importing it costs too much.
+    Subclasses of that type may compute anything: they are not covered.
+    """
+
+    module_type: type[nn.Module] | str = nn.Linear
+
+    @classmethod
+    def covers(cls, module: nn.Module) -> bool:
+        """Whether ``module`` is of this kind."""
+        one = type(module)
+        return one.__name__ == cls.module_type or one is cls.module_type
+
+    @classmethod
+    def refuses(cls, module: Any) -> str:
+        """Why a module of this kind is not covered all the same; empty if it is."""
+        return ""
+
+    @classmethod
+    def views(cls, module: Any) -> list[View]:
+        """The module's matrices: by default the one of a weight d_out x d_in on (..., d_in)."""
         return [View(module.weight, module.bias)]
 
 
-KINDS = (Linear,)
+class Linear(Kind):
+    """`torch.nn.Linear` on inputs of any number of dimensions: (..., d_in) -> (..., d_out)."""
 
 
-def kind_of(module: nn.Module) -> type[Linear] | None:
-    """The kind that covers ``module``, or None. Subclasses may compute anything: not covered."""
+class TransposedLinear(Kind):
+    """transformers' `Conv1D`, a Linear whose weight is d_in x d_out."""
+
+    module_type = "Conv1D"
+
+    @classmethod
+    def covers(cls, module: nn.Module) -> bool:
+        if not super().covers(module):
+            return False
+        W, b = (module._parameters.get(name) for name in ("weight", "bias"))
+        return W is not None and b is not None and W.shape[1:] == b.shape
+
+    @classmethod
+    def views(cls, module: Any) -> list[View]:
+        return [View(module.weight, module.bias, outputs_first=torch.t)]
+
+
+class Convolution(Kind):
+    """`torch.nn.Conv2d`, with any stride, padding and dilation, on (B, C, H, W) or (C, H, W): the
+    rows are patches, one per position of the kernel."""
+
+    module_type: type[nn.Module] | str = nn.Conv2d
+
+    @classmethod
+    def refuses(cls, module: Any) -> str:
+        return f"a convolution in {module.groups} groups" if module.groups > 1 else ""
+
+    @classmethod
+    def views(cls, module: Any) -> list[View]:
+        sizes = list(zip(module.kernel_size, module.dilation, strict=True))
+        if module.padding == "same":  # what is odd goes behind
+            around = [divmod(apart * (k - 1), 2) for k, apart in sizes]
+            padding = [(half, half + odd) for half, odd in around]
+        elif module.padding == "valid":
+            padding = [(0, 0)] * len(sizes)
+        else:
+            padding = [(p, p) for p in module.padding]
+        window = Window(
+            kernel=module.kernel_size,
+            stride=module.stride,
+            dilation=module.dilation,
+            padding=tuple(p for pair in reversed(padding) for p in pair),
+            mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
+        )
+        return [View(module.weight, module.bias, window.images, trailing=len(sizes))]
+
+
+class Convolution1d(Convolution):
+    """`torch.nn.Conv1d`."""
+
+    module_type = nn.Conv1d
+
+
+class Convolution3d(Convolution):
+    """`torch.nn.Conv3d`."""
+
+    module_type = nn.Conv3d
+
+
+KINDS: list[type[Kind]] = [Linear, TransposedLinear, Convolution1d, Convolution, Convolution3d]
+
+
+def register_kind(kind: type[Kind]) -> type[Kind]:
+    """Cover one more kind of layer, in optimizers made from now on; a decorator of its class.
+
+    Raises:
+        TypeError: ``kind`` is no subclass of `Kind`, or its ``module_type`` is no type of module
+            and no name.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Kind)):
+        raise TypeError(f"kind must be a subclass of kbfgs_ext.Kind, got {kind!r}")
+    of = kind.module_type
+    if not isinstance(of, str) and not (isinstance(of, type) and issubclass(of, nn.Module)):
+        raise TypeError(f"{kind.__name__}.module_type must be a type of module, got {of!r}")
+    KINDS.insert(0, kind)
+    return kind
+
+
+def kind_of(module: nn.Module) -> type[Kind] | None:
+    """The kind that covers ``module``, or None; of two the one registered last."""
+    return next((kind for kind in KINDS if kind.covers(module)), None)
+
+
+def why_not(module: nn.Module) -> str:
+    """Why a module is not covered."""
+    name, kind = type(module).__name__, kind_of(module)
+    if kind is not None:
+        return kind.refuses(module)
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention uses it without calling it"  # its hooks never fire
     for kind in KINDS:
-        # NonDynamicallyQuantizableLinear is the plain Linear inside nn.MultiheadAttention, which
-        # uses its weight without calling it; its hooks never fire, so it is left to the fallback.
-        if type(module) is kind.module_type:
-            return kind
-    return None
-
-
-def plain(x: torch.Tensor) -> torch.Tensor:
-    """``x`` as a dense tensor with the features last: out of torch.func's wrappers (vmap, grad,
-    jvp), of nested tensors and of sparse ones."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        batch = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else -1
-        x = functorch.get_unwrapped(x)
-        if batch >= 0:
-            x = x.movedim(batch, 0)
-    if x.is_nested:
-        if x.layout is torch.jagged:
-            return x.values()
-        return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
-    return x.to_dense() if x.layout is not torch.strided else x
+        if isinstance(kind.module_type, type) and isinstance(module, kind.module_type):
+            return f"{name} is a subclass of {kind.module_type.__name__}: register_kind covers it"
+    return f"{name} is no kind of layer that is covered"

@@ -9,8 +9,9 @@ import math
 
 import torch
 
-from kbfgs_ext.optim.covered import CoveredLayer, product_scratch_elements
+from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.fallback import Fallback
+from kbfgs_ext.optim.parts import product_scratch_elements
 from kbfgs_ext.optim.passes import Buffers
 from kbfgs_ext.optim.settings import Settings
 
@@ -34,6 +35,8 @@ def memory_usage(
             add(name if len(shape) == 2 else "vectors", math.prod(shape), dtype)
         for name, shape in layer.scratch_shapes().items():
             add(name if len(shape) == 2 else "vectors", math.prod(shape), layer.dtype)
+        if not layer.view.in_place:
+            add("W", layer.n_g * layer.d_in, layer.weight.dtype)
     first = layers[0]
     add("product", product_scratch_elements(layers, settings, first.weight.device), first.dtype)
     usage["fallback"] = 0 if fallback is None else fallback.bytes()

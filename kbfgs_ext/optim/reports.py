@@ -60,6 +60,8 @@ class Coverage(list[CoverageRow]):
 
 
 FACTORS = ("A", "H_a", "H_g", "S", "Y")
+FEW = 5  # names in a message
+LARGE = 2**26  # bytes: a factor below is never called large
 
 
 def coverage(
@@ -96,7 +98,7 @@ def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def say_what_is_left_out(layers: list[CoveredLayer], largest: int | None) -> None:
     """Warn of the sides that have no factor: they are larger than ``largest``."""
     left_out = [(layer.name, layer.left_out()) for layer in layers]
-    said = "; ".join(f"{name}: {', '.join(sides)}" for name, sides in left_out if sides)
+    said = _few([f"{name}: {', '.join(sides)}" for name, sides in left_out if sides], "; ")
     if said:
         _warn(
             f"max_factor_dim={largest}: these sides are larger and have no"
@@ -104,14 +106,48 @@ def say_what_is_left_out(layers: list[CoveredLayer], largest: int | None) -> Non
         )
 
 
-def say_what_falls_back(optimizer: Any, names: Iterable[str], lr: float | torch.Tensor) -> None:
-    """Warn of the parameters that go to the default fallback."""
-    covered = sum(row.covered for row in optimizer.coverage())
+def say_what_is_large(layers: list[CoveredLayer], model: nn.Module) -> None:
+    """Warn of the factors that take more memory than the model."""
+    least = max(LARGE, sum(p.numel() * p.element_size() for p in model.parameters()))
+    large = [
+        f"{layer.name}: {name} {_bytes(*shape) / 2**20:.0f} MiB"
+        for layer in layers
+        for name, shape in layer.kept_shapes().items()
+        if name in FACTORS and _bytes(*shape) > least
+    ]
+    if large:
+        _warn(
+            "these factors take more memory than the model, each of them (max_factor_dim= leaves"
+            f" out larger ones): {_few(large)}"
+        )
+
+
+def say_what_falls_back(optimizer: Any, lr: float | torch.Tensor) -> None:
+    """Warn of the parameters that go to the default fallback: shares, by the reason."""
+    coverage: Coverage = optimizer.coverage()
+    total = max(sum(row.parameters for row in coverage), 1)
+    covered = sum(row.covered for row in coverage)
+    by_reason: dict[str, list[CoverageRow]] = {}
+    for row in coverage:
+        if not row.covered:
+            by_reason.setdefault(row.reason, []).append(row)
+    sizes = {reason: sum(x.parameters for x in rows) for reason, rows in by_reason.items()}
+    said = [
+        f"{_few([row.name for row in by_reason[reason]])} ({sizes[reason] / total:.1%}: {reason})"
+        for reason in sorted(sizes, key=lambda reason: -sizes[reason])
+    ]
     _warn(
-        f"{type(optimizer).__name__} covers {covered} layers; these parameters"
-        f" go to torch.optim.AdamW(lr={float(lr)}) instead (fallback=... changes that):"
-        f" {', '.join(names)}"
+        f"{type(optimizer).__name__} covers {covered} layers, {coverage.share:.1%} of the trained"
+        f" parameters; these parameters go to torch.optim.AdamW(lr={float(lr)}) instead"
+        " (fallback=... changes that, print(optimizer.coverage()) lists all):"
+        f" {_few(said, '; ')}"
     )
+
+
+def _few(named: list[str], between: str = ", ") -> str:
+    """The first of what is ``named``, and how many more there are."""
+    more = len(named) - FEW
+    return between.join(named[:FEW]) + (f" and {more} more" if more > 0 else "")
 
 
 class Watch:

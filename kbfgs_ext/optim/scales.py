@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import torch
 
-from kbfgs_ext.optim.covered import Part
 from kbfgs_ext.optim.factors import Tensors
+from kbfgs_ext.optim.parts import Part
 
 FOLLOW_INPUTS = 0.1  # share of a new value in the moving average
 FOLLOW_PAIRS = 0.05
 
 
-def measure_inputs(part: Part, X: Tensors, ok: torch.Tensor) -> None:
-    """Let v follow the rows ``X``, and set lam_a."""
+def measure_inputs(part: Part, ok: torch.Tensor) -> None:
+    """Let v follow the inputs of this step, and set lam_a."""
     if not part.settings.relative_damping:
         return
     old = torch.stack(part["v"])
+    a_bar = part["a_bar"]
+    X = [one.of_the_same_square(mean) for one, mean in zip(part.inputs(), a_bar, strict=True)]
     squares = torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))
     torch._foreach_pow_(squares, 2)
     torch._foreach_div_(squares, [float(x.numel()) for x in X])

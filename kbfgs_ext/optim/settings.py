@@ -14,6 +14,7 @@ HESSIAN_ACTIONS = ("ema", "minibatch")
 STEP_LENGTHS = ("direction", "balanced", "layer")
 DIRECTIONS = ("newton", "spectral")
 PRECISIONS = ("highest", "high", "medium")
+MAX_FACTOR_DIM = 8192  # 256 MiB of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Settings:
     matmul_precision: str | None = None
     pair_every: int = 1
     factor_every: int = 1
-    max_factor_dim: int | None = None
+    max_factor_dim: int | None = MAX_FACTOR_DIM
     restart_after: int | None = 10
     initial_scale: float | str = 1.0
     step_length: str = "direction"

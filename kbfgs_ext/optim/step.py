@@ -21,13 +21,15 @@ from torch import nn
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim import direction, gradients, hyper, scales
 from kbfgs_ext.optim.capture import Pass, Recorder
-from kbfgs_ext.optim.covered import DARK, CoveredLayer, Group, Part, Parts, moved_layers
-from kbfgs_ext.optim.factors import ActivationMatrix, Verdict
+from kbfgs_ext.optim.covered import DARK, CoveredLayer, moved_layers
+from kbfgs_ext.optim.factors import ActivationMatrix
 from kbfgs_ext.optim.fallback import Fallback
+from kbfgs_ext.optim.parts import Group, Part, Parts
 from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, own_work
 from kbfgs_ext.optim.reports import Watch
 from kbfgs_ext.optim.safeguard import Safeguard
 from kbfgs_ext.optim.settings import Settings
+from kbfgs_ext.optim.updates import Verdict
 
 FAILED = object()  # what a second pass that raised sends
 FIRST, DESCEND, SECOND, FINISH = "first_pass()", "descend(loss)", "second_pass()", "finish(loss)"
@@ -215,29 +217,29 @@ class Step:
                 if not layer.started and not layer.bare:
                     layer.gradient.start(scalars.lam_g)
             seen = [layer for layer in layers if layer.observer.has_inputs()]
-            for one in self.parts.of(seen):
+            for one in self.parts.of(seen, by_inputs=True):
                 with self.phase("statistics"):
                     self._statistics(one, verdict.ok)
             with self.phase("direction"):
                 self.direction.descend(part, self.parts.scratch(part), verdict.ok)
-            for one in self.parts.of(seen) if not late else ():
+            for one in self.parts.of(seen, by_inputs=True) if not late else ():
                 with self.phase("curvature"):
-                    X = [] if self.settings.keep_A else one.X()
-                    ActivationMatrix.follow(one, X, verdict)
+                    ActivationMatrix.follow(one, verdict)
         for layer in active:
             layer.observer.forget_inputs()  # the activations need not outlive the first pass
             layer.started = layer.started or not layer.bare
 
     def _statistics(self, part: Part, ok: torch.Tensor) -> None:
         """Step 3: the activation factor and mean; at a layer's start also its damped inverse."""
-        scales.measure_inputs(part, part.X(), ok)
+        scales.measure_inputs(part, ok)
         cold = [layer for layer in part.layers if not layer.started]
         for layer in cold:  # a warm start has left A_0
             decay = 0.0 if not layer.warm_batches else None
             assert isinstance(layer.activation, ActivationMatrix)
-            layer.activation.average_one(layer["a_bar"], layer.observer.X(), decay, ok)
-        for old in self.parts.of([layer for layer in part.layers if layer.started]):
-            ActivationMatrix.average_in(old, old.X(), ok)
+            layer.activation.average_one(layer["a_bar"], layer.observer.inputs(), decay, ok)
+        old = [layer for layer in part.layers if layer.started]
+        for one in self.parts.of(old, by_inputs=True):
+            ActivationMatrix.average_in(one, ok)
         for layer, lam_a in zip(part.layers, part.lam_a(), strict=True):
             if not layer.started:
                 layer.activation.start(lam_a)
@@ -348,7 +350,7 @@ class Step:
         """Take in one more group of layers."""
         self.parts.add(group)
         for layer in group.layers:
-            self.recorder.attach(layer.modules, layer.observer)
+            self.recorder.attach(layer.uses, layer.observer)
 
     def restart(self) -> None:
         """Start factors, pairs and momentum anew; `KBFGS.restart`."""

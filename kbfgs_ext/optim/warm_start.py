@@ -57,7 +57,8 @@ def _average(model: nn.Module, steps: Step, batch: Any) -> torch.Tensor:
         if layer.observer.has_inputs() and isinstance(layer.activation, ActivationMatrix):
             k, a_bar = layer.warm_batches, layer["a_bar"]
             with steps.own_work():
-                layer.activation.average_one(a_bar, layer.observer.X(), k / (k + 1), None)
+                inputs = layer.observer.inputs()
+                layer.activation.average_one(a_bar, inputs, k / (k + 1), None)
             layer.warm_batches = k + 1
             layer.observer.forget_inputs()
             fine &= torch.isfinite(a_bar).all()

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kbfgs_ext import KBFGS, KBFGSL
@@ -38,6 +39,29 @@ def test_a_warning_names_the_sides_once(method):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         method(mlp(*SIZES), max_factor_dim=21)
+
+
+@METHODS
+@ACTIONS
+def test_the_default_bounds_memory(method, action):
+    """A language model's head of 32,000 tokens: its side has no factor unless asked for."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32_000, bias=False))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        opt = method(model, hessian_action=action, **({"memory": 5} if method is KBFGSL else {}))
+    assert opt.memory_usage()["total"] < 6 * 4 * 64 * 32_000  # six times the head
+    said = ["max_factor_dim=8192", ": 1: n_g 32000"] if method is KBFGS else []
+    assert len(seen) == bool(said) and all(part in str(seen[0].message) for part in said)
+    assert opt.coverage()[1].reason == ("no factor for n_g 32000" if said else "")
+
+
+def test_a_factor_larger_than_the_model_is_named():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8000, bias=False))
+    with pytest.warns(UserWarning, match="more memory than the model.*: 1: H_g 244 MiB") as seen:
+        KBFGS(model)
+    assert len(seen) == 1
 
 
 @METHODS

@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kbfgs_ext import KBFGSL
 from kbfgs_ext.optim.checkpoint import FORMAT
-from kbfgs_ext.optim.covered import Part
-from kbfgs_ext.optim.factors import restart
+from kbfgs_ext.optim.parts import Part
 from kbfgs_ext.optim.safeguard import SafeguardRule
+from kbfgs_ext.optim.updates import restart
 from tests.optim.models import METHODS, assert_same, mlp, problem, rows, snapshot
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
@@ -28,7 +28,7 @@ def started(method, **options):
 
 
 def restart_side(opt, layer, side, X=()) -> None:
-    part = Part(opt.steps.parts.groups[0], [layer], opt.settings)
+    part = Part(opt.steps.parts.groups[0], [layer], opt.settings, in_rows=True)
     part.scalars.lam_a.fill_(0.5)
     restart(part, side, None, X)
 

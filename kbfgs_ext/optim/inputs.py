@@ -1,0 +1,225 @@
+"""What a layer has seen: its input rows X (m x d_in), by what a step does with them.
+
+========= =====================================================================
+`Rows`    X itself: the ops take it
+`Patches` the images of a convolution. X, a row per position of the kernel, has
+          as many times their size as the kernel has elements: it is never formed
+========= =====================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional as F
+
+from kbfgs_ext import ops
+
+BLOCK = 2**22  # elements of the patches that exist at one time: 16 MiB of float32
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+class Inputs(Protocol):
+    """The rows of one or several uses of a layer in a pass."""
+
+    m: int
+
+    def joined(self, others: Sequence[Any]) -> Inputs:
+        """These rows, and those of the layer's other uses."""
+
+    def mean(self, out: torch.Tensor) -> None:
+        """out = X'1/m, d_in."""
+
+    def of_the_same_square(self, like: torch.Tensor) -> torch.Tensor:
+        """Rows with the mean square of these, perhaps fewer, with the dtype of ``like``."""
+
+    def average(
+        self, A: list[torch.Tensor], a_bar: torch.Tensor, decay: float, ok: Any, backend: str
+    ) -> None:
+        """`ops.factor_ema_` of one layer; without an ``A`` it writes ``a_bar`` alone."""
+
+
+@dataclasses.dataclass
+class Rows(Inputs):
+    """Rows as they are."""
+
+    X: torch.Tensor
+
+    @property
+    def m(self) -> int:  # type: ignore[override]
+        """How many."""
+        return self.X.shape[0]
+
+    def joined(self, others: Sequence[Rows]) -> Rows:
+        return Rows(torch.cat([self.X, *(other.X for other in others)])) if others else self
+
+    def mean(self, out: torch.Tensor) -> None:
+        torch.mean(self.X, 0, dtype=out.dtype, out=out)
+
+    def of_the_same_square(self, like: torch.Tensor) -> torch.Tensor:
+        return self.X
+
+    def average(
+        self, A: list[torch.Tensor], a_bar: torch.Tensor, decay: float, ok: Any, backend: str
+    ) -> None:
+        ops.factor_ema_(A, [a_bar], [self.X], decay, ok, backend)
+
+
+def features_last(x: torch.Tensor) -> Rows:
+    """An input (..., d_in) as m x d_in rows."""
+    x = plain(x)
+    return Rows(x.reshape(-1, x.shape[-1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The places that a convolution's kernel takes in an image of as many dimensions."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]  # in the order of F.pad: before and after, the last dimension first
+    mode: str  # of F.pad
+
+    def images(self, x: torch.Tensor) -> Patches:
+        """An input (..., C, size): with several dimensions before the channels, or none."""
+        x = plain(x)
+        return Patches([(x.reshape(-1, *x.shape[-len(self.kernel) - 1 :]), self)])
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, size) with their edges."""
+        return F.pad(x, self.padding, self.mode) if any(self.padding) else x
+
+    def places(self, x: torch.Tensor) -> int:
+        """How many the kernel takes in one image of ``x``, not padded."""
+        count, last = 1, len(self.kernel) - 1
+        for i, k in enumerate(self.kernel):
+            before, after = self.padding[2 * (last - i) : 2 * (last - i) + 2]
+            room = x.shape[2 + i] + before + after - self.dilation[i] * (k - 1) - 1
+            count *= room // self.stride[i] + 1
+        return count
+
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        """A view (B, places, C, kernel) of padded images (B, C, size), places in n dimensions."""
+        n = len(self.kernel)
+        for i, (k, step, apart) in enumerate(
+            zip(self.kernel, self.stride, self.dilation, strict=True)
+        ):
+            x = x.unfold(2 + i, apart * (k - 1) + 1, step)[..., ::apart]
+        return x.movedim(1, 1 + n)
+
+
+class Patches(Inputs):
+    """The patches of images (B, C, size) under a kernel. Uses may differ in size and in all of the
+    `Window` but its kernel.
+
+    The mean patch comes of the mean image; X s is a convolution of the images with the one kernel
+    s, and X'v that convolution's weight gradient. A moment is taken in blocks of patches.
+    """
+
+    def __init__(self, uses: list[tuple[torch.Tensor, Window]]) -> None:
+        self._uses = uses
+        self._rows = [len(x) * window.places(x) for x, window in uses]
+        self.m = sum(self._rows)
+        images, window = uses[0]
+        self._kernel = (1, images.shape[1], *window.kernel)
+        self._d_in = math.prod(self._kernel)
+
+    def joined(self, others: Sequence[Patches]) -> Patches:
+        return Patches([use for one in (self, *others) for use in one._uses])
+
+    def mean(self, out: torch.Tensor) -> None:
+        self._mean_patch([x.mean(0, dtype=out.dtype) for x, _ in self._uses], out)
+
+    def of_the_same_square(self, like: torch.Tensor) -> torch.Tensor:
+        """The root of the mean squared patch, as one row with the dtype of ``like``: it has the
+        trace of X'X/m, and is finite where that is."""
+        out = like.new_empty(1, self._d_in)
+        self._mean_patch([x.to(out.dtype).square().mean(0) for x, _ in self._uses], out[0])
+        return out.sqrt_()
+
+    def _mean_patch(self, images: list[torch.Tensor], out: torch.Tensor) -> None:
+        """The mean over all places of the batch's mean images."""
+        out.zero_()
+        for image, (_, window), rows in zip(images, self._uses, self._rows, strict=True):
+            patches = window.patches(window.pad(image[None]))
+            places = tuple(range(patches.dim() - image.dim()))
+            out.add_(patches.mean(places).flatten(), alpha=rows / self.m)
+
+    def action(self, s: torch.Tensor, out: torch.Tensor) -> None:
+        """out = X~'(X~ s)/m; with one entry more than d_in, X~ = [X, 1]."""
+        kernel, d_in, n = self._kernel, self._d_in, len(self._kernel) - 2
+        weight_gradient = getattr(torch.nn.grad, f"conv{n}d_weight")  # type: ignore[attr-defined]
+        bias = s[d_in:] if len(s) > d_in else None
+        out.zero_()
+        with exact_convolutions():
+            for x, window in self._uses:
+                x, steps = window.pad(x.to(s.dtype)), (window.stride, 0, window.dilation)
+                v = CONVOLUTIONS[n - 1](x, s[:d_in].view(kernel), bias, *steps)
+                out[:d_in].add_(weight_gradient(x, kernel, v, *steps).flatten(), alpha=1 / self.m)
+                out[d_in:].add_(v.sum(), alpha=1 / self.m)
+
+    def average(
+        self, A: list[torch.Tensor], a_bar: torch.Tensor, decay: float, ok: Any, backend: str
+    ) -> None:
+        self.mean(a_bar[: self._d_in])
+        if not A:
+            return
+        fine = torch.isfinite(self.of_the_same_square(a_bar)).all()
+        fine = fine if ok is None else fine & ok
+        weight, mean = decay, torch.empty_like(a_bar)  # weight: of what A holds in its final value
+        for X in self.blocks():
+            total = weight + (1 - decay) * len(X) / self.m
+            ops.factor_ema_(A, [mean], [X], weight / total, fine, backend)
+            weight = total
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """All patches as rows, at most `BLOCK` elements at a time."""
+        for x, window in self._uses:
+            yield from _blocks(window.patches(window.pad(x)), 1 + len(window.kernel))
+
+
+def _blocks(patches: torch.Tensor, dims: int) -> Iterator[torch.Tensor]:
+    """Rows of the first ``dims`` dimensions."""
+    each = patches[0].numel()
+    if each > BLOCK and dims > 1:
+        for part in patches:
+            yield from _blocks(part, dims - 1)
+        return
+    row = math.prod(patches.shape[dims:])
+    for part in patches.split(max(1, BLOCK // each)):
+        yield part.reshape(-1, row)
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Context: float32 convolutions on a GPU are that, and not torch's default of 10 bits."""
+    settings: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as a dense tensor without a graph, with the features last: out of torch.func's wrappers
+    (vmap, grad, jvp), of nested tensors and of sparse ones."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        batch = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else -1
+        x = functorch.get_unwrapped(x)
+        if batch >= 0:
+            x = x.movedim(batch, 0)
+    x = x.detach()
+    if x.is_nested:
+        if x.layout is torch.jagged:
+            return x.values()
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
+    return x.to_dense() if x.layout is not torch.strided else x

@@ -1,0 +1,185 @@
+"""Parts: what one call of an op takes, layers of one param group whose steps are alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from kbfgs_ext.ops.spectral.api import workspace_size as polar_workspace
+from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.factors import Factor, Identity, Tensors
+from kbfgs_ext.optim.hyper import DeviceScalars
+from kbfgs_ext.optim.settings import Settings
+
+KNOWN = 64  # lists of layers whose parts are kept: more where layers take turns in a model
+
+
+@dataclasses.dataclass
+class Group:
+    """A param group of covered parameters: its options, its layers, its scalars on the device."""
+
+    options: dict[str, Any]
+    layers: list[CoveredLayer]
+    scalars: DeviceScalars
+
+
+class Part:
+    """Layers that one call of an op takes: of one param group, and alike in this step.
+
+    ``part["H_g"]`` is the list of their tensors, made once.
+
+    Args:
+        group, layers, settings: theirs.
+        in_rows: whether the inputs of all layers are rows, as far as they are asked for.
+    """
+
+    def __init__(
+        self, group: Group, layers: list[CoveredLayer], settings: Settings, in_rows: bool
+    ) -> None:
+        self.group, self.scalars = group.options, group.scalars
+        self.layers, self.settings, self.backend = layers, settings, settings.backend
+        self.in_rows = in_rows
+        first = layers[0]
+        self.bare, self.halved = first.bare, first.halved
+        self.activation: type[Factor] = Identity if self.bare else type(first.activation)
+        self.gradient: type[Factor] = Identity if self.bare else type(first.gradient)
+        self._each: dict[str, Tensors] = {}
+
+    def __getitem__(self, name: str) -> Tensors:
+        tensors = self._each.get(name)
+        if tensors is None:
+            tensors = self._each[name] = [layer[name] for layer in self.layers]
+        return tensors
+
+    def has(self, name: str) -> bool:
+        """Whether the layers keep such a tensor."""
+        return self.layers[0].has(name)
+
+    def W(self) -> Tensors:
+        """Their weights, n_g x d_in each."""
+        return [layer.W() for layer in self.layers]
+
+    def b(self) -> Tensors:
+        """Their biases, empty where there is none."""
+        return [layer.b() for layer in self.layers]
+
+    def dW(self, decay: float = 0.0) -> Tensors:
+        """Their weight gradients plus ``decay*W``."""
+        return [layer.dW(decay) for layer in self.layers]
+
+    def db(self, decay: float = 0.0) -> Tensors:
+        """Their bias gradients plus ``decay*b``."""
+        return [layer.db(decay) for layer in self.layers]
+
+    def products(self, scratch: Tensors) -> Tensors:
+        """The product scratch, n_g x n_a each."""
+        shapes = [(layer.n_g, layer.n_a) for layer in self.layers]
+        return [t[: n * k].view(n, k) for t, (n, k) in zip(scratch, shapes, strict=True)]
+
+    def lam_a(self) -> Tensors:
+        """Their dampings of the activation side: scalars on the device."""
+        relative = self.settings.relative_damping
+        return self["lam_a"] if relative else [self.scalars.lam_a] * len(self.layers)
+
+    def inputs(self) -> list[Any]:
+        """What their observers have kept."""
+        return [layer.observer.inputs() for layer in self.layers]
+
+    def X(self) -> Tensors:
+        """The same as matrices, where the part is ``in_rows``."""
+        return [rows.X for rows in self.inputs()]
+
+    def written(self) -> None:
+        """Tell autograd that the parameters have changed: kernels write behind its back."""
+        for layer in self.layers:
+            layer.put_back()
+        torch.autograd.graph.increment_version(
+            [p for layer in self.layers for p in layer.parameters()]
+        )
+
+
+class Parts:
+    """The parts that lists of layers fall into, kept from step to step, and the scratch that all
+    layers share."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.groups: list[Group] = []
+        self.layers: list[CoveredLayer] = []  # of all groups
+        self.slopes = torch.empty(0)  # those of all layers, for one sum
+        self._settings, self._device = settings, device
+        self._known: dict[tuple, list[Part]] = {}
+        self._product = torch.empty(0)
+
+    def add(self, group: Group) -> None:
+        """Take in one more group of layers."""
+        self.groups.append(group)
+        self.layers += group.layers
+
+    def materialize(self) -> bool:
+        """Allocate what is not there yet; whether there was something."""
+        if all(layer.scratch for layer in self.layers) and self._product.numel():
+            return False
+        for layer in self.layers:
+            layer.allocate()
+        size = product_scratch_elements(self.layers, self._settings, self._device)
+        self._product = torch.empty(size, dtype=self.layers[0].dtype, device=self._device)
+        self.slopes = torch.cat([layer["slope"] for layer in self.layers])
+        rows = [layer.n_g for layer in self.layers]
+        for layer, part in zip(self.layers, self.slopes.split(rows), strict=True):
+            layer.scratch["slope"] = part
+        self._known.clear()
+        return True
+
+    def of(self, layers: list[CoveredLayer], by_inputs: bool = False) -> list[Part]:
+        """``layers`` by param group, and within one by the factors that their step has;
+        ``by_inputs``: and by whether their inputs are rows."""
+        rows = {id(x): not by_inputs or x.observer.in_rows for x in layers}
+        key = tuple((id(x), x.bare, x.halved, rows[id(x)]) for x in layers)
+        parts = self._known.get(key)
+        if parts is None:
+            if len(self._known) > KNOWN:
+                self._known.clear()
+            parts = self._known[key] = list(self._divide(rows))
+        return parts
+
+    def _divide(self, rows: dict[int, bool]) -> Iterator[Part]:
+        for group in self.groups:
+            alike: dict[tuple, list[CoveredLayer]] = {}
+            for layer in group.layers:
+                if id(layer) in rows:
+                    kinds = tuple(type(factor) for factor in layer.factors)
+                    key = rows[id(layer)], kinds, layer.bare, layer.halved
+                    alike.setdefault(key, []).append(layer)
+            for (in_rows, *_), layers in alike.items():
+                yield Part(group, layers, self._settings, in_rows)
+
+    def scratch(self, part: Part) -> Tensors:
+        """Each layer's part of the scratch that the direction needs, flat."""
+        alone = self._device.type == "cpu"
+        views, at = [], 0
+        for layer in part.layers:
+            size = direction_elements(layer, self._settings)
+            views.append(self._product[at : at + size])
+            at += 0 if alone else size
+        return views
+
+
+def direction_elements(layer: CoveredLayer, settings: Settings) -> int:
+    """Elements of scratch that a layer's direction needs: a matrix as large as P for the product
+    H_g M H_a, if there is an H_a, and what the polar factor is made in."""
+    product = layer.n_g * layer.n_a if layer.activation.live else 0
+    if settings.direction == "spectral":
+        product = max(product, polar_workspace(layer.n_g, layer.n_a))
+    return product
+
+
+def product_scratch_elements(
+    layers: list[CoveredLayer], settings: Settings, device: torch.device
+) -> int:
+    """Elements of the direction's scratch: shared by all layers on the CPU, where they go one after
+    the other; one each on a GPU, where they go at once."""
+    sizes = [direction_elements(layer, settings) for layer in layers]
+    return max(sizes, default=0) if device.type == "cpu" else sum(sizes)
