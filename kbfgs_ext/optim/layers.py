@@ -122,7 +122,7 @@ class Convolution(Kind):
 
     @classmethod
     def refuses(cls, module: Any) -> str:
-        return f"a convolution in {module.groups} groups" if module.groups > 1 else ""
+        return "a convolution in several groups" if module.groups > 1 else ""
 
     @classmethod
     def views(cls, module: Any) -> list[View]:

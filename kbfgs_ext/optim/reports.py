@@ -60,7 +60,7 @@ class Coverage(list[CoverageRow]):
 
 
 FACTORS = ("A", "H_a", "H_g", "S", "Y")
-FEW = 5  # names in a message
+FEW = 3  # names in a message
 LARGE = 2**26  # bytes: a factor below is never called large
 
 

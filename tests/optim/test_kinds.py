@@ -139,7 +139,7 @@ def test_what_is_not_covered_and_why():
     assert len(said) == 1
     reasons = {row.name: row.reason for row in opt.coverage() if not row.covered}
     for at, reason in enumerate((
-        "a convolution in 2 groups",
+        "a convolution in several groups",
         "Own is a subclass of Conv2d: register_kind covers it",
         "ConvTranspose2d is no kind of layer that is covered",
     )):  # fmt: skip
@@ -226,3 +226,12 @@ def test_convolutions_are_exact_and_leave_torch_s_settings(allowed):
         assert cudnn.allow_tf32 == allowed
     finally:
         cudnn.allow_tf32 = before
+
+
+def test_a_hook_that_goes_in_the_middle_of_a_call():
+    """Garbage collection may take an optimizer between two hooks of a layer under way."""
+    model = mlp(4, 3)
+    opt = KBFGS(model)
+    model[0].register_forward_hook(lambda *_: opt.close(), prepend=True)
+    assert model(rows(2, 4)).shape == (2, 3)
+    assert opt.closed
