@@ -147,6 +147,18 @@ def test_what_is_not_covered_and_why():
     assert [layer.name for layer in opt.layers] == ["3"]
 
 
+def test_what_the_constructor_says_is_short():
+    """Shares by reason, the largest first, and a few names."""
+    norms = [nn.LayerNorm(8) for _ in range(100)]
+    model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(300, 8), *norms)
+    with pytest.warns(UserWarning, match="KBFGS covers 1 layer, 1.8% of the trained") as seen:
+        KBFGS(model)
+    said = str(seen[0].message)
+    assert "1.weight (58.9%: Embedding is no kind" in said
+    assert "2.weight, 2.bias, 3.weight and 197 more (39.3%: LayerNorm is no kind" in said
+    assert said.index("Embedding") < said.index("LayerNorm") and len(said) < 400
+
+
 def test_complex_weights_are_refused_by_name():
     model = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 1, dtype=torch.complex64))
     with pytest.raises(TypeError, match="weight of layer '1' is torch.complex64"):
