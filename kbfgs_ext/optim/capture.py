@@ -267,10 +267,11 @@ class Hook:
 
     def __call__(self, module: nn.Module, args: tuple, *rest: Any):
         recorder = self._recorder()
-        if recorder is None or self._observer is None or recorder.at is Pass.OFF:
-            return None  # removed inside a forward, by the garbage collector, it gets no kwargs
-        x = args[0] if args else next(iter(rest[0].values()))
-        return recorder.record(self._observer, self._view, x, rest[1])
+        if recorder is None or recorder.at is Pass.OFF:
+            return None  # rest is without kwargs where garbage collection has just removed the hook
+        kwargs, output = rest
+        x = args[0] if args else next(iter(kwargs.values()))
+        return recorder.record(self._observer, self._view, x, output)
 
     def __deepcopy__(self, memo: dict) -> Hook:
         return Hook(None, None, None)
@@ -314,9 +315,8 @@ class Recorder:
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         observer.gradient_hook = GradientHook(self, observer)
         if observer.bias is not None:
-            self._handles.append(
-                observer.bias.register_post_accumulate_grad_hook(observer.gradient_hook)
-            )
+            handle = observer.bias.register_post_accumulate_grad_hook(observer.gradient_hook)
+            self._handles.append(handle)
 
     def begin(self, which: Pass) -> None:
         """The hooks do what ``which`` asks for."""

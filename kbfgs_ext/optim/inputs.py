@@ -95,6 +95,11 @@ class Window:
         """Images (B, C, size) with their edges."""
         return F.pad(x, self.padding, self.mode) if any(self.padding) else x
 
+    def zeros(self) -> tuple[int, ...]:
+        """The padding as a convolution makes it by itself, one number per dimension; or none."""
+        before, after = self.padding[::2], self.padding[1::2]
+        return before[::-1] if self.mode == "constant" and before == after else ()
+
     def places(self, x: torch.Tensor) -> int:
         """How many the kernel takes in one image of ``x``, not padded."""
         count, last = 1, len(self.kernel) - 1
@@ -159,7 +164,9 @@ class Patches(Inputs):
         out.zero_()
         with exact_convolutions():
             for x, window in self._uses:
-                x, steps = window.pad(x.to(s.dtype)), (window.stride, 0, window.dilation)
+                zeros = window.zeros()
+                x = x.to(s.dtype) if zeros else window.pad(x.to(s.dtype))
+                steps = window.stride, zeros or 0, window.dilation
                 v = CONVOLUTIONS[n - 1](x, s[:d_in].view(kernel), bias, *steps)
                 out[:d_in].add_(weight_gradient(x, kernel, v, *steps).flatten(), alpha=1 / self.m)
                 out[d_in:].add_(v.sum(), alpha=1 / self.m)

@@ -30,7 +30,8 @@ class View:
 
     Args:
         weight: the parameter that holds W, unless something else computes it.
-        bias: the parameter that holds b, if there is one.
+        bias: the parameter that holds b, if there is one. Without one that is trained h must be
+            the module's output: a zero bias is added there.
         inputs: the module's input as rows of d_in.
         outputs_first: a view of a tensor of the weight's shape, itself or a gradient, with the n_g
             outputs as the first dimension and the d_in inputs in all others.
@@ -122,7 +123,7 @@ class Convolution(Kind):
 
     @classmethod
     def refuses(cls, module: Any) -> str:
-        return f"a convolution in {module.groups} groups" if module.groups > 1 else ""
+        return "a convolution in several groups" if module.groups > 1 else ""
 
     @classmethod
     def views(cls, module: Any) -> list[View]:

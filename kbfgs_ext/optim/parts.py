@@ -37,7 +37,7 @@ class Part:
     """
 
     def __init__(
-        self, group: Group, layers: list[CoveredLayer], settings: Settings, in_rows: bool
+        self, group: Group, layers: list[CoveredLayer], settings: Settings, in_rows: bool = True
     ) -> None:
         self.group, self.scalars = group.options, group.scalars
         self.layers, self.settings, self.backend = layers, settings, settings.backend

@@ -60,7 +60,7 @@ class Coverage(list[CoverageRow]):
 
 
 FACTORS = ("A", "H_a", "H_g", "S", "Y")
-FEW = 5  # names in a message
+FEW = 3  # names in a message
 LARGE = 2**26  # bytes: a factor below is never called large
 
 
@@ -137,7 +137,8 @@ def say_what_falls_back(optimizer: Any, lr: float | torch.Tensor) -> None:
         for reason in sorted(sizes, key=lambda reason: -sizes[reason])
     ]
     _warn(
-        f"{type(optimizer).__name__} covers {covered} layers, {coverage.share:.1%} of the trained"
+        f"{type(optimizer).__name__} covers {covered} layer{'s' * (covered != 1)},"
+        f" {coverage.share:.1%} of the trained"
         f" parameters; these parameters go to torch.optim.AdamW(lr={float(lr)}) instead"
         " (fallback=... changes that, print(optimizer.coverage()) lists all):"
         f" {_few(said, '; ')}"

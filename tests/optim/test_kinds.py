@@ -139,12 +139,24 @@ def test_what_is_not_covered_and_why():
     assert len(said) == 1
     reasons = {row.name: row.reason for row in opt.coverage() if not row.covered}
     for at, reason in enumerate((
-        "a convolution in 2 groups",
+        "a convolution in several groups",
         "Own is a subclass of Conv2d: register_kind covers it",
         "ConvTranspose2d is no kind of layer that is covered",
     )):  # fmt: skip
         assert reasons[f"{at}.weight"] == reasons[f"{at}.bias"] == reason
     assert [layer.name for layer in opt.layers] == ["3"]
+
+
+def test_what_the_constructor_says_is_short():
+    """Shares by reason, the largest first, and a few names."""
+    norms = [nn.LayerNorm(8) for _ in range(100)]
+    model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(300, 8), *norms)
+    with pytest.warns(UserWarning, match="KBFGS covers 1 layer, 1.8% of the trained") as seen:
+        KBFGS(model)
+    said = str(seen[0].message)
+    assert "1.weight (58.9%: Embedding is no kind" in said
+    assert "2.weight, 2.bias, 3.weight and 197 more (39.3%: LayerNorm is no kind" in said
+    assert said.index("Embedding") < said.index("LayerNorm") and len(said) < 400
 
 
 def test_complex_weights_are_refused_by_name():
@@ -226,3 +238,12 @@ def test_convolutions_are_exact_and_leave_torch_s_settings(allowed):
         assert cudnn.allow_tf32 == allowed
     finally:
         cudnn.allow_tf32 = before
+
+
+def test_a_hook_that_goes_in_the_middle_of_a_call():
+    """Garbage collection may take an optimizer between two hooks of a layer under way."""
+    model = mlp(4, 3)
+    opt = KBFGS(model)
+    model[0].register_forward_hook(lambda *_: opt.close(), prepend=True)
+    assert model(rows(2, 4)).shape == (2, 3)
+    assert opt.closed
