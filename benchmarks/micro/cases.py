@@ -16,6 +16,7 @@ from benchmarks.micro import (
     kron_precondition,
     lbfgs_two_loop,
     safeguard,
+    spectral,
 )
 from benchmarks.micro.kernel import Arguments, Kernel, Layer, Layers, Numbers
 from benchmarks.models import AUTOENCODERS
@@ -35,6 +36,7 @@ KERNELS = tuple(
         lbfgs_two_loop,
         kron_precondition,
         safeguard,
+        spectral,
     )
     for kernel in family.KERNELS
 )

@@ -6,6 +6,7 @@ dtype, plus a floor of a few roundings of the largest number involved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,13 +61,20 @@ class Gate:
                 continue
             if not torch.equal(torch.isfinite(g), torch.isfinite(r)):
                 return f"{name}: not finite in other places than the reference"
-            source = self._before["Q"][0] if self._op == "lbfgs_two_loop_" else before
-            largest = max(_largest(t), _largest(source))
+            largest = max(_largest(t), self._entered(before))
             floor = FLOOR_ROUNDINGS * torch.finfo(g.dtype).eps * largest
             error, allowed = _largest(g - t), TIMES_REFERENCE * _largest(r - t) + floor
             if error > allowed:
                 return f"{name}: error {error:.1e}, allowed {allowed:.1e}"
         return None
+
+    def _entered(self, before: Tensor) -> float:
+        """The largest magnitude that entered a result that was ``before``."""
+        if self._op == "lbfgs_two_loop_":
+            return _largest(self._before["Q"][0])
+        if self._op == "polar_":  # multiplies small singular values, and rounding, by so much
+            return math.prod(self._before["coefficients"][::3])
+        return _largest(before)
 
 
 def _largest(tensor: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""spectral: arguments, and Newton-Schulz iterations on P itself, as Muon does them."""
+"""spectral: arguments, and the same iterations on P itself, as Muon does them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from kbfgs_ext.ops.spectral.api import workspace_size
 def _polar(layers: Layers, make: Numbers) -> Arguments:
     P = [make.normal(x.n_g, x.n_a) for x in layers]
     work = [make.unset(workspace_size(x.n_g, x.n_a)) for x in layers]
-    return dict(P=P, work=work, coefficients=list(COEFFICIENTS), ridge=0.0)
+    return dict(P=P, work=work, coefficients=COEFFICIENTS, ridge=0.0)
 
 
-def _polar_blas(P: list[Tensor], work: list[Tensor], coefficients: list, ridge: float) -> None:
+def _polar_blas(P: list[Tensor], work: list[Tensor], coefficients: tuple, ridge: float) -> None:
     for p in P:
         X = p if len(p) <= p.shape[1] else p.T
-        X = X / torch.linalg.matrix_norm(X)
+        G = X @ X.T
+        norm = torch.linalg.matrix_norm(G)
+        X, G = X / norm.sqrt(), G / norm
         for t in range(0, len(coefficients), 3):
             a, b, c = coefficients[t : t + 3]
-            G = X @ X.T
-            X = a * X + (b * G + c * G @ G) @ X
+            G = X @ X.T if t else G
+            X = a * X + torch.addmm(G, G, G, beta=b, alpha=c) @ X
         p.copy_(X if len(p) <= p.shape[1] else X.T)
 
 

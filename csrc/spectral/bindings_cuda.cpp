@@ -5,6 +5,7 @@
 #include <ATen/ops/mm.h>
 
 #include <stdexcept>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -46,12 +47,13 @@ void polar_cuda(const Call& call) {
     using T = decltype(zero);
     CudaArguments<T> args(call, P[0]);
     std::vector<Matrices> m;
+    std::unordered_set<const void*> places;
     for (size_t i = 0; i < P.size(); ++i) {
       args.state("P", i, P[i].numel());
       args.state("work", i, args.tensor("work", i).numel());
       if (work[i].numel() < polar_workspace(P[i].size(0), P[i].size(1)))
         throw std::invalid_argument("work is too small");
-      if (i > 0 && work[i].data_ptr() == work[i - 1].data_ptr())
+      if (!places.insert(work[i].data_ptr()).second)
         throw Unsupported("the cuda kernels work on all layers at once: work is shared");
       m.push_back(matrices(P[i], work[i]));
     }

@@ -43,6 +43,7 @@ BY_HAND = {
     "slope_": Cost(4 * (3 * N + N_G), 3 * N),
     "output_change_": Cost(4 * (2 * N + 2 * N_A + N_G), 5 * N),
     "restore_": Cost(4 * (N + N) + 1, 0),
+    "polar_": Cost(4 * 2 * N, 3 * N_A**2 * N_G + (4 * 4 - 3) * N_A**3),
     "judge_": Cost(4 * (2 * 1 + 2 * 4 + 3) + 2 * COUNTS + 2 * 3, 0),
 }  # fmt: skip
 

@@ -39,6 +39,8 @@ MORE = [
     Case("restart_", ":70-layers", cases.restart((5,) * 70, "A")),
     Case("restart_", ":sizes", cases.restart(SIZES, "X", force=cases.YES)),
     Case("lbfgs_push_", ":70-layers", cases.push((5,) * 70, 3, 4)),
+    Case("polar_", ":70-layers", cases.polar([(4, 3)] * 70)),
+    Case("polar_", ":sizes", cases.polar(PAIRS)),
     Case("judge_", ":70", cases.judge(*["undone", "surge"] * 35)),
 ]
 

@@ -35,6 +35,9 @@ LAYERS = [(78, 100), (100, 50), (50, 25), (25, 30), (30, 25), (25, 50), (50, 100
         ("output_change_", cases.output_change(LAYERS), 1, False),
         ("restore_", cases.restore(LAYERS, True), 1, False),
         ("judge_", cases.judge(), 1, False),
+        # Beside cuBLAS's products: two for X, two for (17), one an iteration.
+        ("polar_", cases.polar([(78, 100), (100, 50)]), 4 + 4, False),
+        ("polar_", cases.polar([(78, 100), (100, 50)], iterations=1), 4 + 1, False),
         ("kron_precondition_", cases.kron_precondition(LAYERS), 1, False),
         # All small: momentum; direction and step.
         ("kron_step_", cases.kron_step(LAYERS), 2, False),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
+from tests.helpers import compare
 from tests.helpers.calls import Args
 from tests.helpers.inputs import (
     NAN,
@@ -38,6 +39,8 @@ from tests.helpers.kron_cases import (
 )
 from tests.helpers.oracles import randn
 from tests.helpers.safeguard_cases import judge
+from tests.helpers.spectral_cases import polar
+from tests.helpers.spectral_cases import slope as slope_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +348,25 @@ ALL = [
     Case("judge_", ":no-restarts", judge(restart_after=None, ordered=True)),
     Case("judge_", ":ordered-before", judge("undone", "stuck", ordered=True, ok=YES)),
     Case("judge_", ":void", judge(ok=NO, ordered=True)),
+    Case("polar_", ":layers", polar([(2, 17), (17, 2), (1, 9), (9, 1), (1, 1), (12, 12)])),
+    Case("polar_", ":wide", polar([(63, 129), (100, 200)])),
+    Case("polar_", ":tall", polar([(129, 63), (65, 66)])),
+    Case("polar_", ":ridge", polar([(32, 63), (33, 33), (63, 2)], ridge=0.01)),
+    Case("polar_", ":1-iteration", polar([(32, 63), (17, 17)], iterations=1, ridge=0.1)),
+    Case("polar_", ":2-iterations", polar([(32, 63), (63, 32)], iterations=2)),
+    Case("polar_", ":small", polar([(17, 32), (32, 17)], scale=1e-30)),
 ]
+
+
+def entered(op: str, args: Args, before: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest magnitude that entered a result that was ``before``: the scale of rounding."""
+    if not before.is_floating_point():
+        return 0.0
+    if op == "lbfgs_two_loop_":
+        return max(truth.abs().max().item(), args["Q"][0].abs().max().item())
+    if op == "polar_":
+        return slope_of(args["coefficients"])
+    return compare.error(before, torch.zeros_like(before))
 
 
 def of(*ops: str) -> list[Case]:

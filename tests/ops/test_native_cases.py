@@ -38,11 +38,7 @@ def test_as_accurate_as_the_reference(case, dtype, instruction_set):
     ):
         if name.startswith("work"):
             continue
-        if case.op == "lbfgs_two_loop_":
-            scale = max(t.abs().max().item(), args["Q"][0].abs().max().item())
-        else:
-            scale = compare.error(before, torch.zeros_like(before)) if g.is_floating_point() else 0
-        compare.assert_as_accurate(g, r, t, name, scale)
+        compare.assert_as_accurate(g, r, t, name, cases.entered(case.op, args, before, t))
     for (name, g), (_, before) in zip(
         calls.flat(case.op, got, False), calls.flat(case.op, args, False), strict=True
     ):

@@ -18,7 +18,7 @@ WRITTEN_WHEN_VOID = {
     "judge_": ("decision",),
 }
 FLAGGED = sorted(op for op in registry.ops() if "ok" in calls.names(op))
-BY_GEMM = ("factor_ema_", "lbfgs_two_loop_", "kron_precondition_", "kron_step_")
+BY_GEMM = ("factor_ema_", "lbfgs_two_loop_", "kron_precondition_", "kron_step_", "polar_")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -105,6 +105,7 @@ STATE = [
     ("output_change_", "change"),
     ("kron_step_", "W"),
     ("kron_step_", "H_a"), ("judge_", "watched"), ("judge_", "counts"), ("judge_", "decision"),
+    ("polar_", "P"), ("polar_", "work"),
 ]  # fmt: skip
 
 
@@ -170,6 +171,7 @@ WIDEST = {
     "output_change_": ":wide-no-bias",
     "restore_": ":undo-no-bias",
     "lbfgs_push_": ":wrapped", "restart_": ":1024", "judge_": ":all",
+    "polar_": ":wide",
 }  # fmt: skip
 
 

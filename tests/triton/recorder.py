@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import re
 import sys
 import types
@@ -15,6 +16,7 @@ import torch
 
 from kbfgs_ext.ops import registry
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
+from kbfgs_ext.ops.spectral import api as spectral
 from tests.helpers.calls import Args
 from tests.helpers.traffic import AUTOENCODERS, BATCH
 
@@ -106,6 +108,7 @@ def calls_of(
     counts, marks = (empty(*[(k,)] * count, like=torch.int64) for k in (4, 3))
     scalars = empty(*[()] * count, like=torch.float64)
     scratch = vectors([workspace_size(a, g) for a, g in zip(n_a, n_g, strict=True)])
+    room = vectors(itertools.starmap(spectral.workspace_size, zip(n_g, n_a, strict=True)))
     ok = torch.empty((), dtype=torch.bool)
     a_bar, a_next = vectors(n_a), vectors(n_a)
     s, y, Hy, c, h_change, g_bar, g_bar_next = (vectors(n_g) for _ in range(7))
@@ -164,6 +167,7 @@ def calls_of(
         "output_change_": parameters | dict(change=s, saved=P, a_bar=a_bar, a_bar_next=a_next),
         "restore_": parameters | dict(saved=P, undo=ok),
         "kron_step_": product | parameters | gradient | averaging | dict(step_size=scalars, ok=ok),
+        "polar_": dict(P=P, work=room, coefficients=spectral.COEFFICIENTS, ridge=0.0),
         "judge_": judge(empty(()), 10),
         "judge_, no slope, no restarts": judge([], None),
     }

@@ -36,6 +36,7 @@ LAUNCHES = {
     "output_change_": 1,
     "restore_": 1,
     "kron_step_": 2,
+    "polar_": 3 * 4 + 4,
     "judge_": 1,
     "judge_, no slope, no restarts": 1,
 }

@@ -22,12 +22,7 @@ def compared(op, args, got):
     ):
         if name.startswith("work"):
             continue
-        if not g.is_floating_point():
-            scale = 0.0
-        elif op == "lbfgs_two_loop_":
-            scale = max(t.abs().max().item(), args["Q"][0].abs().max().item())
-        else:
-            scale = compare.error(before, torch.zeros_like(before))
+        scale = cases.entered(op, args, before, t)
         if g.dtype == torch.float64:
             # The truth is then the reference itself, and another order of summation already an
             # error: n terms of the result's size lose about sqrt(n) roundings.
