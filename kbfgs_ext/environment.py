@@ -48,7 +48,7 @@ def autotune() -> bool:
     return os.environ.get("KBFGS_AUTOTUNE", "0") == "1"
 
 
-_REBUILD = "pip install --force-reinstall --no-deps --no-build-isolation ."
+_REBUILD = "`pip install --force-reinstall --no-deps --no-build-isolation .`"
 
 
 def built_for(binary: Path) -> str | None:

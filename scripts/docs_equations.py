@@ -1,4 +1,4 @@
-"""griffe: numbered equations in docstrings, "(8)  H <- ...", are set as they are written, and so is a * in prose."""
+"""griffe: equations in docstrings, "(8)  H <- ...", are set as written; so is a * in prose."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def reference_of_ops() -> str:
         if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
     )
     head = (
-        "# Ops\n\n`kbfgs_ext.ops`: every op takes lists with one entry per layer and writes its first"
+        "# Ops\n\n`kbfgs_ext.ops`: every op takes lists, one entry per layer, and writes its first"
         " arguments. [Symbols and equations](ops/index.md).\n"
     )
     return head + "".join(f"\n::: kbfgs_ext.ops.{name}\n" for name in names if name.endswith("_"))

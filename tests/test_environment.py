@@ -57,8 +57,8 @@ def test_the_binary_says_what_it_was_built_for():
     [
         ("2.13.0", "2.13.1+cu130", None),
         ("2.13.0+cpu", "2.13.0a0+git1234", None),
-        ("2.13.0", "2.11.0", "built for torch 2.13, this is 2.11: rebuild with pip install "),
-        ("2.11.0", "2.13.0+cpu", "built for torch 2.11, this is 2.13: rebuild with pip install "),
+        ("2.13.0", "2.11.0", "built for torch 2.13, this is 2.11: rebuild with `pip install "),
+        ("2.11.0", "2.13.0+cpu", "built for torch 2.11, this is 2.13: rebuild with `pip install "),
         ("2.1.0", "2.10.0", "built for torch 2.1, this is 2.10: "),
         (None, "2.13.0", "built for an unknown torch, this is 2.13: "),
     ],

@@ -10,8 +10,11 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 FOLDER = Path(__file__).parent / "interpreted"
-# One process per file, so that workers share them; the largest file in parts, by family of op.
-PARTS = [(path.name, None) for path in sorted(FOLDER.glob("test_*.py"))]
+# One process per file, so that workers share them; the longest first, and in two.
+HALF = "curvature_update_ or finite"
+LONGEST = "test_cases.py"
+PARTS = [(LONGEST, HALF), (LONGEST, f"not ({HALF})")]
+PARTS += [(path.name, None) for path in sorted(FOLDER.glob("test_*.py")) if path.name != LONGEST]
 
 
 @pytest.mark.slow
