@@ -10,7 +10,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define KBFGS_ANYWHERE __host__ __device__ __forceinline__
+#define KBFGS_ANYWHERE __device__ __forceinline__  // no kernel's launcher reads them
 #else
 #define KBFGS_ANYWHERE inline
 #endif
@@ -91,6 +91,13 @@ KBFGS_ANYWHERE float widened(float x) { return x; }
 KBFGS_ANYWHERE double widened(double x) { return x; }
 KBFGS_ANYWHERE void round_to(float& to, float x) { to = x; }
 KBFGS_ANYWHERE void round_to(double& to, double x) { to = x; }
+
+template <typename E>
+KBFGS_ANYWHERE E rounded_to(float x) {
+  E found;
+  round_to(found, x);
+  return found;
+}
 
 // An array of T, or of 16-bit numbers where T is float.
 template <typename T>

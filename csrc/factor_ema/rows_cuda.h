@@ -8,8 +8,7 @@ namespace kbfgs::cuda {
 template <typename T, typename Layer>
 void set_X(CudaArguments<T>& args, Layer& l, size_t i, int64_t n_a) {
   const Strided<Numbers<T>> rows = args.rows("X", i, n_a);
-  if (!rows.data.own()) throw Unsupported("X is 16-bit, the cuda kernels take it as the state is");
-  l.X = rows.data.as_own(), l.ld = rows.stride, l.m = int(rows.m), l.d_in = int(rows.columns);
+  l.X = rows.data, l.ld = rows.stride, l.m = int(rows.m), l.d_in = int(rows.columns);
 }
 
 }  // namespace kbfgs::cuda

@@ -23,12 +23,17 @@ std::vector<ParameterLayer<T>> parameters(
     const int64_t N = n_g * n_a;
     ParameterLayer<T>& l = layers[i];
     l.joined = use == Joined::kWritten ? args.state(name, i, N) : args.input(name, i, N);
-    l.W = args.state("W", i, n_g * d_in);
-    l.b = bias ? args.state("b", i, n_g) : nullptr;
+    l.W = l.b = args.written_numbers("W", i, n_g * d_in);
+    l.b.data = nullptr;
+    if (bias) l.b = args.written_numbers("b", i, n_g);
+    l.dW = l.db = {nullptr, l.W.format};
     if (gradient == Gradient::kGiven) {
-      l.dW = args.input("dW", i, n_g * d_in);
-      if (bias) l.db = args.input("db", i, n_g);
+      l.dW = args.numbers("dW", i, n_g * d_in);
+      if (bias) l.db = args.numbers("db", i, n_g);
     }
+    for (const Numbers<T>& other : {l.b, l.dW, l.db})
+      if (other.format != l.W.format)
+        throw Unsupported("the cuda kernels take W, b, dW and db of a layer in one dtype");
     l.n_g = int(n_g), l.d_in = int(d_in), l.n_a = int(n_a);
   }
   return layers;
