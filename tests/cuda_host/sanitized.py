@@ -1,7 +1,8 @@
 """Run by test_sanitizers.py in a process of its own under AddressSanitizer and UBSan.
 
-``python -m tests.cuda_host.sanitized``: every case in float32, with 16-bit numbers beside it and, of
-the curvature update, on a machine where the rows fit on chip only in part. A finding ends the process.
+``python -m tests.cuda_host.sanitized``: every case in float32, with 16-bit numbers beside it
+and, of the curvature update, on a machine where the rows fit on chip only in part. A finding ends
+the process.
 """
 
 from __future__ import annotations
