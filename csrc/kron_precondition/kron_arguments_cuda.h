@@ -26,14 +26,12 @@ std::vector<ParameterLayer<T>> parameters(
     l.W = l.b = args.written_numbers("W", i, n_g * d_in);
     l.b.data = nullptr;
     if (bias) l.b = args.written_numbers("b", i, n_g);
-    l.dW = l.db = {nullptr, l.W.format};
     if (gradient == Gradient::kGiven) {
       l.dW = args.numbers("dW", i, n_g * d_in);
-      if (bias) l.db = args.numbers("db", i, n_g);
+      l.db = bias ? args.numbers("db", i, n_g) : l.dW;
     }
-    for (const Numbers<T>& other : {l.b, l.dW, l.db})
-      if (other.format != l.W.format)
-        throw Unsupported("the cuda kernels take W, b, dW and db of a layer in one dtype");
+    if (l.b.format != l.W.format || l.db.format != l.dW.format)
+      throw Unsupported("the cuda kernels take b in the dtype of W, and db in that of dW");
     l.n_g = int(n_g), l.d_in = int(d_in), l.n_a = int(n_a);
   }
   return layers;

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(
   if (!flag(t.flag)) return;
   for (int i = 0; i < t.layers; ++i) {
     const ParameterLayer<T>& l = t.layer[i];
-    l.visit([&](const auto& own) {
+    l.visit_with_gradient([&](const auto& own) {
       for_each_element(
           l, t.part,
           [&](Place p) {
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(
   for (int i = 0; i < t.layers; ++i) {
     const ParameterLayer<T>& l = t.layer[i];
     T sum = 0;
-    l.visit([&](const auto& own) {
+    l.visit_with_gradient([&](const auto& own) {
       for_each_element(
           l, t.part,
           [&](Place p) {

@@ -13,18 +13,18 @@
 
 namespace kbfgs::cuda {
 
-// Parameters and gradients of a layer in their own type: T, or a 16-bit one.
-template <typename E>
+// Parameters and gradients of a layer in their own types: T, or 16-bit ones.
+template <typename E, typename G>
 struct Typed {
   E *W, *b;
-  const E *dW, *db;
+  const G *dW, *db;
 };
 
 template <typename T>
 struct ParameterLayer {
   T* joined;           // n_g x n_a: M, P, or (only read) what descend saved
   Numbers<T> W, b;     // n_g x d_in, n_g
-  Numbers<T> dW, db;   // of the same type
+  Numbers<T> dW, db;
   const double* step_size;
   const T *a_bar, *a_bar_next;  // n_a
   T* row_sums;     // n_g: the slope, or the change of the output
@@ -33,11 +33,19 @@ struct ParameterLayer {
 
   template <class Run>
   KBFGS_ANYWHERE void visit(const Run& run) const {
-    W.visit([&](auto* numbers) {
-      using E = std::remove_pointer_t<decltype(numbers)>;
-      run(Typed<E>{
-          numbers, static_cast<E*>(b.data), static_cast<const E*>(dW.data),
-          static_cast<const E*>(db.data)});
+    W.visit([&](auto* weights) {
+      using E = std::remove_pointer_t<decltype(weights)>;
+      run(Typed<E, E>{weights, static_cast<E*>(b.data), nullptr, nullptr});
+    });
+  }
+  template <class Run>
+  KBFGS_ANYWHERE void visit_with_gradient(const Run& run) const {
+    visit([&](const auto& own) {
+      using E = std::remove_pointer_t<decltype(own.W)>;
+      dW.visit([&](const auto* gradient) {
+        using G = std::remove_const_t<std::remove_pointer_t<decltype(gradient)>>;
+        run(Typed<E, G>{own.W, own.b, gradient, static_cast<const G*>(db.data)});
+      });
     });
   }
 };

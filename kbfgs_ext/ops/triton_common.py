@@ -140,8 +140,8 @@ def real_type(*tensors: torch.Tensor) -> tl.dtype:
 
 
 def input_type(tensors: Sequence[torch.Tensor]) -> tl.dtype:
-    """The one dtype of inputs, 16 to 64 bits; anything else is declined."""
-    types = {t.dtype for t in tensors}
+    """The one dtype of inputs, 16 to 64 bits, but for empty ones; anything else is declined."""
+    types = {t.dtype for t in tensors if t.numel()} or {t.dtype for t in tensors}
     if len(types) != 1 or not types <= TYPES.keys():
         raise Unsupported(f"Triton kernels take inputs of one dtype in a call, got {_names(types)}")
     return TYPES[types.pop()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def alike(*inputs: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def split(*args, **kwargs) -> None:
             call = dict(zip(names, args, strict=False)) | kwargs
             given = [call[name] for name in inputs if call[name]]
-            kinds = [tuple(t.dtype for t in layer) for layer in zip(*given, strict=True)]
+            kinds = [_dtypes(layer) for layer in zip(*given, strict=True)]
             if len(set(kinds)) < 2:
                 return run(**call)
             lists = {
@@ -85,3 +85,11 @@ def alike(*inputs: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return split
 
     return decorate
+
+
+def _dtypes(layer: Iterable[torch.Tensor]) -> tuple[torch.dtype, ...]:
+    """Of a layer's inputs in turn; the empty place of a bias goes with the weight before it."""
+    found: list[torch.dtype] = []
+    for t in layer:
+        found.append(t.dtype if t.numel() or not found else found[-1])
+    return tuple(found)

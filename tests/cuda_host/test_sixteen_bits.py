@@ -76,9 +76,9 @@ def test_not_finite_number_means_what_the_reference_says(host, op, value):
 
 def test_layers_whose_own_types_differ_are_declined(host):
     args = cases.first("momentum_").build(torch.float32)
-    args["dW"] = [t.bfloat16() for t in args["dW"]]
+    args["db"] = [t.bfloat16() for t in args["db"]]
     before = calls.apply(args, calls.copy)
-    with pytest.raises(registry.Unsupported, match="W, b, dW and db of a layer in one dtype"):
+    with pytest.raises(registry.Unsupported, match="b in the dtype of W, and db in that of dW"):
         registry.implementation("momentum_", "cuda").run(args)
     for (name, g), (_, b) in zip(
         calls.flat("momentum_", args), calls.flat("momentum_", before), strict=True

@@ -37,6 +37,16 @@ def variant(case: Case, half: torch.dtype, mixed: bool = False) -> Case:
     return Case(case.op, f"{case.id}-{name}", lambda dtype: narrow(case.build(dtype), half, mixed))
 
 
+def master(case: Case, half: torch.dtype) -> Case:
+    """The case with 16-bit gradients of 32-bit parameters: of a master copy of 16-bit ones."""
+
+    def build(dtype: torch.dtype) -> calls.Args:
+        args = case.build(dtype)
+        return args | {name: [narrowed(t, half) for t in args[name]] for name in ("dW", "db")}
+
+    return Case(case.op, f"{case.id}-master-{NAMES[half]}", build)
+
+
 def variants(wanted: list[Case], mixed: bool = True) -> list[Case]:
     """All of ``wanted`` that have numbers to narrow, in both 16-bit types and, where they have
     several layers, in turns."""
@@ -45,6 +55,7 @@ def variants(wanted: list[Case], mixed: bool = True) -> list[Case]:
         lists = [value for value in map(case.build(torch.float32).get, NARROW) if value]
         if lists:
             found += [variant(case, half) for half in HALVES]
+            found += [master(case, half) for half in HALVES if "dW" in calls.names(case.op)]
             if mixed and len(lists[0]) > 1:
                 found.append(variant(case, torch.bfloat16, mixed=True))
     return found
