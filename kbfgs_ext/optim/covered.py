@@ -63,6 +63,7 @@ class CoveredLayer:
         self.kept: dict[str, torch.Tensor] = {}
         self.scratch: dict[str, torch.Tensor] = {}
         self._no_bias = torch.empty(0)
+        self._wants_master = settings.master_weights
 
     # ------------------------------------------------------------------ tensors
 
@@ -83,6 +84,10 @@ class CoveredLayer:
     def kept_shapes(self) -> Shapes:
         """Shape and dtype of every kept tensor."""
         M: Shapes = {"M": ((self.n_g, self.n_a), self.dtype)}
+        if self._wants_master and self.weight.dtype.itemsize == 2:
+            M["master_W"] = ((self.n_g, self.d_in), self.dtype)
+            if self.bias is not None:
+                M["master_b"] = ((self.n_g,), self.dtype)
         a, g = (factor.kept_shapes(self.dtype) for factor in self.factors)
         return M | a | g
 
@@ -138,12 +143,25 @@ class CoveredLayer:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def W(self) -> torch.Tensor:
-        """The weight, n_g x d_in."""
-        return self.view.matrix(self.weight.detach())
+        """The weight, n_g x d_in, or its 32-bit copy."""
+        master = self.kept.get("master_W")
+        return self.view.matrix(self.weight.detach()) if master is None else master
 
     def b(self) -> torch.Tensor:
-        """The bias, or an empty tensor."""
+        """The bias, or its 32-bit copy, or an empty tensor."""
+        master = self.kept.get("master_b")
+        if master is not None:
+            return master
         return self._no_bias if self.bias is None else self.view.vector(self.bias.detach())
+
+    def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The 16-bit parameters, each with its 32-bit copy; none where there are no copies."""
+        if not self.has("master_W"):
+            return []
+        found = [(self.view.matrix(self.weight.detach()), self.kept["master_W"])]
+        if self.bias is not None:
+            found.append((self.view.vector(self.bias.detach()), self.kept["master_b"]))
+        return found
 
     def dW(self, decay: float = 0.0) -> torch.Tensor:
         """The weight's gradient plus ``decay*W``, n_g x d_in; zero where it is frozen."""
@@ -245,8 +263,18 @@ class Part:
         """The input rows that their observers have kept."""
         return [layer.observer.X() for layer in self.layers]
 
+    def look(self) -> None:
+        """Before a step: 32-bit copies become the parameters where those are not their rounding, at
+        first, and where someone else has changed them."""
+        for layer in self.layers:
+            for p, copy in layer.copies():
+                copy.copy_(torch.where(copy.to(p.dtype) == p, copy, p.to(copy.dtype)))
+
     def written(self) -> None:
-        """Tell autograd that the parameters have changed: kernels write behind its back."""
+        """Round 32-bit copies to the parameters, and tell autograd that these have changed: kernels
+        write behind its back."""
+        if copies := [pair for layer in self.layers for pair in layer.copies()]:
+            torch._foreach_copy_([p for p, _ in copies], [copy for _, copy in copies])
         torch.autograd.graph.increment_version(
             [p for layer in self.layers for p in layer.parameters()]
         )

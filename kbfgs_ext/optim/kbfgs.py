@@ -77,6 +77,8 @@ class KBFGS(CoveredOptimizer):
             length alike: -lr*(R/r)*P, with r the root mean square of the rows of a layer's P and R
             that of the rows of all P of its param group (of the layers with the same factors).
             "layer" takes from P the direction alone: -lr*P/r.
+        master_weights: keep a 32-bit copy of covered 16-bit parameters, whose rounding they are
+            after every step: steps too small for 16 bits then add up. False rounds every step.
         exclude: layers that go to the fallback: modules, with all that is in them, and names or
             patterns of names ("head", "blocks.*.qkv").
         context: modules outside ``model`` that the closure runs too, such as a frozen or otherwise
@@ -126,6 +128,7 @@ class KBFGS(CoveredOptimizer):
         restart_after: int | None = 10,
         initial_scale: float | str = 1.0,
         step_length: str = "direction",
+        master_weights: bool = True,
         exclude: nn.Module | str | Iterable[nn.Module | str] = (),
         context: nn.Module | Iterable[nn.Module] | None = None,
         generators: Iterable[torch.Generator] = (),
@@ -158,6 +161,7 @@ class KBFGS(CoveredOptimizer):
             restart_after=restart_after,
             initial_scale=initial_scale,
             step_length=step_length,
+            master_weights=bool(master_weights),
         )
         super().__init__(model, settings, defaults, groups, fallback, exclude, context, generators)
 

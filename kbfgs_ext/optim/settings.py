@@ -36,6 +36,7 @@ class Settings:
     restart_after: int | None = 10
     initial_scale: float | str = 1.0
     step_length: str = "direction"
+    master_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.memory is not None:
