@@ -38,7 +38,7 @@ struct CurvatureLayer {
   // Activation side; n_a = 0 without.
   T* H_a;             // n_a x n_a, updated
   const T* A;         // n_a x n_a, or null: then X
-  const T* X;         // m x d_in, rows ld apart
+  Numbers<T> X;       // m x d_in, rows ld apart
   const T* a_bar;     // n_a
   T* work_a;          // 3 n_a: s, y, H y
   T* z;               // m: X~ s

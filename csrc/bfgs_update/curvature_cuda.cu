@@ -173,17 +173,21 @@ template <typename T>
 __device__ void minibatch_action(const CurvatureTable<T>& t, T* room) {
   for (int i = 0; i < t.layers; ++i) {
     const CurvatureLayer<T>& l = t.layer[i];
-    rows_times_vector(
-        l.X, l.ld, l.m, l.d_in, l.n_a, l.work_a, l.z, l.before_x, t.part_x);
+    l.X.visit([&](const auto* X) {
+      rows_times_vector(X, l.ld, l.m, l.d_in, l.n_a, l.work_a, l.z, l.before_x, t.part_x);
+    });
   }
   grid_sync();
   int i = 0;
   for (int tile = blockIdx.x; tile < t.column_tiles; tile += gridDim.x) {
     while (i + 1 < t.layers && t.layer[i + 1].tiles_before <= tile) ++i;
     const CurvatureLayer<T>& l = t.layer[i];
-    columns_times_vector(
-        l.X, l.ld, l.m, l.inverse_m, l.d_in, l.n_a, l.z, l.work_a, static_cast<T>(*l.lam_a),
-        l.work_a + l.n_a, tile - l.tiles_before, room);
+    const T lam = static_cast<T>(*l.lam_a);
+    l.X.visit([&](const auto* X) {
+      columns_times_vector(
+          X, l.ld, l.m, l.inverse_m, l.d_in, l.n_a, l.z, l.work_a, lam, l.work_a + l.n_a,
+          tile - l.tiles_before, room);
+    });
   }
 }
 

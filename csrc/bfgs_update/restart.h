@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../common/numbers.h"
+
 namespace kbfgs {
 
 template <typename T>
@@ -14,7 +16,7 @@ struct Restart {
   const int64_t* counts;  // 4
   const double* lam;      // null: H <- I
   const T* A;             // n x n, or null: then X
-  const T* X;             // m x d_in, rows ld apart; n is d_in or d_in + 1
+  Numbers<T> X;           // m x d_in, rows ld apart; n is d_in or d_in + 1
   int64_t n, m, d_in, ld;
 };
 

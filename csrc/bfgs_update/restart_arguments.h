@@ -26,7 +26,7 @@ std::vector<Restart<T>> restart_layers(Arguments<T>& args, size_t count) {
     if (args.given("A")) {
       l.A = args.state("A", i, l.n * l.n);
     } else {
-      const Strided<T> rows = args.rows("X", i, l.n);
+      const Strided<Numbers<T>> rows = args.rows("X", i, l.n);
       l.X = rows.data, l.m = rows.m, l.d_in = rows.columns, l.ld = rows.stride;
     }
   }

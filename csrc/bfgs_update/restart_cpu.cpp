@@ -19,7 +19,7 @@ double damped_trace(const Restart<T>& l) {
   }
   for (int64_t r = 0; r < l.m; ++r) {
     for (int64_t j = 0; j < l.d_in; ++j) {
-      const double x = l.X[r * l.ld + j];
+      const double x = l.X.at(r * l.ld + j);
       trace += x * x;
     }
   }

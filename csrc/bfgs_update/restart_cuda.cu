@@ -30,12 +30,14 @@ __device__ double damped_trace(const Restart<T>& l, double* room) {
   if (l.A) {
     for (int64_t i = threadIdx.x; i < l.n; i += blockDim.x) trace[0] += l.A[i * (l.n + 1)];
   } else {
-    for (int64_t r = 0; r < l.m; ++r) {
-      for (int64_t j = threadIdx.x; j < l.d_in; j += blockDim.x) {
-        const double x = l.X[r * l.ld + j];
-        trace[0] += x * x;
+    l.X.visit([&](const auto* X) {
+      for (int64_t r = 0; r < l.m; ++r) {
+        for (int64_t j = threadIdx.x; j < l.d_in; j += blockDim.x) {
+          const double x = widened(X[r * l.ld + j]);
+          trace[0] += x * x;
+        }
       }
-    }
+    });
     trace[0] /= double(l.m);
   }
   block_sum(trace, room);

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "call.h"
+#include "numbers.h"
 
 namespace kbfgs {
 
@@ -19,9 +20,9 @@ struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-template <typename T>
+template <typename Data>
 struct Strided {
-  T* data;  // m x columns, unit column stride
+  Data data;  // m x columns, unit column stride
   int64_t m;
   int64_t columns;
   int64_t stride;  // of the rows
@@ -56,17 +57,38 @@ class Arguments {
     check<T>(name, t, elements);
     return keep(t.contiguous()).template data_ptr<T>();
   }
-  // Read only: any row stride, unit column stride; n columns, or n - 1 and one of ones implied.
-  Strided<T> rows(const char* name, size_t i, int64_t n) { return rows(name, tensor(name, i), n); }
-  Strided<T> rows(const char* name, const Tensor& t, int64_t n) {
-    check<T>(name, t, t.numel());
+  // As `state` and `input`, but T or 16-bit.
+  Numbers<T> written_numbers(const char* name, size_t i, int64_t elements) const {
+    const Tensor& t = tensor(name, i);
+    const Format format = check_numbers(name, t, elements);
+    if (!t.is_contiguous()) throw Unsupported(std::string(name) + " is not contiguous");
+    return {t.data_ptr(), format};
+  }
+  Numbers<T> numbers(const char* name, size_t i, int64_t elements) {
+    const Tensor& t = tensor(name, i);
+    const Format format = check_numbers(name, t, elements);
+    return {keep(t.contiguous()).data_ptr(), format};
+  }
+  // Read only, T or 16-bit: any row stride, unit column stride; n columns, or n - 1 and one of ones
+  // implied.
+  Strided<Numbers<T>> rows(const char* name, size_t i, int64_t n) {
+    return rows(name, tensor(name, i), n);
+  }
+  Strided<Numbers<T>> rows(const char* name, const Tensor& t, int64_t n) {
+    const Format format = check_numbers(name, t, t.numel());
     if (t.dim() != 2 || (t.size(1) != n && t.size(1) != n - 1))
       throw std::invalid_argument(
           std::string(name) + " must have rows of " + std::to_string(n) + " elements or one less");
     const bool fits = (t.stride(1) == 1 || t.size(1) <= 1) &&
                       (t.stride(0) >= t.size(1) || t.size(0) <= 1);
     const Tensor& used = keep(fits ? t : t.contiguous());
-    return {used.data_ptr<T>(), used.size(0), used.size(1), used.stride(0)};
+    return {{used.data_ptr(), format}, used.size(0), used.size(1), used.stride(0)};
+  }
+  // The same of T alone.
+  Strided<T*> own_rows(const char* name, const Tensor& t, int64_t n) {
+    check<T>(name, t, t.numel());
+    const Strided<Numbers<T>> found = rows(name, t, n);
+    return {found.data.as_own(), found.m, found.columns, found.stride};
   }
   const double* scalar(const char* name, size_t i) const {
     return in_place<double>(name, tensor(name, i), 1);
@@ -90,13 +112,30 @@ class Arguments {
   }
   template <typename Number>
   void check(const char* name, const Tensor& t, int64_t elements) const {
+    check_plain(name, t, elements);
     constexpr at::ScalarType wanted = at::CppTypeToScalarType<Number>::value;
+    if (t.scalar_type() != wanted) refuse(name, t, c10::toString(wanted));
+  }
+  // 16-bit numbers go with 32-bit state.
+  Format check_numbers(const char* name, const Tensor& t, int64_t elements) const {
+    check_plain(name, t, elements);
+    constexpr at::ScalarType own = at::CppTypeToScalarType<T>::value;
+    if (t.scalar_type() == own) return Format::kOwn;
+    if constexpr (std::is_same_v<T, float>) {
+      if (t.scalar_type() == at::kBFloat16) return Format::kBfloat16;
+      if (t.scalar_type() == at::kHalf) return Format::kHalf;
+      refuse(name, t, "Float, BFloat16 and Half");
+    }
+    refuse(name, t, c10::toString(own));
+  }
+  [[noreturn]] void refuse(const char* name, const Tensor& t, const char* wanted) const {
+    throw Unsupported(
+        std::string(name) + " is " + c10::toString(t.scalar_type()) + ", the " + kernels_ +
+        " kernels take " + wanted);
+  }
+  void check_plain(const char* name, const Tensor& t, int64_t elements) const {
     if (t.device() != device_ || t.layout() != at::kStrided || t.is_neg())
       throw Unsupported(std::string(name) + " is not a plain tensor on " + device_.str());
-    if (t.scalar_type() != wanted)
-      throw Unsupported(
-          std::string(name) + " is " + c10::toString(t.scalar_type()) + ", the " + kernels_ +
-          " kernels take " + c10::toString(wanted));
     if (t.numel() != elements)
       throw std::invalid_argument(
           std::string(name) + " must have " + std::to_string(elements) + " elements, got " +

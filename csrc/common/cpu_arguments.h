@@ -12,10 +12,7 @@ struct CpuArguments : Arguments<T> {
 
   double number(const char* name, size_t i) const { return *this->scalar(name, i); }
   Rows<T> rows(const char* name, size_t i, int64_t n) {
-    return rows(name, this->tensor(name, i), n);
-  }
-  Rows<T> rows(const char* name, const Tensor& t, int64_t n) {
-    const Strided<T> found = Arguments<T>::rows(name, t, n);
+    const Strided<Numbers<T>> found = Arguments<T>::rows(name, i, n);
     return {found.data, found.m, found.columns, found.stride, n};
   }
   // True where there is none.

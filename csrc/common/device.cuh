@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "launch_shape.h"
+#include "numbers.h"
 
 #ifdef __CUDACC__
 #include <cooperative_groups.h>

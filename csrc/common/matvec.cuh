@@ -51,12 +51,14 @@ struct Plain {
 };
 
 // sum[k] = rows[k*pitch + .] times vec for the first `count` (1 or 2) rows, in every lane. With `keep`
-// the rows are also stored there, keep_pitch apart: the copy on chip that later phases read.
-template <typename T, typename Vector>
+// the rows are also stored there, keep_pitch apart: the copy on chip that later phases read. E is T,
+// or a 16-bit type that is widened, and not kept.
+template <typename T, typename E, typename Vector>
 __device__ __forceinline__ void dot_rows(
-    const T* rows, int64_t pitch, int count, int n, const Vector& vec, T* keep, int keep_pitch,
+    const E* rows, int64_t pitch, int count, int n, const Vector& vec, T* keep, int keep_pitch,
     T (&sum)[kRowsAtOnce]) {
-  constexpr int kWidth = Pack<T>::kWidth;
+  constexpr int kWidth = Pack<E>::kWidth, kOwnWidth = Pack<T>::kWidth;
+  constexpr bool kOwn = std::is_same_v<E, T>;
   // A missing second row repeats the first: no branch in the loop, the result is not used.
   const int64_t step = count > 1 ? pitch : 0;
   const int keep_step = count > 1 ? keep_pitch : 0;
@@ -66,18 +68,23 @@ __device__ __forceinline__ void dot_rows(
   if (aligned(rows) && pitch % kWidth == 0 && vec.packed()) {
     done = n / kWidth * kWidth;
     constexpr int kStride = kWarp * kWidth;
-    const auto add = [&](int j, const Pack<T>(&a)[kRowsAtOnce]) {
-      const Pack<T> x = vec.pack(j);
+    const auto add = [&](int j, const Pack<E>(&a)[kRowsAtOnce]) {
 #pragma unroll
-      for (int k = 0; k < kRowsAtOnce; ++k) {
-        if (keep) store_pack(keep + k * keep_step + j, a[k]);
+      for (int first = 0; first < kWidth; first += kOwnWidth) {
+        const Pack<T> x = vec.pack(j + first);
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) sum[k] += a[k].value[e] * x.value[e];
+        for (int k = 0; k < kRowsAtOnce; ++k) {
+          if constexpr (kOwn) {
+            if (keep) store_pack(keep + k * keep_step + j, a[k]);
+          }
+#pragma unroll
+          for (int e = 0; e < kOwnWidth; ++e) sum[k] += widened(a[k].value[first + e]) * x.value[e];
+        }
       }
     };
     int j = lane_id() * kWidth;
     for (; j + (kPacksAtOnce - 1) * kStride < done; j += kPacksAtOnce * kStride) {
-      Pack<T> a[kPacksAtOnce][kRowsAtOnce];
+      Pack<E> a[kPacksAtOnce][kRowsAtOnce];
 #pragma unroll
       for (int u = 0; u < kPacksAtOnce; ++u) {
 #pragma unroll
@@ -88,24 +95,26 @@ __device__ __forceinline__ void dot_rows(
     }
 #pragma unroll 1
     for (; j < done; j += kStride) {
-      const Pack<T> a[kRowsAtOnce] = {load_pack(rows + j), load_pack(rows + step + j)};
+      const Pack<E> a[kRowsAtOnce] = {load_pack(rows + j), load_pack(rows + step + j)};
       add(j, a);
     }
   }
 
   // Rows or a vector off the 16-byte grid (every factor with a bias column of odd size), and tails.
-  constexpr int kScalarsAtOnce = kPacksAtOnce * kWidth;
-  const auto add = [&](int j, const T(&a)[kRowsAtOnce]) {
+  constexpr int kScalarsAtOnce = kPacksAtOnce * kOwnWidth;
+  const auto add = [&](int j, const E(&a)[kRowsAtOnce]) {
     const T x = vec(j);
 #pragma unroll
     for (int k = 0; k < kRowsAtOnce; ++k) {
-      if (keep) keep[k * keep_step + j] = a[k];
-      sum[k] += a[k] * x;
+      if constexpr (kOwn) {
+        if (keep) keep[k * keep_step + j] = a[k];
+      }
+      sum[k] += widened(a[k]) * x;
     }
   };
   int j = done + lane_id();
   for (; j + (kScalarsAtOnce - 1) * kWarp < n; j += kScalarsAtOnce * kWarp) {
-    T a[kScalarsAtOnce][kRowsAtOnce];
+    E a[kScalarsAtOnce][kRowsAtOnce];
 #pragma unroll
     for (int u = 0; u < kScalarsAtOnce; ++u) {
 #pragma unroll
@@ -116,7 +125,7 @@ __device__ __forceinline__ void dot_rows(
   }
 #pragma unroll 1
   for (; j < n; j += kWarp) {
-    const T a[kRowsAtOnce] = {rows[j], rows[step + j]};
+    const E a[kRowsAtOnce] = {rows[j], rows[step + j]};
     add(j, a);
   }
 #pragma unroll
@@ -125,10 +134,11 @@ __device__ __forceinline__ void dot_rows(
 
 // Rows [begin, end) of a matrix, ld apart, two at a time over the warps of the block: `finish(row,
 // dot)` runs in one lane per row. `chip` is where this block keeps these rows, of which the first
-// `kept` fit; `fill` says whether they are read from memory and kept now, or read from the chip.
-template <typename T, typename Vector, typename Finish>
+// `kept` fit; `fill` says whether they are read from memory and kept now, or read from the chip. Those
+// of a 16-bit type E are never kept.
+template <typename T, typename E, typename Vector, typename Finish>
 __device__ __forceinline__ void matvec_rows(
-    const T* matrix, int64_t ld, int n, RowShare share, const Vector& vec, T* chip, int kept,
+    const E* matrix, int64_t ld, int n, RowShare share, const Vector& vec, T* chip, int kept,
     bool fill, const Finish& finish) {
   const int pitch = padded<T>(n);
   for (int row = share.begin + kRowsAtOnce * warp_id(); row < share.end;
@@ -139,7 +149,7 @@ __device__ __forceinline__ void matvec_rows(
     T* place = on_chip ? chip + static_cast<int64_t>(local) * pitch : nullptr;
     T sum[kRowsAtOnce];
     if (on_chip && !fill) {
-      dot_rows<T>(place, pitch, count, n, vec, nullptr, 0, sum);
+      dot_rows<T, T>(place, pitch, count, n, vec, nullptr, 0, sum);
     } else {
       dot_rows<T>(matrix + row * ld, ld, count, n, vec, place, pitch, sum);
     }

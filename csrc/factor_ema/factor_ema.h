@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/numbers.h"
+
 namespace kbfgs {
 
 // X~ = [X, 1] where n = cols + 1, else X.
 template <typename T>
 struct Rows {
-  const T* X;      // m x cols, unit column stride
+  Numbers<T> X;    // m x cols, unit column stride
   int64_t m;
   int64_t cols;
   int64_t stride;  // of the rows

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "../common/gemm.h"
 #include "../common/parallel.h"
@@ -28,12 +29,11 @@ constexpr int64_t block_columns(int64_t cols) {
 }
 
 struct SumsBody {
-  // sum[j] = sum_i X[i][j], square[j] = sum_i X[i][j]^2 over `rows` rows.
+  // sum[j] += sum_i X[i][j], square[j] += sum_i X[i][j]^2 over `rows` rows.
   template <int W, typename T>
   static KBFGS_INLINE void run(
       const T* X, int64_t stride, int64_t rows, int64_t cols, T* sum, T* square) {
     using S = Simd<T, W>;
-    for (int64_t j = 0; j < cols; ++j) sum[j] = square[j] = 0;
     int64_t i = 0;
     for (; i + 4 <= rows; i += 4) {
       const T* x = X + i * stride;
@@ -80,14 +80,31 @@ bool finish_sums(const Rows<T>& rows, const T* partial, int64_t groups, T* a_bar
   return finite;
 }
 
+constexpr int64_t kWidenedRows = 256;  // 1 MB of float at 1000 columns
+
 // Columns [begin, end) of X~ against themselves and all columns behind them: the rows [begin, end) of
 // A on and right of the diagonal, (1); then the same below the diagonal.
 template <typename T>
 void update_block(const FactorEma<T>& f, double decay, int64_t begin, int64_t end) {
   const auto& [X, m, cols, stride, n] = f.rows;
   const double weight = (1 - decay) / static_cast<double>(m);
-  const Matrix<T> left(X + begin, m, end - begin, stride), right(X + begin, m, cols - begin, stride);
-  gemm(f.A + begin * n + begin, n, left.transposed(), right, weight, decay);
+  const auto multiply = [&, cols = cols, n = n](const T* x, int64_t rows, int64_t ld, double keep) {
+    const Matrix<T> left(x, rows, end - begin, ld), right(x, rows, cols - begin, ld);
+    gemm(f.A + begin * n + begin, n, left.transposed(), right, weight, keep);
+  };
+  if (X.own()) {
+    multiply(X.as_own() + begin, m, stride, decay);
+  } else {
+    // Widened exactly, some rows at a time: 5 % of the product's time. The column of a block is in
+    // this way widened once per block left of it.
+    const int64_t width = cols - begin;
+    const std::unique_ptr<T[]> room(new T[std::min(kWidenedRows, m) * width]);
+    for (int64_t row = 0; row < m; row += kWidenedRows) {
+      const int64_t rows = std::min(kWidenedRows, m - row);
+      widen_rows(f.rows, row, rows, begin, room.get());
+      multiply(room.get(), rows, width, row == 0 ? decay : 1);
+    }
+  }
   if (n > cols) {  // the column of ones; its corner goes with the last block
     const T keep = static_cast<T>(decay), rest = static_cast<T>(1 - decay);
     for (int64_t i = begin; i < (end == cols ? n : end); ++i) {
@@ -108,9 +125,11 @@ void factor_ema(const std::vector<FactorEma<T>>& layers, double decay, bool ok) 
   row_groups(
       rows, [&](int64_t l) { return 2 * rows[l].cols; },
       [&](int64_t l, int64_t row, int64_t count, T* own) {
-        const Rows<T>& r = rows[l];
-        vectorised<SumsBody>(
-            r.X + row * r.stride, r.stride, count, r.cols, own, own + r.cols);
+        const int64_t cols = rows[l].cols;
+        std::fill(own, own + 2 * cols, T{0});
+        by_widened_rows(rows[l], row, count, [&](const T* X, int64_t stride, int64_t some) {
+          vectorised<SumsBody>(X, stride, some, cols, own, own + cols);
+        });
       },
       [&](int64_t l, const T* partial, int64_t groups) {
         finite[l] = finish_sums(rows[l], partial, groups, layers[l].a_bar);

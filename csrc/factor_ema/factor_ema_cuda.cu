@@ -42,13 +42,13 @@ struct FactorTable {
   int* spoiled;  // per column tile: columns whose sum of squares is not finite
 };
 
-template <typename T>
+template <typename T, typename E>
 __device__ __forceinline__ void column_statistics(
-    const FactorLayer<T>& l, int tile, T* room, int* spoiled) {
+    const FactorLayer<T>& l, const E* X, int tile, T* room, int* spoiled) {
   const int column = tile * kTileColumns + lane_id();
   T sum[2];  // x, x^2
   column_sums<2>(
-      l.X, l.ld, l.m, l.d_in, column, room,
+      X, l.ld, l.m, l.d_in, column, room,
       [](int, T x, T(&total)[2]) {
         total[0] += x;
         total[1] += x * x;
@@ -62,10 +62,10 @@ __device__ __forceinline__ void column_statistics(
 }
 
 // X~ of one row and column; zero outside.
-template <typename T>
-__device__ __forceinline__ T augmented(const FactorLayer<T>& l, int row, int column) {
-  if (row >= l.m || column >= l.n_a) return T(0);
-  return column < l.d_in ? l.X[row * l.ld + column] : T(1);
+template <typename T, typename E>
+__device__ __forceinline__ E augmented(const FactorLayer<T>& l, const E* X, int row, int column) {
+  if (row >= l.m || column >= l.n_a) return rounded_to<E>(0);
+  return column < l.d_in ? X[row * l.ld + column] : rounded_to<E>(1);
 }
 
 template <typename T>
@@ -79,10 +79,11 @@ __device__ __forceinline__ void load_four(const T* from, T (&to)[FactorShape::kP
   }
 }
 
-// One tile of X~'X~, rows `top`.. and columns `left`.., in the threads' registers.
-template <typename T>
+// One tile of X~'X~, rows `top`.. and columns `left`.., in the threads' registers. 16-bit X is widened
+// on its way on chip.
+template <typename T, typename E>
 __device__ __forceinline__ void multiply_tile(
-    const FactorLayer<T>& l, int top, int left, T* shared,
+    const FactorLayer<T>& l, const E* X, int top, int left, T* shared,
     T (&sum)[FactorShape::kPer][FactorShape::kPer]) {
   using S = FactorShape;
   T* slab[2] = {shared, shared + S::kSlab * S::kPitch};
@@ -90,13 +91,13 @@ __device__ __forceinline__ void multiply_tile(
   constexpr int kRowStep = S::kThreads / S::kTile;
   const int ty = threadIdx.x / (S::kTile / S::kPer) * S::kPer;
   const int tx = threadIdx.x % (S::kTile / S::kPer) * S::kPer;
-  T next[2][S::kLoads];  // the slab to come, under way while this one is multiplied
+  E next[2][S::kLoads];  // the slab to come, under way while this one is multiplied
   auto fetch = [&](int row0) {
 #pragma unroll
     for (int u = 0; u < S::kLoads; ++u) {
       const int row = row0 + first_row + u * kRowStep;
-      next[0][u] = augmented(l, row, top + column);
-      next[1][u] = augmented(l, row, left + column);
+      next[0][u] = augmented(l, X, row, top + column);
+      next[1][u] = augmented(l, X, row, left + column);
     }
   };
 #pragma unroll
@@ -110,8 +111,8 @@ __device__ __forceinline__ void multiply_tile(
 #pragma unroll
     for (int u = 0; u < S::kLoads; ++u) {
       const int place = (first_row + u * kRowStep) * S::kPitch + column;
-      slab[0][place] = next[0][u];
-      slab[1][place] = next[1][u];
+      slab[0][place] = widened(next[0][u]);
+      slab[1][place] = widened(next[1][u]);
     }
     __syncthreads();
     fetch(row0 + S::kSlab);
@@ -167,7 +168,10 @@ __global__ void __launch_bounds__(FactorShape::kThreads, FactorShape::kBlocksPer
   T* shared = reinterpret_cast<T*>(shared_memory());
   for (int tile = blockIdx.x, i = 0; tile < t.column_tiles; tile += gridDim.x) {
     while (i + 1 < t.layers && t.layer[i + 1].columns_before <= tile) ++i;
-    column_statistics(t.layer[i], tile - t.layer[i].columns_before, shared, t.spoiled + tile);
+    const FactorLayer<T>& l = t.layer[i];
+    l.X.visit([&](const auto* X) {
+      column_statistics(l, X, tile - l.columns_before, shared, t.spoiled + tile);
+    });
   }
   if (t.tiles == 0) return;
   grid_sync();
@@ -188,7 +192,7 @@ __global__ void __launch_bounds__(FactorShape::kThreads, FactorShape::kBlocksPer
     }
     const int top = row * FactorShape::kTile, left = (row + column) * FactorShape::kTile;
     T sum[FactorShape::kPer][FactorShape::kPer];
-    multiply_tile(l, top, left, shared, sum);
+    l.X.visit([&](const auto* X) { multiply_tile(l, X, top, left, shared, sum); });
     store_tile(t, l, top, left, shared, sum);
   }
 }

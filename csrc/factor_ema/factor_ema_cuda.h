@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/numbers.h"
+
 #ifndef KBFGS_CUDA_HOST
 #include <cuda_runtime_api.h>
 #endif
@@ -15,7 +17,7 @@ template <typename T>
 struct FactorLayer {
   T* A;        // n_a x n_a, updated, or null: a_bar alone
   T* a_bar;    // n_a, written
-  const T* X;  // m x d_in, rows ld apart
+  Numbers<T> X;  // m x d_in, rows ld apart
   int64_t ld;
   int m, d_in, n_a;
   // Set by the launcher: column tiles and tiles of A that come before.
@@ -25,7 +27,7 @@ struct FactorLayer {
 template <typename T>
 struct ActionLayer {
   T* y;        // n_a, written
-  const T* X;  // m x d_in, rows ld apart
+  Numbers<T> X;  // m x d_in, rows ld apart
   const T* s;  // n_a
   T* z;        // m, scratch
   const double* lam;

@@ -9,9 +9,9 @@ namespace kbfgs::cuda {
 
 // z = X~ s, this block's rows. `before`: elements of X of the layers before, `part`: equal_part
 // of all, counted with one column more so that a row always weighs something.
-template <typename T>
+template <typename T, typename E>
 __device__ __forceinline__ void rows_times_vector(
-    const T* X, int64_t ld, int m, int d_in, int n_a, const T* s, T* z, int64_t before,
+    const E* X, int64_t ld, int m, int d_in, int n_a, const T* s, T* z, int64_t before,
     int64_t part) {
   const RowShare share = row_share(m, d_in + 1, before, part);
   const T ones = n_a > d_in ? s[d_in] : T(0);  // the implied column of ones
@@ -21,9 +21,9 @@ __device__ __forceinline__ void rows_times_vector(
 }
 
 // y = X~'z/m + lam*s for the columns of one tile; `inverse_m` is 1/m, from the host.
-template <typename T>
+template <typename T, typename E>
 __device__ __forceinline__ void columns_times_vector(
-    const T* X, int64_t ld, int m, T inverse_m, int d_in, int n_a, const T* z, const T* s, T lam,
+    const E* X, int64_t ld, int m, T inverse_m, int d_in, int n_a, const T* z, const T* s, T lam,
     T* y, int tile, T* room) {
   const int column = tile * kTileColumns + lane_id();
   T sum[1];

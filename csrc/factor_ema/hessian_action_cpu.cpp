@@ -38,17 +38,16 @@ KBFGS_INLINE T action_rows(const T* x, int64_t stride, int64_t cols, const T* s,
 }
 
 struct ActionBody {
-  // y[0, cols) = X'(X~ s) and y[cols] = 1'(X~ s) over `rows` rows; `one` is s of the ones column.
+  // y[0, cols) += X'(X~ s) and y[cols] += 1'(X~ s) over `rows` rows; `one` is s of the ones column.
   template <int W, typename T>
   static KBFGS_INLINE void run(
       const T* X, int64_t stride, int64_t rows, int64_t cols, const T* s, T one, T* y) {
-    for (int64_t j = 0; j < cols; ++j) y[j] = 0;
     T total = 0;
     int64_t i = 0;
     for (; i + 4 <= rows; i += 4)
       total += action_rows<W, 4>(X + i * stride, stride, cols, s, one, y);
     for (; i < rows; ++i) total += action_rows<W, 1>(X + i * stride, stride, cols, s, one, y);
-    y[cols] = total;
+    y[cols] += total;
   }
 };
 
@@ -63,8 +62,10 @@ void hessian_action(const std::vector<HessianAction<T>>& layers) {
       [&](int64_t l, int64_t row, int64_t count, T* own) {
         const Rows<T>& r = rows[l];
         const T one = r.n > r.cols ? layers[l].s[r.cols] : T{0};
-        vectorised<ActionBody>(
-            r.X + row * r.stride, r.stride, count, r.cols, layers[l].s, one, own);
+        std::fill(own, own + r.cols + 1, T{0});
+        by_widened_rows(r, row, count, [&](const T* X, int64_t stride, int64_t some) {
+          vectorised<ActionBody>(X, stride, some, r.cols, layers[l].s, one, own);
+        });
       },
       [&](int64_t l, const T* partial, int64_t groups) {
         const T scale = static_cast<T>(1 / static_cast<double>(rows[l].m));

@@ -28,16 +28,21 @@ __global__ void __launch_bounds__(ActionShape::kThreads, ActionShape::kBlocksPer
     action_kernel(const __grid_constant__ ActionTable<T> t) {
   for (int i = 0; i < t.layers; ++i) {
     const ActionLayer<T>& l = t.layer[i];
-    rows_times_vector(l.X, l.ld, l.m, l.d_in, l.n_a, l.s, l.z, l.before, t.part);
+    l.X.visit([&](const auto* X) {
+      rows_times_vector(X, l.ld, l.m, l.d_in, l.n_a, l.s, l.z, l.before, t.part);
+    });
   }
   grid_sync();
   T* room = reinterpret_cast<T*>(shared_memory());
   for (int tile = blockIdx.x, i = 0; tile < t.column_tiles; tile += gridDim.x) {
     while (i + 1 < t.layers && t.layer[i + 1].columns_before <= tile) ++i;
     const ActionLayer<T>& l = t.layer[i];
-    columns_times_vector(
-        l.X, l.ld, l.m, l.inverse_m, l.d_in, l.n_a, static_cast<const T*>(l.z), l.s, static_cast<T>(*l.lam),
-        l.y, tile - l.columns_before, room);
+    const T lam = static_cast<T>(*l.lam);
+    l.X.visit([&](const auto* X) {
+      columns_times_vector(
+          X, l.ld, l.m, l.inverse_m, l.d_in, l.n_a, static_cast<const T*>(l.z), l.s, lam, l.y,
+          tile - l.columns_before, room);
+    });
   }
 }
 

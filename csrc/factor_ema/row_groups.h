@@ -8,11 +8,34 @@
 #include <vector>
 
 #include "../common/parallel.h"
+#include "../common/pieces.h"
 #include "factor_ema.h"
 
 namespace kbfgs {
 
 constexpr int64_t kGroup = 64;  // rows: 256 KB of float at 1000 columns, some 10 us of work
+
+// Rows [row, row + count) of X from column `first` on, widened, without gaps.
+template <typename T>
+void widen_rows(const Rows<T>& r, int64_t row, int64_t count, int64_t first, T* to) {
+  const int64_t width = r.cols - first;
+  for (int64_t i = 0; i < count; ++i)
+    widen(r.X, (row + i) * r.stride + first, width, to + i * width);
+}
+
+// Calls body(X, row stride, rows) for these rows as T: where they lie, or widened eight at a time,
+// which are 32 KB of float at 1000 columns.
+template <typename T, class Body>
+void by_widened_rows(const Rows<T>& r, int64_t row, int64_t count, const Body& body) {
+  constexpr int64_t kRows = 8;
+  if (r.X.own()) return body(r.X.as_own() + row * r.stride, r.stride, count);
+  const std::unique_ptr<T[]> room(new T[kRows * r.cols]);
+  for (const int64_t end = row + count; row < end; row += kRows) {
+    const int64_t some = std::min(kRows, end - row);
+    widen_rows(r, row, some, 0, room.get());
+    body(static_cast<const T*>(room.get()), r.cols, some);
+  }
+}
 
 // Calls body(layer, first row, rows, partial) for every group; partial has `width(layer)` elements.
 // Then, when a layer's groups are done, done(layer, partial vectors, their number).

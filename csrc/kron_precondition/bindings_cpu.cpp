@@ -18,9 +18,9 @@ Parameters<T> parameters(
   const bool bias = args.tensor(b, i).numel() > 0;
   const int64_t n_g = joined.size(0), d_in = joined.size(1) - bias;
   const auto pointer = [&](const char* name, int64_t elements) {
-    return written ? args.state(name, i, elements) : args.input(name, i, elements);
+    return written ? args.written_numbers(name, i, elements) : args.numbers(name, i, elements);
   };
-  return {n_g, d_in, pointer(W, n_g * d_in), bias ? pointer(b, n_g) : nullptr};
+  return {n_g, d_in, pointer(W, n_g * d_in), bias ? pointer(b, n_g) : Numbers<T>{}};
 }
 
 template <typename T>

@@ -86,7 +86,7 @@ Directions<T> directions(CudaArguments<T>& args, const Tensors& M) {
     args.state("work", i, N);
     if (small_step_fits(n_g, n_a, sizeof(T)))
       out.small.push_back(
-          {p, g, m, a, nullptr, nullptr, nullptr, int(n_g), int(n_a), int(n_a), 0});
+          {p, g, m, a, {}, {}, nullptr, int(n_g), int(n_a), int(n_a), 0});
     else
       out.large.push_back(i);
   }

@@ -23,12 +23,15 @@ std::vector<ParameterLayer<T>> parameters(
     const int64_t N = n_g * n_a;
     ParameterLayer<T>& l = layers[i];
     l.joined = use == Joined::kWritten ? args.state(name, i, N) : args.input(name, i, N);
-    l.W = args.state("W", i, n_g * d_in);
-    l.b = bias ? args.state("b", i, n_g) : nullptr;
+    l.W = l.b = args.written_numbers("W", i, n_g * d_in);
+    l.b.data = nullptr;
+    if (bias) l.b = args.written_numbers("b", i, n_g);
     if (gradient == Gradient::kGiven) {
-      l.dW = args.input("dW", i, n_g * d_in);
-      if (bias) l.db = args.input("db", i, n_g);
+      l.dW = args.numbers("dW", i, n_g * d_in);
+      l.db = bias ? args.numbers("db", i, n_g) : l.dW;
     }
+    if (l.b.format != l.W.format || l.db.format != l.dW.format)
+      throw Unsupported("the cuda kernels take b in the dtype of W, and db in that of dW");
     l.n_g = int(n_g), l.d_in = int(d_in), l.n_a = int(n_a);
   }
   return layers;

@@ -5,15 +5,18 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/numbers.h"
+
 namespace kbfgs {
 
 template <typename T>
 struct Parameters {
   int64_t n_g;
   int64_t d_in;  // n_a = d_in + 1 with a bias, else d_in
-  T* W;          // n_g x d_in, contiguous
-  T* b;          // n_g, or null
-  int64_t n_a() const { return d_in + (b != nullptr); }
+  Numbers<T> W;  // n_g x d_in, contiguous
+  Numbers<T> b;  // n_g, or null
+  bool bias() const { return b.data != nullptr; }
+  int64_t n_a() const { return d_in + bias(); }
 };
 
 template <typename T>

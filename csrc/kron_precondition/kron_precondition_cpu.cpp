@@ -9,6 +9,7 @@
 
 #include "../common/gemm.h"
 #include "../common/parallel.h"
+#include "../common/pieces.h"
 #include "../common/simd.h"
 #include "../common/vector_ops.h"
 
@@ -141,17 +142,22 @@ void direction(const Precondition<T>& l) {
 template <typename T>
 void descend_row(const Descend<T>& l, int64_t i, bool ok) {
   const Parameters<T>& w = l.weights;
-  T *row = w.W + i * w.d_in, *P = l.P + i * w.n_a();
+  T* P = l.P + i * w.n_a();
   if (!ok) {
-    std::copy(row, row + w.d_in, P);
-    if (w.b != nullptr) P[w.d_in] = w.b[i];
+    widen(w.W, i * w.d_in, w.d_in, P);
+    if (w.bias()) P[w.d_in] = w.b.at(i);
     return;
   }
   const T step = static_cast<T>(l.step_size);
-  vectorised<DescendBody>(row, P, w.d_in, step);
-  if (w.b == nullptr) return;
-  const T before = w.b[i];
-  w.b[i] = before - step * P[w.d_in];
+  by_pieces(w.d_in, w.W.own(), [&](int64_t at, int64_t n) {
+    Piece<T> row;
+    const int64_t first = i * w.d_in + at;
+    vectorised<DescendBody>(row.change(w.W, first, n), P + at, n, step);
+    row.write(w.W, first, n);
+  });
+  if (!w.bias()) return;
+  const T before = w.b.at(i);
+  w.b.set(i, before - step * P[w.d_in]);
   P[w.d_in] = before;
 }
 
@@ -165,10 +171,14 @@ void momentum(const std::vector<Momentum<T>>& layers, double momentum, double we
   by_rows(layers, weights, [&](const Momentum<T>& l, int64_t i) {  // (2)
     const Parameters<T>&w = l.weights, &g = l.gradient;
     T* M = l.M + i * w.n_a();
-    vectorised<MomentumBody>(
-        M, static_cast<const T*>(g.W + i * w.d_in), static_cast<const T*>(w.W + i * w.d_in),
-        w.d_in, mu, rest, gamma);
-    if (w.b != nullptr) M[w.d_in] = normal(mu * M[w.d_in] + rest * (g.b[i] + gamma * w.b[i]));
+    by_pieces(w.d_in, w.W.own() && g.W.own(), [&](int64_t at, int64_t n) {
+      Piece<T> dW, W;
+      const int64_t first = i * w.d_in + at;
+      vectorised<MomentumBody>(
+          M + at, dW.read(g.W, first, n), W.read(w.W, first, n), n, mu, rest, gamma);
+    });
+    if (w.bias())
+      M[w.d_in] = normal(mu * M[w.d_in] + rest * (g.b.at(i) + gamma * w.b.at(i)));
   });
 }
 
@@ -188,11 +198,17 @@ void slope(const std::vector<Slope<T>>& layers) {
   const auto weights = [](const Slope<T>& l) -> const Parameters<T>& { return l.weights; };
   by_rows(layers, weights, [](const Slope<T>& l, int64_t i) {  // (13)
     const Parameters<T>&w = l.weights, &g = l.gradient;
-    const T *saved = l.saved + i * w.n_a(), *gradient = g.W + i * w.d_in;
-    const T* row = w.W + i * w.d_in;
-    double total;
-    vectorised<SlopeBody>(gradient, row, saved, w.d_in, &total);
-    if (w.b != nullptr) total += double(g.b[i]) * (double(w.b[i]) - double(saved[w.d_in]));
+    const T* saved = l.saved + i * w.n_a();
+    double total = 0;
+    by_pieces(w.d_in, w.W.own() && g.W.own(), [&](int64_t at, int64_t n) {
+      Piece<T> dW, W;
+      const int64_t first = i * w.d_in + at;
+      double part;
+      vectorised<SlopeBody>(
+          dW.read(g.W, first, n), W.read(w.W, first, n), saved + at, n, &part);
+      total += part;
+    });
+    if (w.bias()) total += double(g.b.at(i)) * (double(w.b.at(i)) - double(saved[w.d_in]));
     l.slope[i] = static_cast<T>(total);
   });
 }
@@ -202,11 +218,17 @@ void output_change(const std::vector<OutputChange<T>>& layers) {
   const auto weights = [](const OutputChange<T>& l) -> const Parameters<T>& { return l.weights; };
   by_rows(layers, weights, [](const OutputChange<T>& l, int64_t i) {  // (15)
     const Parameters<T>& w = l.weights;
-    const T *row = w.W + i * w.d_in, *saved = l.saved + i * w.n_a();
-    double total;
-    vectorised<OutputChangeBody>(row, saved, l.a_bar, l.a_bar_next, w.d_in, &total);
-    if (w.b != nullptr)
-      total += output_term(w.b[i], saved[w.d_in], l.a_bar[w.d_in], l.a_bar_next[w.d_in]);
+    const T* saved = l.saved + i * w.n_a();
+    double total = 0;
+    by_pieces(w.d_in, w.W.own(), [&](int64_t at, int64_t n) {
+      Piece<T> W;
+      double part;
+      vectorised<OutputChangeBody>(
+          W.read(w.W, i * w.d_in + at, n), saved + at, l.a_bar + at, l.a_bar_next + at, n, &part);
+      total += part;
+    });
+    if (w.bias())
+      total += output_term(w.b.at(i), saved[w.d_in], l.a_bar[w.d_in], l.a_bar_next[w.d_in]);
     l.change[i] = static_cast<T>(total);
   });
 }
@@ -217,8 +239,8 @@ void restore(const std::vector<Descend<T>>& layers) {
   by_rows(layers, weights, [](const Descend<T>& l, int64_t i) {
     const Parameters<T>& w = l.weights;
     const T* saved = l.P + i * w.n_a();
-    std::copy(saved, saved + w.d_in, w.W + i * w.d_in);
-    if (w.b != nullptr) w.b[i] = saved[w.d_in];
+    round(saved, w.W, i * w.d_in, w.d_in);
+    if (w.bias()) w.b.set(i, saved[w.d_in]);
   });
 }
 

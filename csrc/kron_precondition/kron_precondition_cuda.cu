@@ -42,7 +42,7 @@ struct Nothing {
 
 // store(place, load(place)) for every element of this block's rows, kInFlight of a row loaded before
 // the first is stored; after each row end_row(row), in all lanes of its warp. The rows of W and of [W, b] differ in length, so at most one of them is on
-// the 16-byte grid: 4-byte accesses, coalesced.
+// the 16-byte grid: accesses of one element, coalesced.
 template <typename T, typename Load, typename Store, typename EndRow = Nothing>
 __device__ __forceinline__ void for_each_element(
     const ParameterLayer<T>& l, int64_t part, const Load& load, const Store& store,
@@ -79,14 +79,17 @@ __global__ void __launch_bounds__(
   if (!flag(t.flag)) return;
   for (int i = 0; i < t.layers; ++i) {
     const ParameterLayer<T>& l = t.layer[i];
-    for_each_element(
-        l, t.part,
-        [&](Place p) {
-          const T parameter = p.bias ? l.b[p.at] : l.W[p.at];
-          const T gradient = (p.bias ? l.db[p.at] : l.dW[p.at]) + t.weight_decay * parameter;
-          return t.momentum * l.joined[p.joined] + t.rest * gradient;
-        },
-        [&](Place p, T average) { l.joined[p.joined] = average; });
+    l.visit_with_gradient([&](const auto& own) {
+      for_each_element(
+          l, t.part,
+          [&](Place p) {
+            const T parameter = widened(p.bias ? own.b[p.at] : own.W[p.at]);
+            const T gradient = widened(p.bias ? own.db[p.at] : own.dW[p.at]);
+            const T D = gradient + t.weight_decay * parameter;
+            return t.momentum * l.joined[p.joined] + t.rest * D;
+          },
+          [&](Place p, T average) { l.joined[p.joined] = average; });
+    });
   }
 }
 
@@ -103,16 +106,18 @@ __global__ void __launch_bounds__(
   for (int i = 0; i < t.layers; ++i) {
     const ParameterLayer<T>& l = t.layer[i];
     const T step_size = static_cast<T>(*l.step_size);
-    for_each_element(
-        l, t.part,
-        [&](Place p) {
-          const T before = p.bias ? l.b[p.at] : l.W[p.at];
-          return Step<T>{before, ok ? before - step_size * l.joined[p.joined] : before};
-        },
-        [&](Place p, Step<T> step) {
-          (p.bias ? l.b[p.at] : l.W[p.at]) = step.after;
-          l.joined[p.joined] = step.before;
-        });
+    l.visit([&](const auto& own) {
+      for_each_element(
+          l, t.part,
+          [&](Place p) {
+            const T before = widened(p.bias ? own.b[p.at] : own.W[p.at]);
+            return Step<T>{before, before - step_size * l.joined[p.joined]};
+          },
+          [&](Place p, Step<T> step) {
+            if (ok) round_to(p.bias ? own.b[p.at] : own.W[p.at], step.after);
+            l.joined[p.joined] = step.before;
+          });
+    });
   }
 }
 
@@ -123,18 +128,20 @@ __global__ void __launch_bounds__(
   for (int i = 0; i < t.layers; ++i) {
     const ParameterLayer<T>& l = t.layer[i];
     T sum = 0;
-    for_each_element(
-        l, t.part,
-        [&](Place p) {
-          const T moved = (p.bias ? l.b[p.at] : l.W[p.at]) - l.joined[p.joined];
-          return (p.bias ? l.db[p.at] : l.dW[p.at]) * moved;
-        },
-        [&](Place, T product) { sum += product; },
-        [&](int row) {
-          const T total = warp_sum(sum);
-          if (lane_id() == 0) l.row_sums[row] = total;
-          sum = 0;
-        });
+    l.visit_with_gradient([&](const auto& own) {
+      for_each_element(
+          l, t.part,
+          [&](Place p) {
+            const T moved = widened(p.bias ? own.b[p.at] : own.W[p.at]) - l.joined[p.joined];
+            return widened(p.bias ? own.db[p.at] : own.dW[p.at]) * moved;
+          },
+          [&](Place, T product) { sum += product; },
+          [&](int row) {
+            const T total = warp_sum(sum);
+            if (lane_id() == 0) l.row_sums[row] = total;
+            sum = 0;
+          });
+    });
   }
 }
 
@@ -146,19 +153,21 @@ __global__ void __launch_bounds__(
   for (int i = 0; i < t.layers; ++i) {
     const ParameterLayer<T>& l = t.layer[i];
     T sum = 0;
-    for_each_element(
-        l, t.part,
-        [&](Place p) {
-          const T before = l.joined[p.joined], next = l.a_bar_next[p.column];
-          const T moved = (p.bias ? l.b[p.at] : l.W[p.at]) - before;
-          return moved * next + before * (next - l.a_bar[p.column]);
-        },
-        [&](Place, T term) { sum += term; },
-        [&](int row) {
-          const T total = warp_sum(sum);
-          if (lane_id() == 0) l.row_sums[row] = total;
-          sum = 0;
-        });
+    l.visit([&](const auto& own) {
+      for_each_element(
+          l, t.part,
+          [&](Place p) {
+            const T before = l.joined[p.joined], next = l.a_bar_next[p.column];
+            const T moved = widened(p.bias ? own.b[p.at] : own.W[p.at]) - before;
+            return moved * next + before * (next - l.a_bar[p.column]);
+          },
+          [&](Place, T term) { sum += term; },
+          [&](int row) {
+            const T total = warp_sum(sum);
+            if (lane_id() == 0) l.row_sums[row] = total;
+            sum = 0;
+          });
+    });
   }
 }
 
@@ -169,9 +178,11 @@ __global__ void __launch_bounds__(
   if (!*t.flag) return;
   for (int i = 0; i < t.layers; ++i) {
     const ParameterLayer<T>& l = t.layer[i];
-    for_each_element(
-        l, t.part, [&](Place p) { return l.joined[p.joined]; },
-        [&](Place p, T saved) { (p.bias ? l.b[p.at] : l.W[p.at]) = saved; });
+    l.visit([&](const auto& own) {
+      for_each_element(
+          l, t.part, [&](Place p) { return l.joined[p.joined]; },
+          [&](Place p, T saved) { round_to(p.bias ? own.b[p.at] : own.W[p.at], saved); });
+    });
   }
 }
 

@@ -5,22 +5,49 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/numbers.h"
+
 #ifndef KBFGS_CUDA_HOST
 #include <cuda_runtime_api.h>
 #endif
 
 namespace kbfgs::cuda {
 
+// Parameters and gradients of a layer in their own types: T, or 16-bit ones.
+template <typename E, typename G>
+struct Typed {
+  E *W, *b;
+  const G *dW, *db;
+};
+
 template <typename T>
 struct ParameterLayer {
-  T* joined;     // n_g x n_a: M, P, or (only read) what descend saved
-  T *W, *b;      // n_g x d_in, n_g
-  const T *dW, *db;
+  T* joined;           // n_g x n_a: M, P, or (only read) what descend saved
+  Numbers<T> W, b;     // n_g x d_in, n_g
+  Numbers<T> dW, db;
   const double* step_size;
   const T *a_bar, *a_bar_next;  // n_a
   T* row_sums;     // n_g: the slope, or the change of the output
   int n_g, d_in, n_a;
   int64_t before;  // elements of `joined` before; the launcher sets it
+
+  template <class Run>
+  KBFGS_ANYWHERE void visit(const Run& run) const {
+    W.visit([&](auto* weights) {
+      using E = std::remove_pointer_t<decltype(weights)>;
+      run(Typed<E, E>{weights, static_cast<E*>(b.data), nullptr, nullptr});
+    });
+  }
+  template <class Run>
+  KBFGS_ANYWHERE void visit_with_gradient(const Run& run) const {
+    visit([&](const auto& own) {
+      using E = std::remove_pointer_t<decltype(own.W)>;
+      dW.visit([&](const auto* gradient) {
+        using G = std::remove_const_t<std::remove_pointer_t<decltype(gradient)>>;
+        run(Typed<E, G>{own.W, own.b, gradient, static_cast<const G*>(db.data)});
+      });
+    });
+  }
 };
 
 template <typename T>
@@ -29,7 +56,7 @@ struct SmallLayer {
   const T* H_g;    // n_g x n_g, symmetric, or null: the identity
   const T* M;      // n_g x n_a
   const T* H_a;    // n_a x n_a, symmetric
-  T *W, *b;        // null: the direction alone
+  Numbers<T> W, b;  // null: the direction alone
   const double* step_size;
   int n_g, d_in, n_a;
   int blocks_before;  // the launcher sets it

@@ -98,17 +98,18 @@ __global__ void __launch_bounds__(SmallShape::kThreads, 1)
   __syncthreads();
 
   const bool ok = flag(t.ok);
-  const T step_size = l.W ? static_cast<T>(*l.step_size) : T(0);
+  const T step_size = l.W.data ? static_cast<T>(*l.step_size) : T(0);
   auto finish = [&](int row, T direction) {
     if (column >= l.n_a) return;
     T* P = l.P + row * l.n_a + column;
-    if (l.W == nullptr) {
+    if (l.W.data == nullptr) {
       *P = direction;
       return;
     }
-    T& parameter = column < l.d_in ? l.W[row * l.d_in + column] : l.b[row];
-    const T before = parameter;
-    if (ok) parameter = before - step_size * direction;  // (4)
+    const Numbers<T>& parameters = column < l.d_in ? l.W : l.b;
+    const int at = column < l.d_in ? row * l.d_in + column : row;
+    const T before = parameters.at(at);
+    if (ok) parameters.set(at, before - step_size * direction);  // (4)
     *P = before;
   };
   if (l.H_g == nullptr) {

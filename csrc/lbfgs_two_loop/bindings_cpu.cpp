@@ -26,11 +26,11 @@ void lbfgs_two_loop_cpu(const Call& call) {
       const Tensor& Q = args.tensor("Q", i);
       const Tensor q = Q.dim() == 2 ? Q : Q.unsqueeze(1);
       const int64_t n = q.size(0), p = args.tensor("S", i).size(0);
-      const Rows<T> rows = args.rows("Q", q, q.size(1));
+      const Strided<T*> rows = args.own_rows("Q", q, q.size(1));
       layers.push_back(
           {{n, p, *args.integers("pushed", i, 1), args.state("S", i, p * n),
             args.state("Y", i, p * n), args.input("rho", i, p)},
-           rows.cols, args.state("out", i, n * rows.cols), rows.X, rows.stride});
+           rows.columns, args.state("out", i, n * rows.columns), rows.data, rows.stride});
     }
     two_loop(layers, wanted);
   });

@@ -9,7 +9,6 @@ first program of each row.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -20,6 +19,10 @@ import triton.language as tl
 
 from kbfgs_ext import environment
 from kbfgs_ext.ops.registry import Unsupported
+from kbfgs_ext.ops.triton_launch import COMPILER as COMPILER
+from kbfgs_ext.ops.triton_launch import alike as alike
+from kbfgs_ext.ops.triton_launch import keep
+from kbfgs_ext.ops.triton_launch import launch as launch
 
 TYPES = {
     torch.float64: tl.float64,
@@ -27,9 +30,6 @@ TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-# Said at every launch, because Triton's default goes from on to off with 3.10: `total += a * b` is
-# one instruction with it, and rounds once. No result's symmetry hangs on it (see `store_both`).
-COMPILER = {"enable_fp_fusion": True}
 NEVER = 1 << 62  # first program of the rows that only fill up the table
 CACHED_TABLES = 256  # a step needs about ten; gradients that move make a few more
 
@@ -131,15 +131,6 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def launch(kernel, programs: int, *args, device: torch.device, **options) -> None:
-    """Run ``programs`` programs of ``kernel`` on the tensors' device; none is no launch."""
-    if programs == 0:
-        return
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        kernel[(programs,)](*args, **COMPILER, **options)
-
-
 def real_type(*tensors: torch.Tensor) -> tl.dtype:
     """The state's one dtype, fp32 or fp64; anything else is declined."""
     types = {t.dtype for t in tensors}
@@ -149,8 +140,8 @@ def real_type(*tensors: torch.Tensor) -> tl.dtype:
 
 
 def input_type(tensors: Sequence[torch.Tensor]) -> tl.dtype:
-    """The one dtype of inputs, 16 to 64 bits; anything else is declined."""
-    types = {t.dtype for t in tensors}
+    """The one dtype of inputs, 16 to 64 bits, but for empty ones; anything else is declined."""
+    types = {t.dtype for t in tensors if t.numel()} or {t.dtype for t in tensors}
     if len(types) != 1 or not types <= TYPES.keys():
         raise Unsupported(f"Triton kernels take inputs of one dtype in a call, got {_names(types)}")
     return TYPES[types.pop()]
@@ -201,9 +192,9 @@ def matrix(t: torch.Tensor) -> tuple[int, int]:
 def by_rows(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Inputs as `pointer` and `matrix` want them: copies of those that are not.
 
-    The copies are the caller's to keep until the launches are issued.
+    The copies are the caller's to keep until it has launched.
     """
-    return [t if t.dim() == 0 or _in_rows(t) else t.contiguous() for t in tensors]
+    return keep([t if t.dim() == 0 or _in_rows(t) else t.contiguous() for t in tensors])
 
 
 def _in_rows(t: torch.Tensor) -> bool:

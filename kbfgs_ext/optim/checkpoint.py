@@ -149,7 +149,8 @@ def load(layers: list[CoveredLayer], whole: Mapping[str, torch.Tensor], saved: S
     for at, layer in enumerate(layers):
         entry = next(entries)
         for name, tensor in layer.kept.items():
-            tensor.copy_(entry[name])
+            if name in entry or not name.startswith("master_"):  # those follow the parameters
+                tensor.copy_(entry[name])
         started, warm_batches = entry["progress"].tolist()
         layer.started, layer.warm_batches = bool(started), int(warm_batches)
         if layer.bias is not None:

@@ -53,6 +53,7 @@ class CoveredLayer:
         self.kept: dict[str, torch.Tensor] = {}
         self.scratch: dict[str, torch.Tensor] = {}
         self._no_bias = torch.empty(0)
+        self._wants_master = settings.master_weights
 
     # ------------------------------------------------------------------ tensors
 
@@ -73,6 +74,10 @@ class CoveredLayer:
     def kept_shapes(self) -> Shapes:
         """Shape and dtype of every kept tensor."""
         M: Shapes = {"M": ((self.n_g, self.n_a), self.dtype)}
+        if self._wants_master and self.weight.dtype.itemsize == 2:
+            M["master_W"] = ((self.n_g, self.d_in), self.dtype)
+            if self.bias is not None:
+                M["master_b"] = ((self.n_g,), self.dtype)
         a, g = (factor.kept_shapes(self.dtype) for factor in self.factors)
         return M | a | g
 
@@ -128,7 +133,11 @@ class CoveredLayer:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def W(self) -> torch.Tensor:
-        """The weight, n_g x d_in; where it lies otherwise in memory a copy, for `put_back`."""
+        """The weight, n_g x d_in, or its 32-bit copy; where it lies otherwise in memory a copy, for
+        `put_back`."""
+        master = self.kept.get("master_W")
+        if master is not None:
+            return master
         W = self.view.matrix(self.weight.detach())
         if self.view.in_place:
             return W
@@ -139,11 +148,25 @@ class CoveredLayer:
     def put_back(self) -> None:
         """After an op has written `W`: let the weight have it."""
         if not self.view.in_place:
-            self.view.write(self.weight.detach(), self.scratch["W"])
+            master = self.kept.get("master_W")
+            W = self.scratch["W"] if master is None else master.to(self.weight.dtype)
+            self.view.write(self.weight.detach(), W)
 
     def b(self) -> torch.Tensor:
-        """The bias, or an empty tensor."""
+        """The bias, or its 32-bit copy, or an empty tensor."""
+        master = self.kept.get("master_b")
+        if master is not None:
+            return master
         return self._no_bias if self.bias is None else self.bias.detach()
+
+    def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The 16-bit parameters, each with its 32-bit copy; none where there are no copies."""
+        if not self.has("master_W"):
+            return []
+        found = [(self.view.matrix(self.weight.detach()), self.kept["master_W"])]
+        if self.bias is not None:
+            found.append((self.bias.detach(), self.kept["master_b"]))
+        return found
 
     def dW(self, decay: float = 0.0) -> torch.Tensor:
         """The weight's gradient plus ``decay*W``, n_g x d_in; zero where it is frozen."""
@@ -182,11 +205,13 @@ class CoveredLayer:
         return len(self.moving) < len(self.parameters())
 
     def hold(self) -> None:
-        """Put the frozen half of a layer back after a step, bit for bit."""
+        """Give what the ops have written the frozen half of before the step, bit for bit; `put_back`
+        follows."""
         moving = {id(p) for p in self.moving}
         saved = self.scratch["saved"]
         if id(self.weight) not in moving:
-            self.view.write(self.weight.detach(), saved[:, : self.d_in])
+            aside = self.kept.get("master_W") is None and not self.view.in_place
+            (self.scratch["W"] if aside else self.W()).copy_(saved[:, : self.d_in])
         if self.bias is not None and id(self.bias) not in moving:
             self.b().copy_(saved[:, self.d_in])
 

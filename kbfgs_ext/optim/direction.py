@@ -28,6 +28,7 @@ class Direction:
         decay = part.group["weight_decay"]
         # A frozen half of a layer has no gradient: the other's decay is then put in beforehand.
         inside = decay if part.halved else 0.0
+        part.look()
         M, momentum = part["M"], part.group["momentum"]
         W, b, dW, db = part.W(), part.b(), part.dW(inside), part.db(inside)
         fused = part.has("H_g") and part.activation.live and part.gradient.live
@@ -59,10 +60,10 @@ class Direction:
             if self._spectral:
                 ops.polar_(part["P"], scratch, COEFFICIENTS, backend=part.backend)
             ops.descend_(W, b, part["P"], self._sizes(part), ok, part.backend)
-        part.written()
         if part.halved:
             for layer in part.layers:
                 layer.hold()
+        part.written()
 
     @property
     def _plain(self) -> bool:

@@ -85,6 +85,8 @@ class KBFGS(CoveredOptimizer):
         relative_damping: the dampings are shares: lam_a of the mean square of a layer's inputs,
             lam_g of its curvature along its own steps. False takes them as they are, in units of
             squared inputs and of the loss, as the paper does.
+        master_weights: keep a 32-bit copy of covered 16-bit parameters, whose rounding they are
+            after every step: steps too small for 16 bits then add up. False rounds every step.
         exclude: layers that go to the fallback: modules, with all that is in them, and names or
             patterns of names ("head", "blocks.*.qkv").
         context: modules outside ``model`` that the closure runs too, such as a frozen or otherwise
@@ -137,6 +139,7 @@ class KBFGS(CoveredOptimizer):
         direction: str = "newton",
         nesterov: bool = False,
         relative_damping: bool = False,
+        master_weights: bool = True,
         exclude: nn.Module | str | Iterable[nn.Module | str] = (),
         context: nn.Module | Iterable[nn.Module] | None = None,
         generators: Iterable[torch.Generator] = (),
@@ -172,6 +175,7 @@ class KBFGS(CoveredOptimizer):
             direction=direction,
             nesterov=bool(nesterov),
             relative_damping=bool(relative_damping),
+            master_weights=bool(master_weights),
         )
         super().__init__(model, settings, defaults, groups, fallback, exclude, context, generators)
 

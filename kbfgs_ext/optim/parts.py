@@ -92,8 +92,18 @@ class Part:
         """The same as matrices, where the part is ``in_rows``."""
         return [rows.X for rows in self.inputs()]
 
+    def look(self) -> None:
+        """Before a step: 32-bit copies become the parameters where those are not their rounding, at
+        first, and where someone else has changed them."""
+        for layer in self.layers:
+            for p, copy in layer.copies():
+                copy.copy_(torch.where(copy.to(p.dtype) == p, copy, p.to(copy.dtype)))
+
     def written(self) -> None:
-        """Tell autograd that the parameters have changed: kernels write behind its back."""
+        """Round 32-bit copies to the parameters, and tell autograd that these have changed: kernels
+        write behind its back."""
+        if copies := [pair for layer in self.layers for pair in layer.copies()]:
+            torch._foreach_copy_([p for p, _ in copies], [copy for _, copy in copies])
         for layer in self.layers:
             layer.put_back()
         torch.autograd.graph.increment_version(

@@ -41,6 +41,7 @@ class Settings:
     direction: str = "newton"
     nesterov: bool = False
     relative_damping: bool = False
+    master_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.memory is not None:

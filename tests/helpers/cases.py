@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
-from tests.helpers import compare
 from tests.helpers.calls import Args
 from tests.helpers.inputs import (
     NAN,
@@ -40,7 +39,6 @@ from tests.helpers.kron_cases import (
 from tests.helpers.oracles import randn
 from tests.helpers.safeguard_cases import judge
 from tests.helpers.spectral_cases import polar
-from tests.helpers.spectral_cases import slope as slope_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,17 +354,6 @@ ALL = [
     Case("polar_", ":2-iterations", polar([(32, 63), (63, 32)], iterations=2)),
     Case("polar_", ":small", polar([(17, 32), (32, 17)], scale=1e-30)),
 ]
-
-
-def entered(op: str, args: Args, before: torch.Tensor, truth: torch.Tensor) -> float:
-    """The largest magnitude that entered a result that was ``before``: the scale of rounding."""
-    if not before.is_floating_point():
-        return 0.0
-    if op == "lbfgs_two_loop_":
-        return max(truth.abs().max().item(), args["Q"][0].abs().max().item())
-    if op == "polar_":
-        return slope_of(args["coefficients"])
-    return compare.error(before, torch.zeros_like(before))
 
 
 def of(*ops: str) -> list[Case]:

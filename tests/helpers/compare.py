@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from tests.helpers import calls, spectral_cases
+
 TIMES_REFERENCE = 2.0
 FLOOR_ROUNDINGS = 8.0  # of the largest number involved, in units of the dtype's epsilon
 
@@ -54,6 +56,34 @@ def assert_as_accurate(
     )
     found, bound = error(got, truth), allowed(reference, truth, scale)
     assert found <= bound, f"{name}: error {found:.3e}, allowed {bound:.3e}"
+
+
+def assert_call_as_accurate(
+    op: str, got: calls.Args, reference: calls.Args, truth: calls.Args, before: calls.Args
+) -> None:
+    """What a call of ``op`` on ``before`` has written is as accurate as the reference's results,
+    and what it only reads has kept its bits."""
+    for (name, g), (_, r), (_, t), (_, b) in zip(
+        *(calls.flat(op, side, True) for side in (got, reference, truth, before)), strict=True
+    ):
+        if name.startswith("work"):
+            continue
+        assert_as_accurate(g, r, t, name, entered(op, before, b, t))
+    for (name, g), (_, b) in zip(
+        calls.flat(op, got, False), calls.flat(op, before, False), strict=True
+    ):
+        assert_same_bits(g, b, f"{name}, which is only read,")
+
+
+def entered(op: str, args: calls.Args, before: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest magnitude that entered a result that was ``before``: the scale of rounding."""
+    if not before.is_floating_point():
+        return 0.0
+    if op == "lbfgs_two_loop_":
+        return max(truth.abs().max().item(), args["Q"][0].abs().max().item())
+    if op == "polar_":
+        return spectral_cases.slope(args["coefficients"])
+    return error(before, torch.zeros_like(before))
 
 
 def rounding(dtype: torch.dtype, terms: int, scale: float) -> float:

@@ -33,6 +33,12 @@ class Layer:
     d_in: int
     n_g: int
     m: int = BATCH
+    x_bytes: int = FP32  # of an element of X: 2 under autocast
+
+    @property
+    def X(self) -> float:
+        """X in elements of 32 bits."""
+        return self.m * self.d_in * self.x_bytes / FP32
 
     @property
     def n_a(self) -> int:
@@ -43,8 +49,8 @@ class Layer:
         return self.n_g * self.n_a
 
 
-def layers(sizes: Sequence[int], batch: int = BATCH) -> list[Layer]:
-    return [Layer(d_in, n_g, batch) for d_in, n_g in itertools.pairwise(sizes)]
+def layers(sizes: Sequence[int], batch: int = BATCH, x_bytes: int = FP32) -> list[Layer]:
+    return [Layer(d_in, n_g, batch, x_bytes) for d_in, n_g in itertools.pairwise(sizes)]
 
 
 def _sum(elements: Callable[[Layer], float]) -> Callable[[list[Layer]], float]:
@@ -52,19 +58,21 @@ def _sum(elements: Callable[[Layer], float]) -> Callable[[list[Layer]], float]:
 
 
 FLOOR = {
-    "factor_ema_": _sum(lambda x: x.m * x.d_in + 1.5 * x.n_a**2),
+    "factor_ema_": _sum(lambda x: x.X + 1.5 * x.n_a**2),
     "curvature_update_, ema": _sum(lambda x: 3 * x.n_a**2 + 2 * x.n_g**2),
-    "curvature_update_, minibatch": _sum(lambda x: 2 * x.n_a**2 + x.m * x.d_in + 2 * x.n_g**2),
+    "curvature_update_, minibatch": _sum(lambda x: 2 * x.n_a**2 + x.X + 2 * x.n_g**2),
     "kron_step_": _sum(lambda x: x.n_g**2 + x.n_a**2 + 6 * x.weights),
 }
+
+READING_X = ("factor_ema_", "curvature_update_, minibatch")
 
 # The columns' launch reads X, the tiles' launch again. Gradient sides as where at most one damping
 # is at work; with both, n_g^2 more.
 TRITON = {
-    "factor_ema_": _sum(lambda x: 2 * x.m * x.d_in + 1.5 * x.n_a**2),
+    "factor_ema_": _sum(lambda x: 2 * x.X + 1.5 * x.n_a**2),
     "curvature_update_, ema": _sum(lambda x: 4.5 * x.n_a**2 + 2.5 * x.n_g**2),
     "curvature_update_, minibatch": _sum(
-        lambda x: 3.5 * x.n_a**2 + 2.5 * x.n_g**2 + (1 + 2 / 32) * x.m * x.d_in
+        lambda x: 3.5 * x.n_a**2 + 2.5 * x.n_g**2 + (1 + 2 / 32) * x.X
     ),
     "kron_step_": _sum(lambda x: x.n_g**2 + x.n_a**2 + 11 * x.weights),
 }
@@ -115,7 +123,7 @@ def _cuda_curvature(model: list[Layer], from_X: bool, device: Device = Device())
     a, g = rows_read_again(model, device)
     floor = FLOOR["curvature_update_, minibatch" if from_X else "curvature_update_, ema"](model)
     # H_a's other rows are read in phases 3 and 4, H_g's in phase 4; X in both of its steps.
-    return floor + FP32 * (2 * a + g) + (FP32 * sum(x.m * x.d_in for x in model) if from_X else 0)
+    return floor + FP32 * (2 * a + g) + (FP32 * sum(x.X for x in model) if from_X else 0)
 
 
 SMALL = 128  # SmallShape::kLargest
@@ -128,7 +136,7 @@ def _cuda_kron(x: Layer) -> float:
 
 
 CUDA = {
-    "factor_ema_": _sum(lambda x: 2 * x.m * x.d_in + 1.5 * x.n_a**2),
+    "factor_ema_": _sum(lambda x: 2 * x.X + 1.5 * x.n_a**2),
     "curvature_update_, ema": lambda model: _cuda_curvature(model, False),
     "curvature_update_, minibatch": lambda model: _cuda_curvature(model, True),
     "kron_step_": _sum(_cuda_kron),
@@ -150,14 +158,15 @@ def table() -> str:
     """The table of kbfgs_ext/ops/README.md."""
     lines = ["| | | floor, MB | CUDA: launches | MB | Triton: launches | MB |",
              "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
-    for name, sizes in AUTOENCODERS.items():
-        model = layers(sizes)
-        for what in FLOOR:
-            op, _, action = what.partition(", ")
+    for (name, sizes), what in itertools.product(AUTOENCODERS.items(), FLOOR):
+        op, _, action = what.partition(", ")
+        for x_bytes in (FP32, 2) if what in READING_X else (FP32,):
+            model = layers(sizes, x_bytes=x_bytes)
             cells = [f"{FLOOR[what](model) / 1e6:.0f}"]
             for backend, moved in (("cuda", CUDA), ("triton", TRITON)):
                 count = launches(backend, what, model)
                 cells += [str(count), f"{moved[what](model) / 1e6:.0f}"]
             title = f"`{op}`" + (f", {action}" if action else "")
+            title += ", 16-bit $X$" if x_bytes == 2 else ""
             lines.append(f"| {name.upper()} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)

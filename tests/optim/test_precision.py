@@ -9,8 +9,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS
+from kbfgs_ext import KBFGS, KBFGSL
 from kbfgs_ext.optim.direction import Direction
+from tests.helpers import backends
 from tests.optim.models import (
     METHODS,
     assert_same,
@@ -254,6 +255,50 @@ def test_16_bit_parameters_have_32_bit_factors(method, half):
     opt.step(closure)
     assert int(opt.counters()["undone"]) >= 1
     assert_same({k: v for k, v in before.items() if k.startswith("param")}, snapshot(model, opt))
+
+
+# ---------------------------------------------------------------------- on the kernels
+
+
+@backends.needs_native
+@METHODS
+@ACTIONS
+@HALVES
+@pytest.mark.parametrize("how", ["autocast", "parameters", "one layer's parameters"])
+def test_no_op_of_a_16_bit_step_is_on_the_reference(method, action, half, how):
+    torch.manual_seed(0)
+    model = mlp(6, 9, 7, 4, dtype=torch.float32)
+    if how == "parameters":
+        model = model.to(half)
+    elif how != "autocast":
+        next(m for m in model if isinstance(m, nn.Linear)).to(half)
+    x, target = rows(32, 6, torch.float32), rows(32, 4, torch.float32, seed=1)
+    opt = method(model, hessian_action=action, weight_decay=1e-3)
+
+    def closure():
+        opt.zero_grad()
+        h = x
+        with torch.autocast("cpu", half, enabled=how == "autocast"):
+            for module in model:
+                weight = getattr(module, "weight", None)
+                h = module(h if weight is None else h.to(weight.dtype))
+        loss = F.mse_loss(h.float(), target)
+        loss.backward()
+        return loss
+
+    taken = set()
+    for _ in range(3):  # the first one starts the factors
+        opt.step(closure)
+        report = opt.explain()
+        assert "on the reference: none" in report.splitlines()[0], report
+        assert "BFloat16" not in report and "Half" not in report
+        taken |= {line.split("/")[1].split(":")[0] for line in report.splitlines()[1:]}
+    assert taken >= {
+        "curvature_update_",
+        "descend_" if method is KBFGSL else "kron_step_",
+        "slope_",
+    }
+    assert "factor_ema_" in taken and "output_change_" in taken and "restart_" in taken
 
 
 # ---------------------------------------------------------------------- own products

@@ -26,7 +26,7 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block 
 REGISTERS = 64 << 10  # of a multiprocessor, the same for all three
 TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16",
-    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
+    torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
 }  # fmt: skip
 TENSOR_CORES = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC[A-Z]*MMA\b"}
 
@@ -97,6 +97,25 @@ def test_no_spill_and_it_fits(arch, dtype, tmp_path):
     assert not [f for what, launch in launches(dtype) for f in faults(what, launch, arch, tmp_path)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_no_spill_and_it_fits_with_16_bit_numbers(arch, half, tmp_path):
+    """The kernels that read or write them: those that 32-bit numbers do not have as well."""
+    plain = {source(launch).hash() for _, launch in launches(torch.float32)}
+    found = [
+        (what, launch)
+        for what, launch in launches(torch.float32, half)
+        if source(launch).hash() not in plain
+    ]
+    assert {launch.kernel.__name__ for _, launch in found} == READING_NUMBERS
+    assert not [f for what, launch in found for f in faults(what, launch, arch, tmp_path)]
+
+
+READING_NUMBERS = {
+    "_columns", "_squares", "_partials", "_restart", "_left", "_right", "_momentum", "_descend",
+    "_slope", "_output_change", "_restore",
+}  # fmt: skip
 PRODUCTS = ("_squares", "_left", "_right")
 
 

@@ -17,6 +17,7 @@ from kbfgs_ext.ops.triton_common import (
     TABLES,
     H,
     N,
+    alike,
     at,
     by_rows,
     finite,
@@ -91,6 +92,7 @@ def _restart(
     tl.store(marks + 1, tl.where(now, rejected, begin))
 
 
+@alike("X")
 def restart_(H, pushed, marks, counts, lam, A, X, after, force) -> None:
     """(12) for all layers: one launch, which ends where nothing restarts."""
     if not marks:

@@ -56,6 +56,7 @@ from kbfgs_ext.ops.triton_common import (
     N,
     S,
     Y,
+    alike,
     at,
     blocks,
     by_rows,
@@ -286,6 +287,7 @@ def bfgs_update_(H, counts, s, y, Hy, c, ok) -> None:
     _finish(plan, table, 0, dots, flags, ok, T, common)
 
 
+@alike("X")
 def curvature_update_(
     H_a, H_g, s, y, counts_a, counts_g, work, A, X, a_bar, h_change, g_bar, g_bar_next, lam_a,
     lam_g, pair_decay, mu1, ok, ok_pair,

@@ -35,6 +35,7 @@ from kbfgs_ext.ops.triton_common import (
     N,
     S,
     Y,
+    alike,
     at,
     blocks,
     by_rows,
@@ -228,6 +229,7 @@ def launch_partials(table, at_launch: int, parts: torch.Tensor, X, words: int, T
     )  # fmt: skip
 
 
+@alike("X")
 def factor_ema_(A, a_bar, X, decay, ok) -> None:
     """(1) for all layers: two launches, or one for the means alone.
 
@@ -268,6 +270,7 @@ def _factor_ema(tiles: Tiles, A, a_bar, X, decay, ok) -> None:
         )  # fmt: skip
 
 
+@alike("X")
 def hessian_action_(y, X, s, lam) -> None:
     """(10) for all layers: two launches."""
     if not X:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from kbfgs_ext.ops.triton_common import (
     TABLES,
+    alike,
     at,
     blocks,
     by_rows,
@@ -220,6 +221,7 @@ def _launch(kernel, shape: Elementwise, table, like, scalars, constants) -> None
     )  # fmt: skip
 
 
+@alike("W", "b", "dW", "db")
 def momentum_(M, dW, db, W, b, momentum, weight_decay, ok) -> None:
     """(2) for all layers: one launch."""
     if not M:
@@ -230,6 +232,7 @@ def momentum_(M, dW, db, W, b, momentum, weight_decay, ok) -> None:
     _by_elements(_momentum, M, scalars, constants, M=M, dW=dW, db=db, W=W, b=b)
 
 
+@alike("W", "b")
 def descend_(W, b, P, step_size, ok) -> None:
     """(4) for all layers: one launch."""
     if not P:
@@ -238,6 +241,7 @@ def descend_(W, b, P, step_size, ok) -> None:
     _by_elements(_descend, P, (ok,), constants, P=P, W=W, b=b, step_size=step_size)
 
 
+@alike("W", "b", "dW", "db")
 def slope_(slope, W, b, saved, dW, db) -> None:
     """(13) for all layers: one launch."""
     if not saved:
@@ -249,6 +253,7 @@ def slope_(slope, W, b, saved, dW, db) -> None:
     _by_row_blocks(_slope, saved, constants, P=saved, W=W, b=b, dW=dW, db=db, sums=slope)
 
 
+@alike("W", "b")
 def output_change_(change, W, b, saved, a_bar, a_bar_next) -> None:
     """(15) for all layers: one launch."""
     if not saved:
@@ -259,6 +264,7 @@ def output_change_(change, W, b, saved, a_bar, a_bar_next) -> None:
     _by_row_blocks(_output_change, saved, constants, P=saved, W=W, b=b, sums=change, **means)
 
 
+@alike("W", "b")
 def restore_(W, b, saved, undo) -> None:
     """The weights of before for all layers: one launch."""
     if not saved:

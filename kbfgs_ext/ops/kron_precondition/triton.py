@@ -43,6 +43,7 @@ from kbfgs_ext.ops.kron_precondition.parameters_triton import output_change_ as 
 from kbfgs_ext.ops.kron_precondition.parameters_triton import restore_ as restore_
 from kbfgs_ext.ops.kron_precondition.parameters_triton import slope_ as slope_
 from kbfgs_ext.ops.triton_common import (
+    alike,
     at,
     by_rows,
     flag,
@@ -173,6 +174,7 @@ def _precondition(product: Product, P, H_g, M, H_a, work) -> None:
     )
 
 
+@alike("W", "b", "dW", "db")
 def kron_step_(
     W, b, M, P, work, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok
 ) -> None:  # fmt: skip
@@ -181,7 +183,7 @@ def kron_step_(
         lists = (W, b, M, P, work, dW, db, H_g, H_a, step_size)
         for i in range(len(W)):
             one = [given[i : i + 1] for given in lists]
-            kron_step_(*one, momentum, weight_decay, ok)  # type: ignore[call-arg]
+            kron_step_(*one, momentum, weight_decay, ok)
         return
     if not P:
         return

@@ -1,5 +1,6 @@
 """The bytes that the READMEs' tables reckon with are the ones that the kernels access."""
 
+import collections
 import contextlib
 from unittest import mock
 
@@ -16,27 +17,27 @@ EDGE = 1.12  # tiles on the diagonal of a triangle are whole: more than half of 
 
 
 class Counter:
-    """Elements of matrices accessed: per launch, every address once for reading and for writing."""
+    """Bytes of matrices accessed: per launch, every address once for reading and for writing."""
 
     def __init__(self) -> None:
-        self.elements = 0
-        self._seen: dict[str, list[np.ndarray]] = {"read": [], "written": []}
+        self.bytes = 0
+        self._seen: dict[tuple[str, int], list[np.ndarray]] = collections.defaultdict(list)
 
     def of(self, launch):
         """A launch function that counts."""
 
         def counting(*args, **options) -> None:
             launch(*args, **options)
-            for addresses in self._seen.values():
-                if addresses:
-                    self.elements += len(np.unique(np.concatenate(addresses)))
-                addresses.clear()
+            for (_, size), addresses in self._seen.items():
+                self.bytes += size * len(np.unique(np.concatenate(addresses)))
+            self._seen.clear()
 
         return counting
 
     def note(self, what: str, pointers, mask) -> None:
         if pointers.data.ndim == 2 and min(pointers.data.shape) > 1:
-            self._seen[what].append(pointers.data[mask.data.astype(bool)])
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            self._seen[what, size].append(pointers.data[mask.data.astype(bool)])
 
 
 @contextlib.contextmanager
@@ -72,12 +73,17 @@ def fill(arg) -> None:
                 tensor.fill_(1 if tensor.dim() else 0.5)
 
 
-@pytest.mark.parametrize("what", sorted(traffic.TRITON))
-def test_bytes_are_the_ones_of_the_tables(what):
-    op, args = recorder.calls_of(SIZES, torch.float32, batch=BATCH)[what]
+@pytest.mark.parametrize(
+    ("what", "half"),
+    [*((what, False) for what in sorted(traffic.TRITON)), *((w, True) for w in traffic.READING_X)],
+)
+def test_bytes_are_the_ones_of_the_tables(what, half):
+    X = torch.float16 if half else None
+    op, args = recorder.calls_of(SIZES, torch.float32, X, batch=BATCH)[what]
     for arg in args.values():
         fill(arg)
     with counted() as counter:
         calls.call(op, args, "triton")
-    reckoned = traffic.TRITON[what](traffic.layers(SIZES, BATCH)) / traffic.FP32
-    assert 0.99 * reckoned <= counter.elements <= EDGE * reckoned
+    model = traffic.layers(SIZES, BATCH, 2 if half else traffic.FP32)
+    reckoned = traffic.TRITON[what](model)
+    assert 0.99 * reckoned <= counter.bytes <= EDGE * reckoned
