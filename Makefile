@@ -59,10 +59,14 @@ bench: install  ## time every kernel against its alternatives; rows go to benchm
 bench-check: install  ## name what has slowed by more than 15% since the committed rows
 	$(PY) -m benchmarks.micro --check
 
-# An extra of the package, in .venv; a Python given from outside must have it.
+# What an extra of the installed package asks for, without building that again. A Python given
+# from outside must have it.
+WANTED = import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("kbfgs_ext") \
+	if r.replace(chr(34), chr(39)).endswith("extra == \x27$*\x27")), sep="\n")
 $(VENV)/.extra-%: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -q -e ".[$*]" --no-build-isolation
-	touch $@
+	$(VENV)/bin/python -c '$(WANTED)' > $@.txt
+	$(VENV)/bin/python -m pip install -q -r $@.txt
+	mv $@.txt $@
 extra = $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.extra-$(1))
 
 docs: $(call extra,docs)  ## the documentation as a site in build/site; warnings are errors

@@ -59,14 +59,30 @@ def reference_of_ops() -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links as on the site, equations as MathML; code stays as it is."""
+    """Links as on the site, marks in place of equations; code stays as it is."""
     here = page.file.src_uri
     # A link's text may hold code: links first, on the whole text outside fences.
     parts = re.split(r"(```.*?```)", markdown, flags=re.S)
     parts[::2] = [links(part, here) for part in parts[::2]]
     parts = CODE.split("".join(parts))
-    parts[::2] = [equations(part) for part in parts[::2]]
+    page.equations = []
+    parts[::2] = [marks(part, page.equations) for part in parts[::2]]
     return "".join(parts)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Equations as MathML, which browsers set by themselves."""
+    return re.sub(r"@math(\d+)@", lambda mark: convert(page.equations[int(mark[1])]), html)
+
+
+def marks(text: str, equations: list[str]) -> str:
+    """$...$ as a mark: Markdown would take markup at the start of a line for a block."""
+
+    def mark(found: re.Match[str]) -> str:
+        equations.append(found[1])
+        return f"@math{len(equations) - 1}@"
+
+    return re.sub(r"\$([^$\n]+)\$", mark, text)
 
 
 def links(text: str, here: str) -> str:
@@ -80,7 +96,7 @@ def links(text: str, here: str) -> str:
         path = posixpath.normpath(posixpath.join(folder, target))
         if path in SITE:
             there = posixpath.relpath(SITE[path], posixpath.dirname(here) or ".")
-            return f"[{label}]({there}{anchor})"
+            return f"[{title(label, path)}]({there}{anchor})"
         if here in SOURCE and (ROOT / path).exists():
             return label  # a file without a page, such as code: there is nowhere to lead
         return found[0]
@@ -88,6 +104,8 @@ def links(text: str, here: str) -> str:
     return re.sub(r"\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)", link, text)
 
 
-def equations(text: str) -> str:
-    """$...$ as MathML, which browsers set by themselves."""
-    return re.sub(r"\$([^$\n]+)\$", lambda found: convert(found[1].replace(r"\|", "|")), text)
+def title(label: str, path: str) -> str:
+    """A link that is called by its file is called by its page's heading on the site."""
+    if re.fullmatch(r"[\w./-]+\.md", label) is None:
+        return label
+    return (ROOT / path).read_text().splitlines()[0].removeprefix("# ")
