@@ -205,8 +205,8 @@ class CoveredLayer:
         return len(self.moving) < len(self.parameters())
 
     def hold(self) -> None:
-        """Give what the ops have written the frozen half of before the step, bit for bit; `put_back`
-        follows."""
+        """Put the frozen half of before the step into what the ops have written, bit for bit;
+        `put_back` follows."""
         moving = {id(p) for p in self.moving}
         saved = self.scratch["saved"]
         if id(self.weight) not in moving:
