@@ -19,22 +19,19 @@ import torch
 from torch import nn
 
 from kbfgs_ext.ops import registry
-from kbfgs_ext.optim import direction, gradients, hyper
+from kbfgs_ext.optim import direction, gradients, hyper, shown
 from kbfgs_ext.optim.capture import Pass, Recorder
 from kbfgs_ext.optim.covered import CoveredLayer, Group, Part, Parts
-from kbfgs_ext.optim.factors import ActivationMatrix, Verdict
+from kbfgs_ext.optim.factors import Verdict
 from kbfgs_ext.optim.fallback import Fallback
 from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, own_work
+from kbfgs_ext.optim.process import Alone
 from kbfgs_ext.optim.reports import Watch
 from kbfgs_ext.optim.safeguard import Safeguard
 from kbfgs_ext.optim.settings import Settings
 
-FAILED = object()  # what a second pass that raised sends
+FAILED = object()  # what a pass that raised sends
 FIRST, DESCEND, SECOND, FINISH = "first_pass()", "descend(loss)", "second_pass()", "finish(loss)"
-_DARK = (
-    "the covered layers ran under torch.no_grad() or inference_mode(): a pass needs gradients,"
-    " so run the model with them enabled"
-)
 
 
 def profiled(phase: str) -> contextlib.AbstractContextManager[Any]:
@@ -52,6 +49,7 @@ class Step:
         model: whatever the closure runs: buffers and gradients there see one pass.
         generators: that the closure draws from.
         device: of the covered layers.
+        process: one of several that train the model together, or alone.
     """
 
     def __init__(
@@ -60,13 +58,14 @@ class Step:
         model: nn.Module,
         generators: Sequence[torch.Generator],
         device: torch.device,
+        process: Alone,
     ) -> None:
         self.settings, self.generators = settings, generators
-        self.device = device
+        self.device, self.process = device, process
         self.guard = Safeguard(settings.rule, device, settings.restart_after, settings.backend)
         self.direction = direction.Direction(settings.step_length)
         self.fallback: Fallback | None = None
-        self.recorder = Recorder()
+        self.recorder = Recorder(process)
         self.buffers = Buffers(model)
         self.number = 0  # steps that have moved the parameters, void ones too
         self.version = 0  # checkpoints loaded, groups added, restarts: a captured step is void
@@ -92,15 +91,16 @@ class Step:
         try:
             with self.phase(Pass.FIRST.value), self.recording(Pass.FIRST):
                 yield
-        except BaseException:
+        except BaseException as error:
             self.abandon()
+            self.process.fail(error, inside=True)
             raise
 
     def descend(self, loss: Any, unscale: Callable[[], torch.Tensor | None]) -> None:
         """Take the step; `KBFGS.descend`. ``unscale`` divides the gradients by the scale of the
         loss, and returns what it has multiplied by, or None."""
         self.expect(DESCEND)
-        self._advance((gradients.scalar(loss, self.guard.scale), unscale))
+        self._advance((self._scalar(loss), unscale))
 
     @contextlib.contextmanager
     def second_pass(self) -> Iterator[None]:
@@ -112,21 +112,32 @@ class Step:
         try:
             with (
                 self.phase(Pass.SECOND.value),
+                self.process.quiet(),
                 SecondPass(everything, anchors, self._random, self.buffers, freeze),
                 self.recording(Pass.SECOND),
             ):
                 yield
                 for layer in self._paired:
                     layer.observer.settle()
-        except BaseException:
+        except BaseException as error:
             self._advance(FAILED)
+            self.process.fail(error)
             raise
         self._advance(None)
 
     def finish(self, loss: Any) -> None:
         """End the step; `KBFGS.finish`."""
         self.expect(FINISH)
-        self._advance((gradients.scalar(loss, self.guard.scale), gradients.noise(loss)))
+        self._advance((self._scalar(loss), gradients.noise(loss)))
+
+    def _scalar(self, loss: Any) -> torch.Tensor:
+        try:
+            return gradients.scalar(loss, self.guard.scale)
+        except TypeError as error:
+            if not self.process.alone:
+                self._advance(FAILED)
+                self.process.fail(error)
+            raise
 
     def abandon(self) -> None:
         """The step under way, if there is one, ends where it stands."""
@@ -144,10 +155,15 @@ class Step:
 
     def _phases(self) -> Generator[str, Any, None]:
         """A step from the end of its first pass on. It stops where a call is due."""
-        settings, guard, fallback = self.settings, self.guard, self.fallback
-        loss, unscale = yield DESCEND
+        settings, process, guard, fallback = self.settings, self.process, self.guard, self.fallback
+        if (given := (yield DESCEND)) is FAILED:
+            return
+        loss, unscale = given
         with self.own_work():
-            active = self._moved_layers()
+            shown.look(self.layers)
+            loss = process.first(loss)
+            active = shown.moved(self.recorder, self.layers)
+            self._watch.look(active, self.parameters())
             unscaled = unscale()
             if unscaled is not None:
                 torch._foreach_mul_([layer["g_bar"] for layer in active], unscaled)
@@ -172,18 +188,23 @@ class Step:
                 self.slope = self._slope(active)
                 if clipped is not None:
                     self.slope /= clipped  # the loss knows nothing of it
+            if not paired:
+                process.followed(Verdict(ok, ok, order_a))
         if not paired:
             return
 
-        if (yield SECOND) is FAILED:
-            with self.own_work():
-                self._undo(active, torch.ones_like(guard.scale, dtype=torch.bool))
+        if (given := (yield SECOND) or (yield FINISH)) is FAILED:
+            self._take_back(active)
             return
-
-        loss_next, noise = yield FINISH
         if not active:
             return
+        loss_next, noise = given
         with self.own_work():
+            try:
+                loss_next = process.second(self._paired, loss_next)
+            except RuntimeError:  # another rank has failed
+                self._take_back(active)
+                raise
             pairs = [layer for layer in self._paired if layer.observer.complete]
             for part in self.parts.of(pairs):
                 direction.output_change(part)  # by the step as it was taken
@@ -194,11 +215,12 @@ class Step:
                 g_bar_next = [layer["g_bar_next"] for layer in pairs]
                 torch._foreach_mul_(g_bar_next, unscaled)
                 ok_pair &= gradients.all_finite(g_bar_next)
-            order_a = guard.take_order_a(ok) if late else None
+            order_a = guard.take_order_a(ok) if late else order_a
             verdict = Verdict(ok, ok_pair, order_a, guard.order_g)
             with self.phase("curvature"):
                 for part in self.parts.of(pairs):
-                    part.gradient.update(part, verdict, late)
+                    part.gradient.update(part, verdict, late and process.alone)
+                process.followed(verdict)
 
     def _descend(self, active: list[CoveredLayer], verdict: Verdict, late: bool) -> None:
         """Steps 2 to 4, and step 9 unless it comes ``late``."""
@@ -216,10 +238,9 @@ class Step:
                     self._statistics(one, verdict.ok)
             with self.phase("direction"):
                 self.direction.descend(part, self.parts.work(part), verdict.ok)
-            for one in self.parts.of(seen) if not late else ():
+            for one in self.parts.of(seen):
                 with self.phase("curvature"):
-                    X = [] if self.settings.keep_A else one.X()
-                    ActivationMatrix.follow(one, X, verdict)
+                    self.process.follow(one, verdict, late)
         for layer in active:
             layer.observer.forget_inputs()  # the activations need not outlive the first pass
             layer.started = layer.started or not layer.bare
@@ -228,11 +249,9 @@ class Step:
         """Step 3: the activation factor and mean; at a layer's start also its damped inverse."""
         cold = [layer for layer in part.layers if not layer.started]
         for layer in cold:  # a warm start has left A_0
-            decay = 0.0 if not layer.warm_batches else None
-            assert isinstance(layer.activation, ActivationMatrix)
-            layer.activation.average_one(layer["a_bar"], layer.observer.X(), decay, ok)
+            self.process.average(layer, 0.0 if not layer.warm_batches else None, ok)
         for old in self.parts.of([layer for layer in part.layers if layer.started]):
-            ActivationMatrix.average_in(old, old.X(), ok)
+            self.process.average_in(old, ok)
         for layer in cold:
             layer.activation.start(part.scalars.lam_a)
 
@@ -244,6 +263,11 @@ class Step:
             direction.slope(part)
         total = self.parts.slopes.sum(dtype=self.guard.scale.dtype)
         return total if self.fallback is None else total + self.fallback.slope(total)
+
+    def _take_back(self, active: list[CoveredLayer]) -> None:
+        """Undo the step: its second pass has failed."""
+        with self.own_work():
+            self._undo(active, torch.ones_like(self.guard.scale, dtype=torch.bool))
 
     def _undo(self, active: list[CoveredLayer], where: torch.Tensor) -> None:
         """Put every parameter back where ``where``."""
@@ -272,6 +296,7 @@ class Step:
         self.slope = None
         self.trace.clear()
         self.parts.materialize()
+        self.process.begin(self.layers, self.parameters(), self.number)
         self.buffers.watch()
         self._random = RandomState(self.device, self.generators)
         self._course = self._phases()
@@ -284,8 +309,9 @@ class Step:
             self.due = self._course.send(given)
         except StopIteration:
             self.abandon()
-        except BaseException:
+        except BaseException as error:
             self.abandon()
+            self.process.fail(error)
             raise
 
     @contextlib.contextmanager
@@ -306,47 +332,11 @@ class Step:
             with torch.set_grad_enabled(which is not Pass.WARM):
                 yield
         except RuntimeError as error:
-            if self._in_the_dark():
-                raise RuntimeError(_DARK) from error
+            if shown.in_the_dark(self.recorder, self.layers):
+                raise RuntimeError(shown.DARK) from error
             raise
         finally:
             self.recorder.at = Pass.OFF
-
-    def _in_the_dark(self) -> bool:
-        """Whether the pass has run covered layers, but none with gradients."""
-        return self.recorder.in_the_dark and not any(layer.observer.uses for layer in self.layers)
-
-    def _moved_layers(self) -> list[CoveredLayer]:
-        """The layers that this step moves: a gradient has reached them."""
-        active, empty = [], []
-        for layer in self.layers:
-            observer = layer.observer
-            if observer.dark and observer.recomputed and not observer.uses:
-                raise RuntimeError(
-                    f"layer '{layer.name}' ran forward without gradients and was recomputed in"
-                    " backward: use torch.utils.checkpoint with use_reentrant=False"
-                )
-            if observer.empty and not observer.uses:
-                empty.append(layer)  # its gradients are zero: no use at all
-                continue
-            layer.look()
-            if layer.moving:
-                active.append(layer)
-        if not active and empty:
-            raise ValueError(
-                f"the input of layer '{empty[0].name}' is empty: shape {empty[0].observer.empty};"
-                " a step needs a batch with at least one row"
-            )
-        if not active:
-            names = ", ".join(layer.name for layer in self.layers)
-            raise RuntimeError(
-                _DARK
-                if self._in_the_dark()
-                else "closure must call backward() on a loss that depends on the covered layers,"
-                f" and leave their gradients in place: no gradient has reached any of {names}"
-            )
-        self._watch.look(active, self.parameters())
-        return active
 
     def _with_gradients(self, active: list[CoveredLayer]) -> list[torch.Tensor]:
         moving: list[torch.Tensor] = [p for layer in active for p in layer.moving]
