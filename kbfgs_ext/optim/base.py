@@ -56,9 +56,9 @@ class CoveredOptimizer(torch.optim.Optimizer):
                 " watches layers, so it needs the model rather than model.parameters()"
             )
         hyper.check_group(defaults)
+        wrappers, model = wrappers_of(joined(model, context)), unwrapped(model)
         everything, generators = joined(model, context), check_generators(generators)
         refuse_shards(everything)
-        wrappers, model = wrappers_of(everything), unwrapped(model)
         self.model, self.settings = model, settings
         self._excluded = Excluded(model, exclude)
         found = cover(model, settings, self._excluded)

@@ -61,6 +61,7 @@ class Observer:
         self.name = name
         self.view = view
         self.n_g = n_g
+        self.averaged = False  # the bias's gradient is in the end that of all ranks, by DDP
         self.weight: torch.Tensor = view.weight
         self.bias = bias  # trained with the layer
         self.gradient_hook: Callable[[torch.Tensor], None] = lambda anchor: None
@@ -206,7 +207,7 @@ class Observer:
         self.uses = [use for use in self.uses if use.reached]
         if not self.filled:
             anchor = self.anchor()
-            gradient = None if self.is_stale(anchor) else anchor.grad
+            gradient = None if self.averaged or self.is_stale(anchor) else anchor.grad
             if gradient is not None:
                 self.g_bar.copy_(gradient)  # the closure has assigned it
             else:

@@ -84,6 +84,12 @@ class Ranks(Alone):
                 ' mean_over="ranks"'
             )
         self.wrappers.append(wrapper)
+        self._mark(self._layers)
+
+    def _mark(self, layers: list[CoveredLayer]) -> None:
+        known = self._reduced_by_ddp()
+        for layer in layers:
+            layer.observer.averaged = id(layer.bias) in known
 
     def broadcast(self, parameters: Sequence[torch.Tensor]) -> None:
         known = self._reduced_by_ddp()
@@ -110,6 +116,7 @@ class Ranks(Alone):
         if (len(layers), len(parameters)) == (len(self._layers), len(self._parameters)):
             return
         self._layers, self._parameters = list(layers), list(parameters)
+        self._mark(layers)
         sizes = [HEAD, *[len(layers)] * 3, len(parameters)]
         sizes += [n for layer in layers for n in (layer.n_a, layer.n_g, layer.n_a)]
         wide = torch.float32 if self.device.type == "mps" else torch.float64
@@ -154,7 +161,7 @@ class Ranks(Alone):
             return
         if self._layers:
             # If they do not come, what has happened here says more than that.
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(Exception):
                 self.vector.zero_()
                 self.vector[FAILED] = 1.0
                 dist.all_reduce(self.vector, group=self.group)
@@ -252,7 +259,7 @@ class Ranks(Alone):
         known = self._reduced_by_ddp()
         own = [p for p in moved if id(p) not in known]
         for p in moved:
-            if id(p) not in self._moved or p.grad is None:
+            if p.grad is None or (id(p) not in self._moved and id(p) not in known):
                 p.grad = torch.zeros_like(p)
             elif p.grad.is_sparse and id(p) not in known:
                 raise RuntimeError(
@@ -307,7 +314,7 @@ class Ranks(Alone):
                 X = layer.observer.X()
                 ops.factor_ema_([layer["A"]], [unused], [X], own, ok, part.backend)
             if decay + c != 1:
-                layer["A"].mul_(torch.where(ok, decay + c, 1.0))
+                layer["A"].mul_(ok.to(layer.dtype).mul_(decay + c - 1).add_(1))
 
     def follow(self, part: Part, verdict: Verdict, late: bool) -> None:
         """Step 9's s = H_a a_bar and this rank's share of y = A s + lam*s."""

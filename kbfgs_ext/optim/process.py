@@ -44,6 +44,12 @@ class Alone:
             )
         self.wrappers.append(wrapper)
 
+    @property
+    def marks_use(self) -> bool:
+        """Whether DDP notes, also in a second pass, which parameters have had a gradient, and asks
+        for that of the next first pass: then virtual biases stand in for all real ones."""
+        return any(w.find_unused_parameters and not w.static_graph for w in self.wrappers)
+
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """Context of a second pass: DDP neither averages gradients nor sends buffers."""

@@ -345,7 +345,8 @@ class Step:
     def _anchors(self) -> list[torch.Tensor]:
         """Where the graph of a second pass starts: every layer's bias, real or virtual, and in its
         place what moves of a layer whose call was not seen, which may be all that the loss has."""
-        anchors = [layer.observer.anchor() for layer in self.layers]
+        biases = [] if self.process.marks_use else self.layers
+        anchors = [layer.observer.anchor() for layer in biases]
         unseen = [layer for layer in self.active if not layer.observer.seen]
         return anchors + [p for layer in unseen for p in layer.moving]
 
