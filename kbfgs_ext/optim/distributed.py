@@ -299,7 +299,8 @@ class Ranks(Alone):
         dist.all_reduce(average, group=self.group)
 
     def average_in(self, part: Part, ok: torch.Tensor) -> None:
-        """A_r <- decay*A_r + (1-decay)*r*m_r/m * X~_r'X~_r/m_r, so that A is the mean of all A_r.
+        """A_r <- decay*A_r + (1-decay)*w X~_r'X~_r/m_r with w = r*m_r/m, so that A is the mean of
+        all A_r.
 
         The op knows decay' and 1 - decay' alone: what they lack to that is a factor afterwards.
         """
@@ -307,37 +308,43 @@ class Ranks(Alone):
             return
         self.together = False
         decay = part.group["stat_decay"]
+        alike: dict[float, list[CoveredLayer]] = {}
         for layer in part.layers:
-            c = (1 - decay) * self.size * self._share(layer)
-            if c:
-                unused, own = torch.empty_like(layer["a_bar"]), decay / (decay + c)
-                X = layer.observer.X()
-                ops.factor_ema_([layer["A"]], [unused], [X], own, ok, part.backend)
-            if decay + c != 1:
-                layer["A"].mul_(ok.to(layer.dtype).mul_(decay + c - 1).add_(1))
+            rows, total = self._rows[id(layer)]
+            alike.setdefault(self.size * rows / total if total else 0.0, []).append(layer)
+        for w, layers in alike.items():
+            c, A = (1 - decay) * w, [layer["A"] for layer in layers]
+            own = decay if w == 1 else decay / (decay + c) if w else 1.0
+            if w:
+                unused = [torch.empty_like(layer["a_bar"]) for layer in layers]
+                X = [layer.observer.X() for layer in layers]
+                ops.factor_ema_(A, unused, X, own, ok, part.backend)
+            if w != 1:
+                torch._foreach_mul_(A, ok.to(A[0].dtype).mul_(decay + c - 1).add_(1))
 
     def follow(self, part: Part, verdict: Verdict, late: bool) -> None:
         """Step 9's s = H_a a_bar and this rank's share of y = A s + lam*s."""
         s = [torch.mv(H_a, a) for H_a, a in zip(part["H_a"], part["a_bar"], strict=True)]
-        keep_A, trace = part.settings.keep_A, part.settings.restart_after is not None
-        at = {id(layer): i for i, layer in enumerate(self._layers)}
-        for layer, v in zip(part.layers, s, strict=True):
-            i, lam = at[id(layer)], part.scalars.lam_a
-            share = 1 / self.size if keep_A else self._share(layer)
-            if not share:
-                continue
-            y = torch.empty_like(v)
-            if keep_A:
-                torch.mv(layer["A"], v, out=y).add_(v * lam.to(v.dtype))
-                squares = layer["A"].diagonal()[: layer.d_in].sum(dtype=self.vector.dtype)
-            else:
-                X = layer.observer.X()
-                ops.hessian_action_([y], [X], [v], [lam], part.backend)
-                norm = torch.linalg.vector_norm(X, dtype=self.vector.dtype) if trace else lam
-                squares = norm.square() / X.shape[0]
-            self._y[i].copy_(y).mul_(share)
-            self._squares[i] = squares * share
         self._asked.append((part, s))
+        lam, at = part.scalars.lam_a, {id(layer): i for i, layer in enumerate(self._layers)}
+        shares = [1 / self.size if part.settings.keep_A else self._share(x) for x in part.layers]
+        here = [k for k, share in enumerate(shares) if share]
+        layers, v = [part.layers[k] for k in here], [s[k] for k in here]
+        y, wide = [torch.empty_like(x) for x in v], self.vector.dtype
+        if part.settings.keep_A:
+            for layer, out, x in zip(layers, y, v, strict=True):
+                torch.mv(layer["A"], x, out=out).add_(x * lam.to(x.dtype))
+            squares = [x["A"].diagonal()[: x.d_in].sum(dtype=wide) for x in layers]
+        else:
+            X = [layer.observer.X() for layer in layers]
+            ops.hessian_action_(y, X, v, [lam] * len(v), part.backend)
+            if part.settings.restart_after is None:
+                X = []
+            squares = [torch.linalg.vector_norm(x, dtype=wide).square() / len(x) for x in X]
+        for k, layer, out in zip(here, layers, y, strict=True):
+            self._y[at[id(layer)]].copy_(out).mul_(shares[k])
+        for k, layer, trace in zip(here, layers, squares, strict=False):
+            self._squares[at[id(layer)]] = trace * shares[k]
 
     def followed(self, verdict: Verdict) -> None:
         """The rest of step 9. Where no second pass has carried y, it goes by itself."""
