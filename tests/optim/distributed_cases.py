@@ -81,7 +81,14 @@ def norms_in_the_fallback(world: World) -> None:
     compare(world, model, of(lr=10.0, **fallback), plain=True)
 
 
-def in_parts(model: nn.Module, opt: Any, x, y, number: int, loss_of) -> list[torch.Tensor]:
+def all_averaged(*arguments: Any) -> list[torch.Tensor]:
+    """As `in_parts`, and DDP averages after every part."""
+    return in_parts(*arguments, quietly=False)
+
+
+def in_parts(
+    model: nn.Module, opt: Any, x, y, number: int, loss_of, quietly: bool = True
+) -> list[torch.Tensor]:
     """As `steps`, through the batch in three parts of different sizes."""
     cuts = [0, len(x) // 4, len(x) // 2, len(x)]
 
@@ -91,7 +98,9 @@ def in_parts(model: nn.Module, opt: Any, x, y, number: int, loss_of) -> list[tor
         for i in range(3):
             part = slice(cuts[i], cuts[i + 1])
             quiet = (
-                model.no_sync() if isinstance(model, DDP) and i < 2 else contextlib.nullcontext()
+                model.no_sync()
+                if quietly and isinstance(model, DDP) and i < 2
+                else contextlib.nullcontext()
             )
             with quiet:
                 loss = loss_of(model, x[part], y[part]) * len(x[part]) / len(x)
@@ -104,6 +113,9 @@ def in_parts(model: nn.Module, opt: Any, x, y, number: int, loss_of) -> list[tor
 
 def accumulation(world: World) -> None:
     compare(world, net(), of(), train=in_parts)
+    view = {"gradient_as_bucket_view": True}
+    compare(world, net(), of(), train=all_averaged, number=15)
+    compare(world, net(), of(), train=all_averaged, number=15, wrap=view)
     compare(world, net(), of(hessian_action="ema"), train=in_parts, plain=True, but=(" A",))
 
 
@@ -179,6 +191,40 @@ def other_loops(world: World) -> None:
     compare(world, net(), of(), train=four_calls)
     opt = compare(world, net(), of(), train=scaled, plain=True)
     assert opt.counters()["skipped"] == 1
+
+
+class ByHand(nn.Module):
+    """One layer whose weight is used without a call, one that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3, bias=False)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(nn.functional.linear(x, self.a.weight, self.a.bias))
+        return self.c(torch.tanh(self.b(torch.tanh(self.b(h)))))
+
+
+def weights_used_by_hand(world: World) -> None:
+    for plain in (False, True):
+        compare(world, ByHand(), of(), number=15, plain=plain)
+
+
+def narrow_dtypes(world: World) -> None:
+    """float32, and autocast, to their rounding."""
+
+    def autocast(model, x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x.float())
+        return (out.float() - y.float()).square().sum() / (2 * len(x))
+
+    def single(model, x, y):
+        return half_square(model, x.float(), y.float())
+
+    compare(world, net(dtype=torch.float32), of(), loss_of=single, number=10, close=1e-4)
+    compare(world, net(dtype=torch.float32), of(), loss_of=autocast, number=10, close=2e-2)
+    compare(world, net(dtype=torch.bfloat16), of(), loss_of=autocast, number=3, close=5e-2)
 
 
 # ---------------------------------------------------------------------- unequal ranks
@@ -346,6 +392,15 @@ def warm_start(world: World) -> None:
             data[0][0, 0] = float("nan")
         said = raises(ValueError, lambda b=bad, d=data: b.warm_start(d))
         assert ("batch 0" if world.rank == 1 else "another rank") in said
+
+    def broken():
+        yield x
+        if world.rank == 1:
+            raise OSError("no such file")
+
+    kind = OSError if world.rank == 1 else RuntimeError
+    said = raises(kind, lambda: KBFGS(DDP(net())).warm_start(broken()))
+    assert world.rank == 1 or said == "rank 1 failed with OSError: no such file"
 
 
 def resume(world: World) -> None:
