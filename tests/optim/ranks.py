@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tests.optim.models import rows
 from tests.optim.models import snapshot as tensors_of
 
-TIMEOUT = datetime.timedelta(seconds=40)
+TIMEOUT = datetime.timedelta(seconds=100)
 BATCH = 24  # rows of all ranks together
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -145,7 +145,9 @@ def main(rank: int, directory: Path, plan: list[tuple[int, list[str]]]) -> None:
 
     What each rank has to say of each case is "" or a traceback.
     """
-    from tests.optim import distributed_cases as cases
+    from tests.optim import distributed_cases, distributed_states
+
+    cases = {**vars(distributed_cases), **vars(distributed_states)}
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -160,7 +162,7 @@ def main(rank: int, directory: Path, plan: list[tuple[int, list[str]]]) -> None:
             torch.manual_seed(0)
             started = time.perf_counter()
             try:
-                getattr(cases, name)(world)
+                cases[name](world)
                 said[f"{size} {name}"] = ""
             except BaseException:
                 said[f"{size} {name}"] = traceback.format_exc()
