@@ -74,6 +74,7 @@ class Ranks(Alone):
         self._moved: set[int] = set()  # of them, those that this rank has a gradient of
         self._number = 0
         self._passed = False  # a backward of this pass has gone through DDP
+        self._mark([])
 
     def meet(self, wrapper: DDP) -> None:
         """Take in a wrapper that the closure turns out to run."""
@@ -87,25 +88,23 @@ class Ranks(Alone):
         self._mark(self._layers)
 
     def _mark(self, layers: list[CoveredLayer]) -> None:
-        known = self._reduced_by_ddp()
-        for layer in layers:
-            layer.observer.averaged = id(layer.bias) in known
-
-    def broadcast(self, parameters: Sequence[torch.Tensor]) -> None:
-        known = self._reduced_by_ddp()
-        for chunk in _chunks([p.detach() for p in parameters if id(p) not in known]):
-            flat = _flatten_dense_tensors(chunk)
-            dist.broadcast(flat, group=self.group, group_src=0)
-            for p, value in zip(chunk, _unflatten_dense_tensors(flat, chunk), strict=True):
-                p.copy_(value)
-
-    def _reduced_by_ddp(self) -> set[int]:
-        return {
+        """Note what DDP averages."""
+        self._by_ddp = {
             id(p)
             for wrapper in self.wrappers
             for name, p in wrapper.module.named_parameters()
             if name not in wrapper.parameters_to_ignore
         }
+        for layer in layers:
+            layer.observer.averaged = id(layer.bias) in self._by_ddp
+
+    def broadcast(self, parameters: Sequence[torch.Tensor]) -> None:
+        own = [p.detach() for p in parameters if id(p) not in self._by_ddp]
+        for chunk in _chunks(own):
+            flat = _flatten_dense_tensors(chunk)
+            dist.broadcast(flat, group=self.group, group_src=0)
+            for p, value in zip(chunk, _unflatten_dense_tensors(flat, chunk), strict=True):
+                p.copy_(value)
 
     # ------------------------------------------------------------------ the vector
 
@@ -256,12 +255,11 @@ class Ranks(Alone):
 
     def _average_gradients(self, moved: Tensors) -> None:
         """Those that DDP has not averaged; a rank that has none adds zero."""
-        known = self._reduced_by_ddp()
-        own = [p for p in moved if id(p) not in known]
+        own = [p for p in moved if id(p) not in self._by_ddp]
         for p in moved:
-            if p.grad is None or (id(p) not in self._moved and id(p) not in known):
+            if p.grad is None or (id(p) not in self._moved and id(p) not in self._by_ddp):
                 p.grad = torch.zeros_like(p)
-            elif p.grad.is_sparse and id(p) not in known:
+            elif p.grad.is_sparse and id(p) not in self._by_ddp:
                 raise RuntimeError(
                     "a gradient is sparse: give its module sparse=False, or wrap the model in"
                     " DistributedDataParallel, which averages sparse gradients"

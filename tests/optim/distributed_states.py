@@ -9,6 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext import KBFGS, CapturedStep
@@ -106,6 +110,10 @@ def resume(world: World) -> None:
         got = world.mean(a)
         if world.rank == 0:
             torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+        of_torch = get_optimizer_state_dict(wrapped, opt)  # as torch.distributed.checkpoint has it
+        names = {name for name, _ in model.named_parameters()}
+        assert names <= set(of_torch["state"]), of_torch["state"].keys()
+        set_optimizer_state_dict(again, resumed, of_torch)
         opt.restart()
         steps(wrapped, opt, x[mine], y[mine], 3, half_square)
         world.same_bits({k: t for k, t in tensors_of(model, opt).items() if not k.endswith(" A")})
