@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from benchmarks import data, optimizers
+from benchmarks import data, optimizers, ranks
 from benchmarks.data import faces
 from benchmarks.optimizers import Settings
 from benchmarks.progress import Display
@@ -114,6 +114,12 @@ def config_of(arguments: argparse.Namespace) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     arguments = parser().parse_args(argv)
+    with ranks.joined():
+        arguments.quiet |= not ranks.leads()
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     console = Console()
     try:
         config = config_of(arguments)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import optimizers
+from benchmarks import optimizers, ranks
 from benchmarks.data import Dataset
 from benchmarks.environment import environment
 from benchmarks.models import AUTOENCODERS, Loss
@@ -165,12 +165,14 @@ def train(
         raise ValueError(
             f"batch_size {config.batch_size} is larger than the training set ({len(dataset.train)})"
         )
+    ranks.check(config.optimizer, config.batch_size, config.max_seconds)
     settings = optimizers.settle(config.optimizer, config.settings)
     torch.manual_seed(config.seed)
     autoencoder = AUTOENCODERS[config.dataset]
     model = autoencoder.build().to(device)  # built on the CPU: the same weights on every device
+    network = ranks.wrapped(model)
     optimizer = optimizers.build(
-        config.optimizer, model, settings, config.weight_decay, autoencoder.loss
+        config.optimizer, network, settings, config.weight_decay, autoencoder.loss
     )
     run = Run(
         config=config,
@@ -186,6 +188,7 @@ def train(
     loop = _Loop(
         run=run,
         model=model,
+        network=network,
         optimizer=optimizer,
         loss=autoencoder.loss,
         train=dataset.train.to(device),
@@ -193,7 +196,7 @@ def train(
         watch=Stopwatch(device),
         shuffle=torch.Generator().manual_seed(config.seed),
         observer=observer,
-        json_path=None if json_path is None else Path(json_path),
+        json_path=Path(json_path) if json_path is not None and ranks.leads() else None,
     )
     observer.started(run, steps_per_epoch)
     try:
@@ -210,6 +213,7 @@ class _Loop:
 
     run: Run
     model: nn.Module
+    network: nn.Module  # the model as it is trained: with others, by several processes
     optimizer: Any
     loss: Loss
     train: Tensor  # (N, d), on the device
@@ -227,7 +231,8 @@ class _Loop:
         self.evaluate(0)
         if config.warm_start and hasattr(self.optimizer, "warm_start"):
             with self.watch:
-                self.optimizer.warm_start(batches(self.train, config.batch_size))
+                whole = batches(self.train, config.batch_size)
+                self.optimizer.warm_start(map(ranks.part, whole))
             self.run.warm_start_seconds = self.watch.seconds
         for epoch in range(config.epochs):
             self.epoch(epoch)
@@ -263,11 +268,11 @@ class _Loop:
 
     def descend(self, images_of_steps: Iterable[Tensor]) -> None:
         """A step on each batch, given up at a loss seen not finite."""
-        for images in images_of_steps:
+        for images in map(ranks.part, images_of_steps):
 
             def closure(images: Tensor = images) -> Tensor:
                 self.optimizer.zero_grad()
-                loss = self.loss(self.model(images), images)
+                loss = self.loss(self.network(images), images)
                 loss.backward()
                 return loss
 
@@ -278,7 +283,7 @@ class _Loop:
                 self.last_read = seconds
                 value = float(loss.detach())
                 self.observer.stepped(self.steps, seconds, value)
-                if not math.isfinite(value):
+                if not math.isfinite(value) and ranks.size() == 1:  # others may not see it
                     self.run.status = "diverged"
                     return
 

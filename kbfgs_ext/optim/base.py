@@ -6,12 +6,14 @@ What it does in a step is in step.py.
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim import checkpoint, hyper, reports
@@ -23,6 +25,7 @@ from kbfgs_ext.optim.parts import Group
 from kbfgs_ext.optim.passes import check_generators, joined
 from kbfgs_ext.optim.settings import Settings
 from kbfgs_ext.optim.step import Step
+from kbfgs_ext.optim.wrappers import check_ranks, process_of, refuse_shards, unwrapped, wrappers_of
 
 FallbackFactory = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
 
@@ -34,7 +37,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         model: the layers to cover are looked for here.
         settings: of the whole optimizer.
         defaults: hyperparameters of a param group.
-        groups, fallback, exclude, context, generators: as in `KBFGS`.
+        groups, fallback, exclude, context, generators, process_group, mean_over: as in `KBFGS`.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
         exclude: Any = (),
         context: nn.Module | Iterable[nn.Module] | None = None,
         generators: Iterable[torch.Generator] = (),
+        process_group: Any = None,
+        mean_over: str = "ranks",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -54,7 +59,9 @@ class CoveredOptimizer(torch.optim.Optimizer):
                 " watches layers, so it needs the model rather than model.parameters()"
             )
         hyper.check_group(defaults)
+        wrappers, model = wrappers_of(joined(model, context)), unwrapped(model)
         everything, generators = joined(model, context), check_generators(generators)
+        refuse_shards(everything)
         self.model, self.settings = model, settings
         self._excluded = Excluded(model, exclude)
         found = cover(model, settings, self._excluded)
@@ -68,7 +75,11 @@ class CoveredOptimizer(torch.optim.Optimizer):
         divided = divide(found.layers, found.rest, groups)
         for options, _ in divided:
             hyper.check_group({**defaults, **options})
-        self.steps = Step(settings, everything, generators, common_device(found.layers))
+        device = common_device(found.layers)
+        process = process_of(process_group, wrappers, mean_over, device)
+        check_ranks(process, settings, found.layers)
+        process.broadcast(list(model.parameters()))
+        self.steps = Step(settings, everything, generators, device, process)
         super().__init__(
             [{**options, "params": _parameters(part)} for options, part in divided], defaults
         )
@@ -234,24 +245,36 @@ class CoveredOptimizer(torch.optim.Optimizer):
             self.layers,
             self.steps.guard.tensors(),
             None if fallback is None else fallback.state_dict(),
-            {"iteration": self.steps.number, **self._about()},
+            {"iteration": self.steps.number, **self.steps.process.about(), **self._about()},
         )
         for after in self._optimizer_state_dict_post_hooks.values():
             replaced = after(self, packed)
             packed = packed if replaced is None else replaced
         return packed
 
+    def consolidate(self) -> None:
+        """Make the state of all ranks the same, so that one of them can save it for all.
+
+        Only with several ranks and ``hessian_action="ema"`` is there anything to do: every rank
+        has its own share of A there, and `state_dict` holds that of the rank that makes it. All
+        ranks call this, one all-reduce of A per layer; the run goes on as before, to rounding.
+        """
+        if not self.steps.process.together:
+            self.steps.process.consolidate(self.layers)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, after checking all of it.
 
         Raises:
-            ValueError: it was made by another method or for another model; nothing is loaded then.
+            ValueError: it was made by another method or for another model, or holds another
+                rank's share of A (`consolidate`); nothing is loaded then.
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         saved = checkpoint.check(state_dict, self._about(), self.param_groups)
+        self.steps.process.check_share(saved.share)
         fallback = self.steps.fallback
         if fallback is not None:
             fallback.check_state(saved.fallback)
@@ -259,6 +282,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             checkpoint.load(self.layers, self.steps.guard.tensors(), saved)
         self.steps.number = saved.iteration
+        self.steps.process.together = saved.share is None
         self.steps.version += 1
         own_groups = [dict(group) for group in self.param_groups]
         groups = copy.deepcopy(saved.groups)  # an lr may be a tensor
@@ -280,6 +304,19 @@ class CoveredOptimizer(torch.optim.Optimizer):
         )
 
     # ------------------------------------------------------------------ small things
+
+    def _run_pre_hooks(self) -> None:
+        self._opt_called = True  # what torch's schedulers look for
+        for hook in itertools.chain(
+            _global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()
+        ):
+            hook(self, (self,), {})
+
+    def _run_post_hooks(self) -> None:
+        for hook in itertools.chain(
+            self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()
+        ):
+            hook(self, (self,), {})
 
     @property
     def device(self) -> torch.device:

@@ -19,22 +19,21 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import sys
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.weak import TensorWeakRef
 
+from kbfgs_ext.optim.compiled import uncompiled
 from kbfgs_ext.optim.inputs import Inputs, Rows
 from kbfgs_ext.optim.layers import View
 
-WHY_NOT_COMPILED = (
-    "K-BFGS notes each covered layer's input between graphs: torch.compile works, with a graph"
-    " break per covered layer while training; use fullgraph=False (the default)"
-)
+if TYPE_CHECKING:
+    from kbfgs_ext.optim.process import Alone
 
 
 class Pass(enum.Enum):
@@ -63,6 +62,7 @@ class Observer:
         self.name = name
         self.view = view
         self.n_g, self.d_in = view.shape
+        self.averaged = False  # the bias's gradient is in the end that of all ranks, by DDP
         self.weight: torch.Tensor = view.weight
         self.bias = bias  # trained with the layer
         self.gradient_hook: Callable[[torch.Tensor], None] = lambda anchor: None
@@ -81,6 +81,7 @@ class Observer:
         """
         self.uses: list[Use] = []
         self._joined: Inputs | None = None  # of all uses
+        self.elsewhere = False  # another rank has seen the layer's input
         self.a_bar, self.g_bar, self.keep_inputs = a_bar, g_bar, keep_inputs
         self.empty: tuple[int, ...] = ()  # shape of an input without rows
         self.dark = self.recomputed = False  # a use without gradients, and again in backward
@@ -208,7 +209,7 @@ class Observer:
         self.uses = [use for use in self.uses if use.reached]
         if not self.filled:
             anchor = self.anchor()
-            gradient = None if self.is_stale(anchor) else anchor.grad
+            gradient = None if self.averaged or self.is_stale(anchor) else anchor.grad
             if gradient is not None:
                 self.g_bar.copy_(gradient)  # the closure has assigned it
             else:
@@ -227,8 +228,9 @@ class Observer:
 
     @property
     def seen(self) -> bool:
-        """Whether the layer's input was seen in the pass, in a use that reaches the loss."""
-        return bool(self.uses)
+        """Whether the layer's input was seen in the pass, in a use that reaches the loss; with
+        several ranks, on one of them."""
+        return bool(self.uses) or self.elsewhere
 
     @property
     def complete(self) -> bool:
@@ -280,29 +282,15 @@ class Hook:
         return Hook, (None, None, None)
 
 
-def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: torch.compile leaves ``function`` alone. Unlike `torch.compiler.disable` it does
-    not import the compiler where nobody has."""
-    disabled: list[Callable[..., Any]] = []
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not disabled and "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if not disabled:
-            disabled.append(torch.compiler.disable(function, reason=WHY_NOT_COMPILED))
-        return disabled[0](*args, **kwargs)
-
-    return call
-
-
 class Recorder:
-    """The hooks of a model's covered layers, and which pass they are in."""
+    """The hooks of a model's covered layers, and which pass they are in; one ``process`` of many,
+    or alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, process: Alone) -> None:
         self.at = Pass.OFF
         self.in_the_dark = False  # the present pass has run a layer without gradients
         self.closed = False
+        self.process = process
         # Whose bias gradient a backward has filled, by its number: backwards may be nested.
         self._noted: dict[int, list[Observer]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -326,6 +314,8 @@ class Recorder:
     def note_gradient(self, observer: Observer) -> None:
         """A backward pass has filled a bias's gradient. All of them are kept at its end, in one
         call, before the closure can clip or change them."""
+        if not self.process.alone:  # DDP takes the gradient over next, and sums it at any time
+            self._keep([observer])
         task = torch._C._current_graph_task_id()
         if task not in self._noted:
             self._noted[task] = []
@@ -334,11 +324,17 @@ class Recorder:
             )
         self._noted[task].append(observer)
 
-    def _keep_gradients(self, task: int) -> None:
-        noted = self._noted.pop(task, [])
+    @staticmethod
+    def _keep(noted: list[Observer]) -> None:
         gradients = [g for one in noted if (g := one.anchor().grad) is not None]
         with torch.no_grad():
             torch._foreach_copy_([one.g_bar for one in noted], gradients)
+
+    def _keep_gradients(self, task: int) -> None:
+        noted = self._noted.pop(task, [])
+        if self.process.alone:
+            self._keep(noted)
+        self.process.synced()
         for observer in noted:
             observer.filled = True
 
@@ -352,6 +348,9 @@ class Recorder:
     @uncompiled
     def record(self, observer: Observer, view: View, x: torch.Tensor, output: torch.Tensor):
         """Note one use of a layer; returns what the layer shall return instead, or None."""
+        wrapper = DDP._active_ddp_module
+        if wrapper is not None and not any(wrapper is known for known in self.process.wrappers):
+            self.process.meet(wrapper)
         if x.numel() == 0:
             observer.empty = observer.empty or tuple(x.shape)
             return None

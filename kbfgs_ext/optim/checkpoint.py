@@ -31,6 +31,7 @@ class Saved:
     groups: list[dict[str, Any]]
     iteration: int
     fallback: dict[str, Any]
+    share: list[int] | None  # rank and number of ranks, if A is that rank's own
 
 
 def describe(settings: Settings, layers: list[CoveredLayer]) -> dict[str, Any]:
@@ -122,6 +123,7 @@ def check(saved: Any, own: dict, groups: list[dict[str, Any]]) -> Saved:
             "param_groups": _numbered(options[covered:], theirs[covered:]),
             **about.get("fallback", {}),
         },
+        about.get("share"),
     )
 
 

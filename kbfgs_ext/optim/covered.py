@@ -19,10 +19,6 @@ from kbfgs_ext.optim.layers import View
 from kbfgs_ext.optim.settings import Settings
 
 ACCUMULATION = torch.float32  # factors of 16-bit parameters are kept in this dtype
-DARK = (
-    "the covered layers ran under torch.no_grad() or inference_mode(): a pass needs gradients,"
-    " so run the model with them enabled"
-)
 
 
 class CoveredLayer:
@@ -200,6 +196,11 @@ class CoveredLayer:
         self.bare = not self.started and not self.observer.seen
 
     @property
+    def has_shown_inputs(self) -> bool:
+        """Whether the inputs are at hand, if there is a factor for them."""
+        return self.bare or not self.activation.live or self.observer.has_inputs()
+
+    @property
     def halved(self) -> bool:
         """Whether this step moves the weight or the bias alone: the other is frozen."""
         return len(self.moving) < len(self.parameters())
@@ -214,38 +215,3 @@ class CoveredLayer:
             (self.scratch["W"] if aside else self.W()).copy_(saved[:, : self.d_in])
         if self.bias is not None and id(self.bias) not in moving:
             self.b().copy_(saved[:, self.d_in])
-
-
-def moved_layers(layers: list[CoveredLayer], in_the_dark: bool) -> list[CoveredLayer]:
-    """Those that a step moves after its first pass: a gradient has reached them.
-
-    ``in_the_dark``: the pass has run layers, but none with gradients.
-    """
-    active, empty = [], []
-    for layer in layers:
-        observer = layer.observer
-        if observer.dark and observer.recomputed and not observer.uses:
-            raise RuntimeError(
-                f"layer '{layer.name}' ran forward without gradients and was recomputed in"
-                " backward: use torch.utils.checkpoint with use_reentrant=False"
-            )
-        if observer.empty and not observer.uses:
-            empty.append(layer)  # its gradients are zero: no use at all
-            continue
-        layer.look()
-        if layer.moving:
-            active.append(layer)
-    if not active and empty:
-        raise ValueError(
-            f"the input of layer '{empty[0].name}' is empty: shape {empty[0].observer.empty};"
-            " a step needs a batch with at least one row"
-        )
-    if not active:
-        names = ", ".join(layer.name for layer in layers)
-        raise RuntimeError(
-            DARK
-            if in_the_dark
-            else "closure must call backward() on a loss that depends on the covered layers,"
-            f" and leave their gradients in place: no gradient has reached any of {names}"
-        )
-    return active

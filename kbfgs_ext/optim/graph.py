@@ -67,6 +67,7 @@ class CapturedStep:
     Raises:
         TypeError: ``optimizer`` is no `KBFGS`, or ``loss_function`` cannot be called.
         ValueError: ``warm_up`` is below 2.
+        NotImplementedError: the optimizer has a process group of several.
     """
 
     def __init__(
@@ -82,6 +83,11 @@ class CapturedStep:
             raise TypeError(f"loss_function must be a function, got {loss_function!r}")
         if isinstance(warm_up, bool) or not isinstance(warm_up, int) or warm_up < 2:
             raise ValueError(f"warm_up must be an int of at least 2, got {warm_up!r}")
+        if not optimizer.steps.process.alone:
+            raise NotImplementedError(
+                "CapturedStep captures the step of one process, and this optimizer is one of"
+                f" {optimizer.steps.process.size}: call optimizer.step(closure)"
+            )
         self._optimizer, self._loss_function, self._warm_up = optimizer, loss_function, warm_up
         self._calls = 0
         self._stream: Any = None  # of warm-up and capture

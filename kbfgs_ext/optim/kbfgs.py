@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from kbfgs_ext.optim import gradients, hyper
 from kbfgs_ext.optim.base import CoveredOptimizer
-from kbfgs_ext.optim.capture import uncompiled
+from kbfgs_ext.optim.compiled import uncompiled
 from kbfgs_ext.optim.safeguard import SafeguardRule
 from kbfgs_ext.optim.settings import MAX_FACTOR_DIM, Settings
 from kbfgs_ext.optim.step import FINISH, SECOND
@@ -93,6 +91,12 @@ class KBFGS(CoveredOptimizer):
             trained backbone: their buffers and gradients see one pass, as those of ``model`` do.
         generators: `torch.Generator` objects that the closure draws from; both passes get the same
             numbers, as from torch's own.
+        process_group: of several processes that train the model together, each on its own part of
+            every minibatch: gradients and statistics are averaged over them, and all take the
+            same step (docs/distributed.md). None takes the group of `DistributedDataParallel`, if
+            ``model`` is wrapped in it.
+        mean_over: what the objective is the mean over: "ranks", of the closures' losses, as with
+            DDP; or "rows", where a rank counts as much as the rows that it has, without DDP.
         memory: keep the gradient factor as its last ``memory`` pairs, at least 1: K-BFGS(L), for
             which `KBFGSL` is the name. None keeps it as a matrix.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
@@ -102,6 +106,7 @@ class KBFGS(CoveredOptimizer):
         TypeError: ``model`` is no module, or a covered weight is not real floating point.
         ValueError: a hyperparameter is out of its range; ``model`` has no layer to cover; its
             covered layers are on several devices; ``groups`` do not fit the model.
+        NotImplementedError: ``model`` is sharded: FSDP, or tensor parallelism.
 
     Source: Goldfarb, Ren, Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural
     Networks", NeurIPS 2020.
@@ -143,6 +148,8 @@ class KBFGS(CoveredOptimizer):
         exclude: nn.Module | str | Iterable[nn.Module | str] = (),
         context: nn.Module | Iterable[nn.Module] | None = None,
         generators: Iterable[torch.Generator] = (),
+        process_group: torch.distributed.ProcessGroup | None = None,
+        mean_over: str = "ranks",
         memory: int | None = None,
         **torch_keywords: bool | None,
     ) -> None:
@@ -177,7 +184,18 @@ class KBFGS(CoveredOptimizer):
             relative_damping=bool(relative_damping),
             master_weights=bool(master_weights),
         )
-        super().__init__(model, settings, defaults, groups, fallback, exclude, context, generators)
+        super().__init__(
+            model,
+            settings,
+            defaults,
+            groups,
+            fallback,
+            exclude,
+            context,
+            generators,
+            process_group,
+            mean_over,
+        )
 
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, scaler: torch.amp.GradScaler | None = None
@@ -308,19 +326,6 @@ class KBFGS(CoveredOptimizer):
         yield
         self.steps.number += 1
         self._run_post_hooks()
-
-    def _run_pre_hooks(self) -> None:
-        self._opt_called = True  # what torch's schedulers look for
-        for hook in itertools.chain(
-            _global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()
-        ):
-            hook(self, (self,), {})
-
-    def _run_post_hooks(self) -> None:
-        for hook in itertools.chain(
-            self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()
-        ):
-            hook(self, (self,), {})
 
     # ------------------------------------------------------------------ starts
 

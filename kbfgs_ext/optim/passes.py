@@ -234,3 +234,10 @@ def _products(precision: str) -> Iterator[None]:
         else:
             for place, setting in zip(places, before, strict=True):
                 place.fp32_precision = setting
+
+
+def profiled(phase: str) -> contextlib.AbstractContextManager[Any]:
+    """A range with the phase's name, where a profiler is at work."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(f"kbfgs_ext: {phase}")
+    return contextlib.nullcontext()

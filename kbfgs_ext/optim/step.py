@@ -19,27 +19,20 @@ import torch
 from torch import nn
 
 from kbfgs_ext.ops import registry
-from kbfgs_ext.optim import direction, gradients, hyper, scales
+from kbfgs_ext.optim import direction, gradients, hyper, scales, shown
 from kbfgs_ext.optim.capture import Pass, Recorder
-from kbfgs_ext.optim.covered import DARK, CoveredLayer, moved_layers
-from kbfgs_ext.optim.factors import ActivationMatrix
+from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.fallback import Fallback
 from kbfgs_ext.optim.parts import Group, Part, Parts
-from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, own_work
+from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, own_work, profiled
+from kbfgs_ext.optim.process import Alone
 from kbfgs_ext.optim.reports import Watch
 from kbfgs_ext.optim.safeguard import Safeguard
 from kbfgs_ext.optim.settings import Settings
 from kbfgs_ext.optim.updates import Verdict
 
-FAILED = object()  # what a second pass that raised sends
+FAILED = object()  # what a pass that raised sends
 FIRST, DESCEND, SECOND, FINISH = "first_pass()", "descend(loss)", "second_pass()", "finish(loss)"
-
-
-def profiled(phase: str) -> contextlib.AbstractContextManager[Any]:
-    """A range with the phase's name, where a profiler is at work."""
-    if torch.autograd._profiler_enabled():
-        return torch.profiler.record_function(f"kbfgs_ext: {phase}")
-    return contextlib.nullcontext()
 
 
 class Step:
@@ -50,6 +43,7 @@ class Step:
         model: whatever the closure runs: buffers and gradients there see one pass.
         generators: that the closure draws from.
         device: of the covered layers.
+        process: one of several that train the model together, or alone.
     """
 
     def __init__(
@@ -58,13 +52,14 @@ class Step:
         model: nn.Module,
         generators: Sequence[torch.Generator],
         device: torch.device,
+        process: Alone,
     ) -> None:
         self.settings, self.generators = settings, generators
-        self.device = device
+        self.device, self.process = device, process
         self.guard = Safeguard(settings.rule, device, settings.restart_after, settings.backend)
         self.direction = direction.Direction(settings)
         self.fallback: Fallback | None = None
-        self.recorder = Recorder()
+        self.recorder = Recorder(process)
         self.buffers = Buffers(model)
         self.number = 0  # steps that have moved the parameters, void ones too
         self.version = 0  # checkpoints loaded, groups added, restarts: a captured step is void
@@ -90,15 +85,16 @@ class Step:
         try:
             with self.phase(Pass.FIRST.value), self.recording(Pass.FIRST):
                 yield
-        except BaseException:
+        except BaseException as error:
             self.abandon()
+            self.process.fail(error, inside=True)
             raise
 
     def descend(self, loss: Any, unscale: Callable[[], torch.Tensor | None]) -> None:
         """Take the step; `KBFGS.descend`. ``unscale`` divides the gradients by the scale of the
         loss, and returns what it has multiplied by, or None."""
         self.expect(DESCEND)
-        self._advance((gradients.scalar(loss, self.guard.scale), unscale))
+        self._advance((self._scalar(loss), unscale))
 
     @contextlib.contextmanager
     def second_pass(self) -> Iterator[None]:
@@ -110,21 +106,32 @@ class Step:
         try:
             with (
                 self.phase(Pass.SECOND.value),
+                self.process.quiet(),
                 SecondPass(everything, anchors, self._random, self.buffers, freeze),
                 self.recording(Pass.SECOND),
             ):
                 yield
                 for layer in self._paired:
                     layer.observer.settle()
-        except BaseException:
+        except BaseException as error:
             self._advance(FAILED)
+            self.process.fail(error)
             raise
         self._advance(None)
 
     def finish(self, loss: Any) -> None:
         """End the step; `KBFGS.finish`."""
         self.expect(FINISH)
-        self._advance((gradients.scalar(loss, self.guard.scale), gradients.noise(loss)))
+        self._advance((self._scalar(loss), gradients.noise(loss)))
+
+    def _scalar(self, loss: Any) -> torch.Tensor:
+        try:
+            return gradients.scalar(loss, self.guard.scale)
+        except TypeError as error:
+            if not self.process.alone:
+                self._advance(FAILED)
+                self.process.fail(error)
+            raise
 
     def abandon(self) -> None:
         """The step under way, if there is one, ends where it stands."""
@@ -148,10 +155,14 @@ class Step:
 
     def _phases(self) -> Generator[str, Any, None]:
         """A step from the end of its first pass on. It stops where a call is due."""
-        settings, guard, fallback = self.settings, self.guard, self.fallback
-        loss, unscale = yield DESCEND
+        settings, process, guard, fallback = self.settings, self.process, self.guard, self.fallback
+        if (given := (yield DESCEND)) is FAILED:
+            return
+        loss, unscale = given
         with self.own_work():
-            active = moved_layers(self.layers, self._in_the_dark())
+            shown.look(self.layers)
+            loss = process.first(loss)
+            active = shown.moved(self.recorder, self.layers)
             self._watch.look(active, self.parameters())
             unscaled = unscale()
             if unscaled is not None:
@@ -170,25 +181,30 @@ class Step:
             self.number += bool(active)
             seen = any(layer.observer.has_inputs() for layer in active)
             # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
-            late = paired and settings.keep_A and all(map(_has_shown_inputs, active))
+            late = paired and settings.keep_A and all(layer.has_shown_inputs for layer in active)
             order_a = guard.take_order_a(ok) if seen and not late else None
             self._descend(active, Verdict(ok, ok, order_a), late)
             if paired and active and guard.wants_slope:
                 self.slope = self._slope(active)
                 if clipped is not None:
                     self.slope /= clipped  # the loss knows nothing of it
+            if not paired:
+                process.followed(Verdict(ok, ok, order_a))
         if not paired:
             return
 
-        if (yield SECOND) is FAILED:
-            with self.own_work():
-                self._undo(active, torch.ones_like(guard.scale, dtype=torch.bool))
+        if (given := (yield SECOND) or (yield FINISH)) is FAILED:
+            self._take_back(active)
             return
-
-        loss_next, noise = yield FINISH
         if not active:
             return
+        loss_next, noise = given
         with self.own_work():
+            try:
+                loss_next = process.second(self._paired, loss_next)
+            except RuntimeError:  # another rank has failed
+                self._take_back(active)
+                raise
             pairs = [layer for layer in self._paired if layer.observer.complete]
             for part in self.parts.of(pairs):
                 direction.output_change(part)  # by the step as it was taken
@@ -199,12 +215,13 @@ class Step:
                 g_bar_next = [layer["g_bar_next"] for layer in pairs]
                 torch._foreach_mul_(g_bar_next, unscaled)
                 ok_pair &= gradients.all_finite(g_bar_next)
-            order_a = guard.take_order_a(ok) if late else None
+            order_a = guard.take_order_a(ok) if late else order_a
             verdict = Verdict(ok, ok_pair, order_a, guard.order_g)
             with self.phase("curvature"):
                 for part in self.parts.of(pairs):
                     scales.measure_pairs(part, ok_pair)
-                    part.gradient.update(part, verdict, late)
+                    part.gradient.update(part, verdict, late and process.alone)
+                process.followed(verdict)
 
     def _descend(self, active: list[CoveredLayer], verdict: Verdict, late: bool) -> None:
         """Steps 2 to 4, and step 9 unless it comes ``late``."""
@@ -222,9 +239,9 @@ class Step:
                     self._statistics(one, verdict.ok)
             with self.phase("direction"):
                 self.direction.descend(part, self.parts.scratch(part), verdict.ok)
-            for one in self.parts.of(seen, by_inputs=True) if not late else ():
+            for one in self.parts.of(seen, by_inputs=True):
                 with self.phase("curvature"):
-                    ActivationMatrix.follow(one, verdict)
+                    self.process.follow(one, verdict, late)
         for layer in active:
             layer.observer.forget_inputs()  # the activations need not outlive the first pass
             layer.started = layer.started or not layer.bare
@@ -234,12 +251,10 @@ class Step:
         scales.measure_inputs(part, ok)
         cold = [layer for layer in part.layers if not layer.started]
         for layer in cold:  # a warm start has left A_0
-            decay = 0.0 if not layer.warm_batches else None
-            assert isinstance(layer.activation, ActivationMatrix)
-            layer.activation.average_one(layer["a_bar"], layer.observer.inputs(), decay, ok)
+            self.process.average(layer, 0.0 if not layer.warm_batches else None, ok)
         old = [layer for layer in part.layers if layer.started]
         for one in self.parts.of(old, by_inputs=True):
-            ActivationMatrix.average_in(one, ok)
+            self.process.average_in(one, ok)
         for layer, lam_a in zip(part.layers, part.lam_a(), strict=True):
             if not layer.started:
                 layer.activation.start(lam_a)
@@ -252,6 +267,11 @@ class Step:
             direction.slope(part)
         total = self.parts.slopes.sum(dtype=self.guard.scale.dtype)
         return total if self.fallback is None else total + self.fallback.slope(total)
+
+    def _take_back(self, active: list[CoveredLayer]) -> None:
+        """Undo the step: its second pass has failed."""
+        with self.own_work():
+            self._undo(active, torch.ones_like(self.guard.scale, dtype=torch.bool))
 
     def _undo(self, active: list[CoveredLayer], where: torch.Tensor) -> None:
         """Put every parameter back where ``where``."""
@@ -280,6 +300,7 @@ class Step:
         self.slope = None
         self.trace.clear()
         self.parts.materialize()
+        self.process.begin(self.layers, self.parameters(), self.number)
         self.buffers.watch()
         self._random = RandomState(self.device, self.generators)
         self._course = self._phases()
@@ -292,8 +313,9 @@ class Step:
             self.due = self._course.send(given)
         except StopIteration:
             self.abandon()
-        except BaseException:
+        except BaseException as error:
             self.abandon()
+            self.process.fail(error)
             raise
 
     @contextlib.contextmanager
@@ -314,15 +336,11 @@ class Step:
             with torch.set_grad_enabled(which is not Pass.WARM):
                 yield
         except RuntimeError as error:
-            if self._in_the_dark():
-                raise RuntimeError(DARK) from error
+            if shown.in_the_dark(self.recorder, self.layers):
+                raise RuntimeError(shown.DARK) from error
             raise
         finally:
             self.recorder.at = Pass.OFF
-
-    def _in_the_dark(self) -> bool:
-        """Whether the pass has run covered layers, but none with gradients."""
-        return self.recorder.in_the_dark and not any(layer.observer.uses for layer in self.layers)
 
     def _with_gradients(self, active: list[CoveredLayer]) -> list[torch.Tensor]:
         moving: list[torch.Tensor] = [p for layer in active for p in layer.moving]
@@ -331,7 +349,8 @@ class Step:
     def _anchors(self) -> list[torch.Tensor]:
         """Where the graph of a second pass starts: every layer's bias, real or virtual, and in its
         place what moves of a layer whose call was not seen, which may be all that the loss has."""
-        anchors = [layer.observer.anchor() for layer in self.layers]
+        biases = [] if self.process.marks_use else self.layers
+        anchors = [layer.observer.anchor() for layer in biases]
         unseen = [layer for layer in self.active if not layer.observer.seen]
         return anchors + [p for layer in unseen for p in layer.moving]
 
@@ -378,8 +397,3 @@ class Step:
     def own_work(self) -> contextlib.AbstractContextManager[None]:
         """Context of the optimizer's own work."""
         return own_work(self.device, self.settings.matmul_precision, self.trace)
-
-
-def _has_shown_inputs(layer: CoveredLayer) -> bool:
-    """Whether the rows of a layer that has a factor for them are at hand."""
-    return layer.bare or not layer.activation.live or layer.observer.has_inputs()

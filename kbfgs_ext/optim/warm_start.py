@@ -19,6 +19,7 @@ def warm_start(model: nn.Module, steps: Step, batches: Iterable[Any]) -> None:
     if any(layer.started for layer in steps.layers):
         raise RuntimeError("warm_start must come before the first step")
     steps.parts.materialize()
+    steps.process.begin(steps.layers, steps.parameters(), steps.number)
     random = RandomState(steps.device, steps.generators)
     steps.buffers.save()
     finite: list[torch.Tensor] = []
@@ -26,18 +27,23 @@ def warm_start(model: nn.Module, steps: Step, batches: Iterable[Any]) -> None:
         with steps.recording(Pass.WARM):
             for batch in batches:
                 finite.append(_average(model, steps, batch))
+    except BaseException as error:
+        steps.process.fail(error)
+        raise
     finally:
         random.restore()
         steps.buffers.restore()
     bad = [i for i, fine in enumerate(finite) if not fine]
-    if bad or not finite:
+    with steps.own_work():
+        elsewhere, number = steps.process.warm(steps.layers, bool(bad), len(finite))
+    if elsewhere or not number:
         for layer in steps.layers:
             if isinstance(layer.activation, ActivationMatrix):
                 layer.activation.average.zero_()
             layer.warm_batches = 0
         raise ValueError(
-            f"batches: batch {bad[0]} gives non-finite activations"
-            if bad
+            f"batches: batch {bad[0] if bad else 'of another rank'} gives non-finite activations"
+            if elsewhere
             else "batches is empty: warm_start needs at least one batch"
         )
 

@@ -1,0 +1,296 @@
+"""Cases of several processes: starts, checkpoints, what is sent, and what goes wrong."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from kbfgs_ext import KBFGS, CapturedStep
+from tests.optim.distributed_cases import net
+from tests.optim.models import rows
+from tests.optim.models import snapshot as tensors_of
+from tests.optim.ranks import World, batches, compare, half_square, steps
+
+
+def raises(kind: type[BaseException], call) -> str:
+    """The message of the error that ``call`` raises."""
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"{kind.__name__} was not raised")
+
+
+# ---------------------------------------------------------------------- starts and checkpoints
+
+
+def warm_start(world: World) -> None:
+    """A_0 is the average over the batches of all ranks, which need not have equally many."""
+    for action in ("ema", "minibatch"):
+        torch.manual_seed(0)
+        model, twin = net(), net()
+        twin.load_state_dict(model.state_dict())
+        data = [rows(6, 5, seed=s) for s in range(world.size * 2 + 1)]
+        theirs = [data[2 * r : 2 * r + 2] for r in range(world.size)]
+        theirs[0].append(data[-1])
+        wrapped = DDP(model)
+        opt = KBFGS(wrapped, hessian_action=action)
+        opt.warm_start(theirs[world.rank])
+        x, y = batches()
+        mine = world.slices()
+        got = world.mean(steps(wrapped, opt, x[mine], y[mine], 10, half_square))
+        world.same_bits({k: t for k, t in tensors_of(model, opt).items() if not k.endswith(" A")})
+        if world.rank == 0:
+            one = KBFGS(twin, hessian_action=action)
+            one.warm_start(data)
+            wanted = torch.stack(steps(twin, one, x, y, 10, half_square))
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+        bad = KBFGS(DDP(net()), hessian_action=action)
+        data = [x.clone()]
+        if world.rank == 1:
+            data[0][0, 0] = float("nan")
+        said = raises(ValueError, lambda b=bad, d=data: b.warm_start(d))
+        assert ("batch 0" if world.rank == 1 else "another rank") in said
+
+    def broken():
+        yield x
+        if world.rank == 1:
+            raise OSError("no such file")
+
+    kind = OSError if world.rank == 1 else RuntimeError
+    said = raises(kind, lambda: KBFGS(DDP(net())).warm_start(broken()))
+    assert world.rank == 1 or said == "rank 1 failed with OSError: no such file"
+
+
+def resume(world: World) -> None:
+    """What one rank saves, all load, and go on bit for bit; each rank's own A is said to be so."""
+    x, y = batches()
+    mine = world.slices()
+    for action in ("minibatch", "ema"):
+        torch.manual_seed(0)
+        model = net()
+        wrapped = DDP(model)
+        opt = KBFGS(wrapped, hessian_action=action)
+        steps(wrapped, opt, x[mine], y[mine], 6, half_square)
+        if action == "ema":
+            mixed: list[Any] = [opt.state_dict()]
+            dist.broadcast_object_list(mixed, 0)
+            if world.rank:
+                said = raises(ValueError, lambda o=opt, m=mixed: o.load_state_dict(m[0]))
+                assert "share that rank 0 of" in said and "consolidate" in said
+            opt.load_state_dict(opt.state_dict())  # its own
+        opt.consolidate()
+        world.same_bits(tensors_of(model, opt))
+        saved: list[Any] = [copy.deepcopy((model.state_dict(), opt.state_dict()))]
+        dist.broadcast_object_list(saved, 0)
+        fresh = net()
+        again = DDP(fresh)
+        resumed = KBFGS(again, hessian_action=action)
+        fresh.load_state_dict(saved[0][0])
+        resumed.load_state_dict(saved[0][1])
+        a = steps(wrapped, opt, x[mine], y[mine], 6, half_square)
+        b = steps(again, resumed, x[mine], y[mine], 6, half_square)
+        assert a == b
+        if world.rank == 0:  # one process goes on with it as well
+            alone = net()
+            one = KBFGS(alone, hessian_action=action)
+            alone.load_state_dict(saved[0][0])
+            one.load_state_dict(saved[0][1])
+            wanted = torch.stack(steps(alone, one, x, y, 6, half_square))
+        got = world.mean(a)
+        if world.rank == 0:
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+        of_torch = get_optimizer_state_dict(wrapped, opt)  # as torch.distributed.checkpoint has it
+        names = {name for name, _ in model.named_parameters()}
+        assert names <= set(of_torch["state"]), of_torch["state"].keys()
+        set_optimizer_state_dict(again, resumed, of_torch)
+        opt.restart()
+        steps(wrapped, opt, x[mine], y[mine], 3, half_square)
+        world.same_bits({k: t for k, t in tensors_of(model, opt).items() if not k.endswith(" A")})
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+
+def not_finite_on_one_rank(world: World) -> None:
+    """A NaN in the first pass of one rank voids the step on all; one in the second undoes it."""
+    x, y = batches()
+    mine = world.slices()
+    for plain in (False, True):
+        model = net()
+        run: nn.Module = model if plain else DDP(model)
+        opt = KBFGS(run, process_group=dist.group.WORLD)
+        steps(run, opt, x[mine], y[mine], 3, half_square)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        bad = x[mine].clone()
+        if world.rank == 1:
+            bad[0, 0] = float("nan")
+        steps(run, opt, bad, y[mine], 1, half_square)
+        assert opt.counters()["skipped"] == 1
+        assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+        calls = []
+
+        def loss_of(model, x, y, calls=calls):
+            calls.append(0)
+            loss = half_square(model, x, y)
+            return loss * float("nan") if len(calls) == 2 and world.rank == 1 else loss
+
+        steps(run, opt, x[mine], y[mine], 1, loss_of)
+        assert opt.counters()["undone"] == 1
+        assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+        steps(run, opt, x[mine], y[mine], 3, half_square)
+        world.same_bits(tensors_of(model, opt))
+
+
+def a_rank_raises(world: World) -> None:
+    """The others say which and why; nothing has moved, and training may go on."""
+    x, y = batches()
+    mine = world.slices()
+    for plain in (False, True):
+        model = net()
+        run: nn.Module = model if plain else DDP(model)
+        opt = KBFGS(run, process_group=dist.group.WORLD)
+        steps(run, opt, x[mine], y[mine], 3, half_square)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        for where in ("before", "after", "second", "loss"):
+            if where == "before" and not plain:
+                continue  # the others wait inside DDP
+            calls = []
+
+            def closure(where=where, calls=calls, run=run, opt=opt):
+                calls.append(0)
+                here = world.rank == 1
+                if where == "before" and here:
+                    raise KeyError("before")
+                opt.zero_grad()
+                loss = half_square(run, x[mine], y[mine])
+                loss.backward()
+                if (where == "after" or (where == "second" and len(calls) == 2)) and here:
+                    raise ValueError("the metric failed")
+                return "no loss" if where == "loss" and here else loss
+
+            if world.rank == 1:
+                kinds = {"before": KeyError, "loss": TypeError}
+                raises(kinds.get(where, ValueError), lambda c=closure, o=opt: o.step(c))
+            else:
+                said = raises(RuntimeError, lambda c=closure, o=opt: o.step(c))
+                why = {
+                    "before": "KeyError: 'before'",
+                    "loss": "TypeError: closure must return",
+                }.get(where, "ValueError: the metric failed")
+                assert f"rank 1 failed with {why}" in said, said
+            for name, p in model.named_parameters():
+                assert torch.equal(before[name], p), (where, name)
+        steps(run, opt, x[mine], y[mine], 3, half_square)
+        world.same_bits(tensors_of(model, opt))
+
+
+def ranks_out_of_step(world: World) -> None:
+    model = net()
+    opt = KBFGS(model, process_group=dist.group.WORLD)
+    x, y = batches()
+    steps(model, opt, x, y, 2, half_square)
+    opt.steps.number += world.rank
+    said = raises(RuntimeError, lambda: steps(model, opt, x, y, 1, half_square))
+    assert "the ranks are not in the same place" in said
+
+
+def optimizer_of_the_bare_model(world: World) -> None:
+    """With DDP around the model that is an error, and with the group as well it is not."""
+    model = net()
+    wrapped = DDP(model)
+    x, y = batches()
+    opt = KBFGS(model)
+    said = raises(RuntimeError, lambda: steps(wrapped, opt, x, y, 1, half_square))
+    assert "KBFGS(ddp_model)" in said
+    steps(model, KBFGS(model), x, y, 1, half_square)  # processes that have nothing to do together
+    group = dist.group.WORLD
+    compare(world, net(), lambda m, **o: KBFGS(getattr(m, "module", m), **o), process_group=group)
+    compare(world, net(), lambda m, **o: KBFGS(torch.compile(m, backend="eager"), **o), number=3)
+
+
+def refusals(world: World) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (world.size,))
+    said = raises(NotImplementedError, lambda: KBFGS(fully_shard(net(), mesh=mesh)))
+    assert "fully_shard (FSDP2)" in said and "DistributedDataParallel" in said
+    parallel = parallelize_module(net(), mesh, {"0": ColwiseParallel()})
+    assert "DTensor" in raises(NotImplementedError, lambda: KBFGS(parallel))
+    sharded = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    assert "FSDP1" in raises(NotImplementedError, lambda: KBFGS(sharded))
+
+    opt = KBFGS(DDP(net()))
+    said = raises(NotImplementedError, lambda: CapturedStep(opt, lambda x: x))
+    assert "CapturedStep captures the step of one process" in said
+    assert "mean_over" in raises(ValueError, lambda: KBFGS(DDP(net()), mean_over="rows"))
+    assert "mean_over" in raises(ValueError, lambda: KBFGS(net(), mean_over="columns"))
+    assert "ProcessGroup" in raises(TypeError, lambda: KBFGS(net(), process_group="gloo"))
+
+
+class Counter:
+    """Counts the numbers that all_reduce is given."""
+
+    def __enter__(self):
+        self.sizes, self._before = [], dist.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            self.sizes.append(tensor.numel())
+            return self._before(tensor, *args, **kwargs)
+
+        dist.all_reduce = counted
+        return self
+
+    def __exit__(self, *_):
+        dist.all_reduce = self._before
+
+
+def bytes_sent(world: World) -> None:
+    """Two vectors a step, of the length that docs/distributed.md gives; none in a group of one."""
+    x, y = batches()
+    wrapped = DDP(net())
+    for action in ("ema", "minibatch"):
+        opt = KBFGS(wrapped, hessian_action=action)
+        steps(wrapped, opt, x, y, 1, half_square)
+        with Counter() as counter:
+            steps(wrapped, opt, x, y, 3, half_square)
+        numbers = sum(2 * layer.n_a + layer.n_g + 3 for layer in opt.layers) + 5
+        numbers += len(list(wrapped.parameters()))
+        assert counter.sizes == [numbers] * 6
+    alone = [dist.new_group([r]) for r in range(world.size)][world.rank]
+    for opt_of in (
+        lambda m: KBFGS(m, process_group=alone),
+        lambda m: KBFGS(DDP(m, process_group=alone)),
+    ):
+        model = net()
+        opt = opt_of(model)
+        assert opt.steps.process.alone
+        with Counter() as counter:
+            steps(model, opt, x, y, 3, half_square)
+        assert not counter.sizes
+    model = DDP(net(), process_group=alone)
+    steps(model, KBFGS(model), x, y, 3, half_square)
+
+
+def last(world: World) -> None:
+    """A rank ends in the middle of a step: the others learn of it."""
+    model = net()
+    opt = KBFGS(model, process_group=dist.group.WORLD)
+    x, y = batches()
+    steps(model, opt, x, y, 1, half_square)
+    if world.rank == world.size - 1:
+        os._exit(0)
+    said = raises(RuntimeError, lambda: steps(model, opt, x, y, 1, half_square))
+    assert "not all of them come" in said
