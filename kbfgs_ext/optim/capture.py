@@ -251,7 +251,7 @@ class Observer:
     @property
     def in_rows(self) -> bool:
         """Whether the inputs are rows, which an op takes as they are."""
-        return isinstance(self.uses[0].inputs, Rows)
+        return not self.uses or isinstance(self.uses[0].inputs, Rows)
 
     def forget_inputs(self) -> None:
         """Let go of the activations."""
