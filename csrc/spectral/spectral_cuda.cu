@@ -1,7 +1,8 @@
-// The elementwise halves of (16) to (18). A layer has kBlocks blocks, each with the same share of its
-// elements, and leaves three numbers per block for the next launch to sum up: no atomics, so that a
-// result is the same in every run. Elements per layer: scale_to_one 2 n_g n_a read, n_g n_a written;
-// normalise 2 k^2 read, k^2 written; quintic 2 k^2 read, k^2 written, 2 k^2 with `first`.
+// The elementwise halves of (16) to (18). Layers of a launch have equally many blocks, each with the
+// same share of its layer's elements, and a block leaves three numbers for the next launch to sum up:
+// no atomics, so that a result is the same in every run. Elements per layer: scale_to_one 2 n_g n_a
+// read, n_g n_a written; normalise 2 k^2 read, k^2 written; quintic 2 k^2 read, k^2 written, 2 k^2
+// with `first`.
 #include "spectral_cuda.h"
 
 #include <algorithm>
@@ -14,8 +15,10 @@ namespace kbfgs::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Per layer. 64 x 256 threads hold 64 KB under way at 4 bytes each; eight layers fill an H100.
+// Per layer, at most. 64 x 256 threads hold 64 KB under way at 4 bytes each; eight layers fill an H100.
 constexpr int kBlocks = 64;
+// Elements per thread; where there are fewer, a launch has fewer blocks.
+constexpr int kShare = 4;
 constexpr int kLargest = 0, kSquares = kBlocks, kTrace = 2 * kBlocks;
 
 template <typename T>
@@ -24,12 +27,13 @@ struct PolarTable {
   T tiny, largest, nan;  // of T
   double ridge, a, b, c;
   bool first, last;
+  int blocks;  // per layer
 };
 
 // Calls body(i) for this block's elements of n.
 template <typename Body>
-__device__ __forceinline__ void for_each(int64_t n, int block, const Body& body) {
-  for (int64_t i = int64_t(block) * kThreads + int(threadIdx.x); i < n; i += kBlocks * kThreads)
+__device__ __forceinline__ void for_each(int64_t n, int block, int blocks, const Body& body) {
+  for (int64_t i = int64_t(block) * kThreads + int(threadIdx.x); i < n; i += blocks * kThreads)
     body(i);
 }
 
@@ -38,7 +42,7 @@ template <typename T>
 __device__ __forceinline__ void norm_of(
     const PolarLayer<T>& l, const PolarTable<T>& t, double& norm, double& shift) {
   double squares = 0, trace = 0;
-  for (int i = 0; i < kBlocks; ++i) {
+  for (int i = 0; i < t.blocks; ++i) {
     squares += l.partial[kSquares + i];
     trace += l.partial[kTrace + i];
   }
@@ -50,11 +54,11 @@ __device__ __forceinline__ void norm_of(
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     largest_kernel(const __grid_constant__ PolarTable<T> t) {
-  const PolarLayer<T>& l = t.layer[blockIdx.x / kBlocks];
-  const int block = int(blockIdx.x) % kBlocks;
+  const PolarLayer<T>& l = t.layer[blockIdx.x / t.blocks];
+  const int block = int(blockIdx.x) % t.blocks;
   double* room = reinterpret_cast<double*>(shared_memory());
   double most = 0;
-  for_each(int64_t(l.n_g) * l.n_a, block, [&](int64_t i) {
+  for_each(int64_t(l.n_g) * l.n_a, block, t.blocks, [&](int64_t i) {
     const T x = l.P[i] < 0 ? -l.P[i] : l.P[i];
     // Something larger than every finite number stands for what is not finite.
     most = finite(x) ? (double(x) > most ? double(x) : most) : 2 * double(t.largest);
@@ -73,12 +77,12 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     scaled_kernel(const __grid_constant__ PolarTable<T> t) {
-  const PolarLayer<T>& l = t.layer[blockIdx.x / kBlocks];
+  const PolarLayer<T>& l = t.layer[blockIdx.x / t.blocks];
   double most = double(t.tiny);
-  for (int i = 0; i < kBlocks; ++i)
+  for (int i = 0; i < t.blocks; ++i)
     most = l.partial[kLargest + i] > most ? l.partial[kLargest + i] : most;
   const bool fine = most <= double(t.largest);
-  for_each(int64_t(l.n_g) * l.n_a, int(blockIdx.x) % kBlocks, [&](int64_t i) {
+  for_each(int64_t(l.n_g) * l.n_a, int(blockIdx.x) % t.blocks, t.blocks, [&](int64_t i) {
     l.X[i] = fine ? l.P[i] / T(most) : t.nan;
   });
 }
@@ -86,11 +90,11 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     squares_kernel(const __grid_constant__ PolarTable<T> t) {
-  const PolarLayer<T>& l = t.layer[blockIdx.x / kBlocks];
-  const int block = int(blockIdx.x) % kBlocks;
+  const PolarLayer<T>& l = t.layer[blockIdx.x / t.blocks];
+  const int block = int(blockIdx.x) % t.blocks;
   double* room = reinterpret_cast<double*>(shared_memory());
   double sums[2] = {0, 0};
-  for_each(int64_t(l.k) * l.k, block, [&](int64_t i) {
+  for_each(int64_t(l.k) * l.k, block, t.blocks, [&](int64_t i) {
     const double g = double(l.G[i]);
     sums[0] += g * g;
     if (i / l.k == i % l.k) sums[1] += g;
@@ -105,11 +109,11 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     normalise_kernel(const __grid_constant__ PolarTable<T> t) {
-  const PolarLayer<T>& l = t.layer[blockIdx.x / kBlocks];
+  const PolarLayer<T>& l = t.layer[blockIdx.x / t.blocks];
   double norm, shift;
   norm_of(l, t, norm, shift);
   const T by = T(norm), more = T(shift / norm);
-  for_each(int64_t(l.k) * l.k, int(blockIdx.x) % kBlocks, [&](int64_t i) {
+  for_each(int64_t(l.k) * l.k, int(blockIdx.x) % t.blocks, t.blocks, [&](int64_t i) {
     l.G[i] = l.G[i] / by + (i / l.k == i % l.k ? more : T(0));  // (17)
   });
 }
@@ -117,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     quintic_kernel(const __grid_constant__ PolarTable<T> t) {
-  const PolarLayer<T>& l = t.layer[blockIdx.x / kBlocks];
+  const PolarLayer<T>& l = t.layer[blockIdx.x / t.blocks];
   double factor = 1;
   if (t.last) {
     double norm, shift;
@@ -125,7 +129,7 @@ __global__ void __launch_bounds__(kThreads)
     factor = 1 / sqrt(norm);
   }
   const T a = T(factor * t.a), b = T(factor * t.b), c = T(factor * t.c);
-  for_each(int64_t(l.k) * l.k, int(blockIdx.x) % kBlocks, [&](int64_t i) {
+  for_each(int64_t(l.k) * l.k, int(blockIdx.x) % t.blocks, t.blocks, [&](int64_t i) {
     const T r = (i / l.k == i % l.k ? a : T(0)) + (b * l.G[i] + c * l.B[i]);
     l.B[i] = r;
     if (t.first) l.Z[i] = r;
@@ -141,9 +145,15 @@ void launch_layers(
   t.nan = std::numeric_limits<T>::quiet_NaN();
   for (size_t begin = 0; begin < layers.size(); begin += kLayersPerLaunch) {
     const size_t count = std::min<size_t>(kLayersPerLaunch, layers.size() - begin);
-    for (size_t i = 0; i < count; ++i) t.layer[i] = layers[begin + i];
+    int64_t most = 1;
+    for (size_t i = 0; i < count; ++i) {
+      const PolarLayer<T>& l = t.layer[i] = layers[begin + i];
+      most = std::max(most, int64_t(l.n_g) * l.n_a);
+    }
+    const int64_t wanted = (most + kThreads * kShare - 1) / (kThreads * kShare);
+    t.blocks = int(std::min<int64_t>(kBlocks, wanted));
     launch(
-        kernel, {unsigned(count * kBlocks), kThreads, kThreads * sizeof(double), false}, stream,
+        kernel, {unsigned(count * t.blocks), kThreads, kThreads * sizeof(double), false}, stream,
         t);
   }
 }

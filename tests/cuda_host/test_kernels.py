@@ -159,6 +159,8 @@ def test_not_finite_argument_means_what_the_reference_says(host, op, name, value
     ):
         if not which.startswith("work"):
             scale = w.double().nan_to_num(0, 0, 0).abs().max().item()
+            if op == "polar_":
+                scale = cases.slope_of(args["coefficients"])
             compare.assert_as_accurate(g, w, w, which, scale)
 
 
@@ -179,6 +181,18 @@ def test_what_the_kernels_do_not_take_is_declined_before_anything_is_written(hos
     v, counts = torch.ones(3), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(Unsupported, match="H is not contiguous"):
         run("bfgs_update_", dict(H=[H], counts=[counts], s=[v], y=[v], Hy=[], c=[v], ok=None))
+
+
+def test_layers_of_polar_that_share_their_work_are_declined(host):
+    """Neighbours or not: all layers are worked on at once."""
+    args = cases.polar([(3, 5), (2, 2), (4, 3)])(torch.float32)
+    before = [p.clone() for p in args["P"]]
+    args["work"][2] = args["work"][0] = torch.empty(100)
+    with pytest.raises(Unsupported, match="work is shared"):
+        registry.implementation("polar_", "cuda").run(args)
+    for p, b in zip(args["P"], before, strict=True):
+        compare.assert_same_bits(p, b)
+    assert host.launches() == []
 
 
 @pytest.mark.parametrize(

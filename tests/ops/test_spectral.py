@@ -151,6 +151,16 @@ def test_fewer_iterations_are_the_first_of_them(backend, iterations):
     torch.testing.assert_close(torch.linalg.svdvals(got), wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", BOTH)
+def test_layers_may_share_their_work(backend):
+    P = [randn(9, 20), randn(12, 5)]
+    shared = [p.clone() for p in P]
+    pool = torch.empty(max(api.workspace_size(*p.shape) for p in P), dtype=torch.float64)
+    ops.polar_(shared, [pool, pool], api.COEFFICIENTS, backend=backend)
+    for s, alone in zip(shared, run(P, backend), strict=True):
+        compare.assert_same_bits(s, alone)
+
+
 def test_bad_arguments_are_named():
     P, work = [torch.ones(2, 3)], [torch.empty(api.workspace_size(2, 3))]
     with pytest.raises(ValueError, match=r"work\[0\] must be a vector of at least 26 elements"):
