@@ -5,6 +5,7 @@
 VENV  ?= .venv
 PY    ?= $(VENV)/bin/python
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.*; platform_system == 'Linux'
 OUT   ?= build/out
 
 .DEFAULT_GOAL := help
@@ -26,7 +27,7 @@ endif
 $(VENV)/.packages: pyproject.toml
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip
-	$(VENV)/bin/python -m pip install -q "$(TORCH)" "setuptools>=77" wheel ninja pybind11 packaging
+	$(VENV)/bin/python -m pip install -q "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel ninja pybind11 packaging
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.packages $(SOURCES)
