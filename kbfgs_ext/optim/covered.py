@@ -49,7 +49,7 @@ class CoveredLayer:
         self.kept: dict[str, torch.Tensor] = {}
         self.scratch: dict[str, torch.Tensor] = {}
         self._no_bias = torch.empty(0)
-        self._wants_master = settings.master_weights
+        self._settings = settings
 
     # ------------------------------------------------------------------ tensors
 
@@ -70,7 +70,7 @@ class CoveredLayer:
     def kept_shapes(self) -> Shapes:
         """Shape and dtype of every kept tensor."""
         M: Shapes = {"M": ((self.n_g, self.n_a), self.dtype)}
-        if self._wants_master and self.weight.dtype.itemsize == 2:
+        if self._settings.master_weights and self.weight.dtype.itemsize == 2:
             M["master_W"] = ((self.n_g, self.d_in), self.dtype)
             if self.bias is not None:
                 M["master_b"] = ((self.n_g,), self.dtype)
@@ -84,6 +84,8 @@ class CoveredLayer:
             "P": (n_g, n_a),
             "work": (workspace_size(n_a, n_g),),
         }
+        if self._settings.nesterov:
+            shapes["ahead"] = (n_g, n_a)  # what M would be after the same gradient once more
         shapes |= dict.fromkeys(("a_bar", "a_bar_next"), (n_a,))
         g = ("slope", "h_change", "g_bar", "g_bar_next")
         shapes |= dict.fromkeys(g, (n_g,))

@@ -52,9 +52,9 @@ class Direction:
         else:
             gradient = (dW, db, W, b, momentum, decay - inside, ok, part.backend)
             ops.momentum_(M, *gradient)
-            if self._nesterov:  # P starts as what M would be after the same gradient once more
-                torch._foreach_copy_(part["P"], M)
-                M = part["P"]
+            if self._nesterov:
+                torch._foreach_copy_(part["ahead"], M)
+                M = part["ahead"]
                 ops.momentum_(M, *gradient)
             part.gradient.precondition(part, M, work)
             if self._spectral:

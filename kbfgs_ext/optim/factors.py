@@ -85,8 +85,7 @@ class Factor:
 
     @staticmethod
     def precondition(part: Part, M: Tensors, work: Tensors) -> None:
-        """Step 4: P = H_g M H_a, where ``M`` may stand in P; ``work`` is the product scratch, as
-        far as there is an H_a."""
+        """Step 4: P = H_g M H_a; ``work`` is the product scratch, as far as there is an H_a."""
         raise NotImplementedError
 
     @staticmethod
@@ -102,17 +101,10 @@ class Identity(Factor):
 
     @staticmethod
     def precondition(part: Part, M: Tensors, work: Tensors) -> None:
-        P = part["P"]
-        if not part.activation.live:
-            torch._foreach_copy_(P, M)
-            return
-        for these in _one_after_another(work):
-            N = M[these]
-            if N[0] is P[these][0]:
-                torch._foreach_copy_(work[these], N)
-                N = work[these]
-            H_a = part["H_a"][these]
-            ops.kron_precondition_(P[these], [], N, H_a, work[these], part.backend)
+        if part.activation.live:
+            ops.kron_precondition_(part["P"], [], M, part["H_a"], work, part.backend)
+        else:
+            torch._foreach_copy_(part["P"], M)
 
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
@@ -228,7 +220,7 @@ class GradientMatrix(Factor):
             ops.kron_precondition_(P, H_g, M, part["H_a"], work, part.backend)
         else:
             for p, h, m in zip(P, H_g, M, strict=True):
-                torch.mm(h, m.clone() if m is p else m, out=p)
+                torch.mm(h, m, out=p)
 
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
@@ -272,11 +264,14 @@ class PairRing(Factor):
 
     @staticmethod
     def precondition(part: Part, M: Tensors, work: Tensors) -> None:
+        """P = H_g (M H_a), layer after layer on the CPU, where all share the scratch."""
         P = part["P"]
         if not part.activation.live:
-            PairRing.apply(part, P, [m.clone() if m is p else m for m, p in zip(M, P, strict=True)])
+            PairRing.apply(part, P, M)
             return
-        for these in _one_after_another(work):
+        step = 1 if work[0].device.type == "cpu" else len(M)
+        for i in range(0, len(M), step):
+            these = slice(i, i + step)
             ops.kron_precondition_(
                 work[these], [], M[these], part["H_a"][these], P[these], part.backend
             )
@@ -319,13 +314,6 @@ class PairRing(Factor):
         S, Y, rho, pushed = part["S"], part["Y"], part["rho"], part["pushed"]
         ops.lbfgs_push_(S, Y, rho, pushed, counts, s, y, c, ok, part.backend)
         restart(part, "g", verdict.order_g)
-
-
-def _one_after_another(work: Tensors) -> list[slice]:
-    """Layer after layer on the CPU, where all share the scratch; all at once elsewhere."""
-    if work[0].device.type != "cpu":
-        return [slice(None)]
-    return [slice(i, i + 1) for i in range(len(work))]
 
 
 def _start_scale(place: torch.Tensor, gamma: float | str, lam_g: torch.Tensor) -> None:

@@ -79,7 +79,8 @@ class KBFGS(CoveredOptimizer):
             "layer" takes from P the direction alone: -lr*P/r.
         direction: "newton" is P = H_g M H_a, the paper's. "spectral" takes its polar factor, which
             has the singular vectors of P and singular values of 1.
-        nesterov: precondition not M but what it would be after the same gradient once more.
+        nesterov: precondition not M but what it would be after the same gradient once more, which
+            takes one more matrix of the weight's size.
         relative_damping: the dampings are shares: lam_a of the mean square of a layer's inputs,
             lam_g of its curvature along its own steps. False takes them as they are, in units of
             squared inputs and of the loss, as the paper does.

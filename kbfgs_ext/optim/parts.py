@@ -122,16 +122,17 @@ class Parts:
         self._settings, self._device = settings, device
         self._known: dict[tuple, list[Part]] = {}
         self._product = torch.empty(0)
+        self._made = 0  # layers that have their tensors
 
     def add(self, group: Group) -> None:
         """Take in one more group of layers."""
         self.groups.append(group)
         self.layers += group.layers
 
-    def materialize(self) -> bool:
-        """Allocate what is not there yet; whether there was something."""
-        if all(layer.scratch for layer in self.layers) and self._product.numel():
-            return False
+    def materialize(self) -> None:
+        """Allocate what is not there yet."""
+        if self._made == len(self.layers):
+            return
         for layer in self.layers:
             layer.allocate()
         size = product_scratch_elements(self.layers, self._settings, self._device)
@@ -141,7 +142,7 @@ class Parts:
         for layer, part in zip(self.layers, self.slopes.split(rows), strict=True):
             layer.scratch["slope"] = part
         self._known.clear()
-        return True
+        self._made = len(self.layers)
 
     def of(self, layers: list[CoveredLayer], by_inputs: bool = False) -> list[Part]:
         """``layers`` by param group, and within one by the factors that their step has;

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from kbfgs_ext import KBFGS, KBFGSL, presets
 from kbfgs_ext.ops.spectral import COEFFICIENTS
 from kbfgs_ext.ops.spectral.reference import polar
+from kbfgs_ext.optim import factors
 from tests.optim.models import METHODS, assert_same, closure_of, mlp, rows, snapshot
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
@@ -197,3 +198,25 @@ def test_the_preset_learns_digits_whatever_the_scale_of_the_loss(method, scale):
 
         loss = opt.step(closure).item() / scale
     assert loss < 0.1
+
+
+@METHODS
+@pytest.mark.parametrize("largest", [None, 6, 1])
+def test_no_product_is_written_over_what_it_reads(method, largest, monkeypatch):
+    """Kernels have many blocks at work on a layer at once: P must not share memory with M."""
+    seen = []
+    for name in ("kron_precondition_", "lbfgs_two_loop_"):
+        op = getattr(factors.ops, name)
+
+        def watched(*args, op=op):
+            seen.append([t for arg in args[:4] if isinstance(arg, list) for t in arg])
+            return op(*args)
+
+        monkeypatch.setattr(factors.ops, name, watched)
+    _, opt, closure = problem(method, **presets.SPECTRAL, max_factor_dim=largest)
+    for _ in range(2):
+        opt.step(closure)
+    assert seen or (largest == 1 and method is KBFGS)
+    for tensors in seen:
+        places = [t.data_ptr() for t in tensors if t.numel()]
+        assert len(set(places)) == len(places)
