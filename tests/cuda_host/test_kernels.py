@@ -6,7 +6,7 @@ import torch
 from kbfgs_ext.ops import registry
 from kbfgs_ext.ops.registry import Unsupported
 from tests.cuda_host.oncpu import check, run
-from tests.helpers import calls, cases, compare
+from tests.helpers import calls, cases, compare, spectral_cases
 from tests.helpers.cases import Case
 from tests.ops import test_native_contract as contract
 
@@ -160,7 +160,7 @@ def test_not_finite_argument_means_what_the_reference_says(host, op, name, value
         if not which.startswith("work"):
             scale = w.double().nan_to_num(0, 0, 0).abs().max().item()
             if op == "polar_":
-                scale = cases.slope_of(args["coefficients"])
+                scale = spectral_cases.slope(args["coefficients"])
             compare.assert_as_accurate(g, w, w, which, scale)
 
 
