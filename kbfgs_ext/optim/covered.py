@@ -49,6 +49,7 @@ class CoveredLayer:
         self.kept: dict[str, torch.Tensor] = {}
         self.scratch: dict[str, torch.Tensor] = {}
         self._no_bias = torch.empty(0)
+        self._aside = False  # the weight lies so in memory that ops work on a copy
         self._settings = settings
 
     # ------------------------------------------------------------------ tensors
@@ -133,11 +134,13 @@ class CoveredLayer:
     def W(self) -> torch.Tensor:
         """The weight, n_g x d_in, or its 32-bit copy; where it lies otherwise in memory a copy, for
         `put_back`."""
+        W = self.view.outputs_first(self.weight.detach())
+        self._aside = not W.is_contiguous()
         master = self.kept.get("master_W")
         if master is not None:
             return master
-        W = self.view.matrix(self.weight.detach())
-        if self.view.in_place:
+        W = W if W.dim() == 2 else W.flatten(1)
+        if not self._aside:
             return W
         if "W" not in self.scratch or self.scratch["W"].dtype != W.dtype:
             self.scratch["W"] = torch.empty_like(W, memory_format=torch.contiguous_format)
@@ -145,7 +148,7 @@ class CoveredLayer:
 
     def put_back(self) -> None:
         """After an op has written `W`: let the weight have it."""
-        if not self.view.in_place:
+        if self._aside:
             master = self.kept.get("master_W")
             W = self.scratch["W"] if master is None else master.to(self.weight.dtype)
             self.view.write(self.weight.detach(), W)
@@ -205,7 +208,7 @@ class CoveredLayer:
     @property
     def halved(self) -> bool:
         """Whether this step moves the weight or the bias alone: the other is frozen."""
-        return len(self.moving) < len(self.parameters())
+        return len(self.moving) <= (self.bias is not None)
 
     def hold(self) -> None:
         """Put the frozen half of before the step into what the ops have written, bit for bit;
@@ -213,7 +216,7 @@ class CoveredLayer:
         moving = {id(p) for p in self.moving}
         saved = self.scratch["saved"]
         if id(self.weight) not in moving:
-            aside = self.kept.get("master_W") is None and not self.view.in_place
-            (self.scratch["W"] if aside else self.W()).copy_(saved[:, : self.d_in])
+            W = self.scratch["W"] if self._aside and not self.has("master_W") else self.W()
+            W.copy_(saved[:, : self.d_in])
         if self.bias is not None and id(self.bias) not in moving:
             self.b().copy_(saved[:, self.d_in])

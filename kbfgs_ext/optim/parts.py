@@ -147,13 +147,14 @@ class Parts:
     def of(self, layers: list[CoveredLayer], by_inputs: bool = False) -> list[Part]:
         """``layers`` by param group, and within one by the factors that their step has;
         ``by_inputs``: and by whether their inputs are rows."""
-        rows = {id(x): not by_inputs or x.observer.in_rows for x in layers}
-        key = tuple((id(x), x.bare, x.halved, rows[id(x)]) for x in layers)
+        rows = [not by_inputs or x.observer.in_rows for x in layers]
+        key = tuple([(id(x), x.bare, x.halved, r) for x, r in zip(layers, rows, strict=True)])
         parts = self._known.get(key)
         if parts is None:
             if len(self._known) > KNOWN:
                 self._known.clear()
-            parts = self._known[key] = list(self._divide(rows))
+            places = {id(x): r for x, r in zip(layers, rows, strict=True)}
+            parts = self._known[key] = list(self._divide(places))
         return parts
 
     def _divide(self, rows: dict[int, bool]) -> Iterator[Part]:
