@@ -25,7 +25,7 @@ from kbfgs_ext.optim.parts import Group
 from kbfgs_ext.optim.passes import check_generators, joined
 from kbfgs_ext.optim.settings import Settings
 from kbfgs_ext.optim.step import Step
-from kbfgs_ext.optim.wrappers import check_ranks, process_of, refuse_shards, unwrapped, wrappers_of
+from kbfgs_ext.optim.wrappers import process_of, refuse_shards, unwrapped, wrappers_of
 
 FallbackFactory = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
 
@@ -77,7 +77,6 @@ class CoveredOptimizer(torch.optim.Optimizer):
             hyper.check_group({**defaults, **options})
         device = common_device(found.layers)
         process = process_of(process_group, wrappers, mean_over, device)
-        check_ranks(process, settings, found.layers)
         process.broadcast(list(model.parameters()))
         self.steps = Step(settings, everything, generators, device, process)
         super().__init__(

@@ -10,19 +10,11 @@ sums of vectors (m_r rows on rank r, m of all ranks together):
 so no matrix is sent but the gradients, which `DistributedDataParallel` averages already, and A_0,
 once. Every decision is taken from these numbers, which are the same on all ranks to the bit.
 
-An exchange is one all-reduce of one flat vector of float64, the same in every exchange:
-
-    kind, step, failed, weight, loss
-    per layer       rows, blind (seen, but without a bias gradient), squares (of X: the trace of A)
-    per parameter   whether the pass has left it a gradient
-    per layer       a_bar (n_a), g_bar (n_g), y = A s (n_a)
-
-A rank that fails takes part in the exchange that comes next with ``failed`` set, and all raise.
+exchange.py has the vector.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,21 +26,16 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext import ops
 from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.exchange import ACTION, FIRST, HEAD, LOSS, SECOND, WARM, WEIGHT, Exchange
 from kbfgs_ext.optim.factors import ActivationMatrix, Tensors
+from kbfgs_ext.optim.inputs import mean_square
 from kbfgs_ext.optim.parts import Part
-from kbfgs_ext.optim.process import Alone, rows_of
 from kbfgs_ext.optim.updates import Verdict, restart
 
 CHUNK = 2**24  # elements of gradients that are sent together
-FIRST, SECOND, ACTION, WARM = 1, 2, 3, 4  # kinds of exchanges
-KIND, STEP, FAILED, WEIGHT, LOSS, HEAD = range(6)
 
 
-class RankError(RuntimeError):
-    """Another rank has failed, or is somewhere else."""
-
-
-class Ranks(Alone):
+class Ranks(Exchange):
     """The processes of ``group``.
 
     Args:
@@ -58,24 +45,14 @@ class Ranks(Alone):
         device: of the covered layers.
     """
 
-    alone = False
-
     def __init__(
         self, group: Any, wrappers: Sequence[DDP], mean_over: str, device: torch.device
     ) -> None:
-        super().__init__(wrappers)
-        self.group, self.device = group, device
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        super().__init__(group, wrappers, device)
         self._by_rows = mean_over == "rows"
-        self._weight, self._all_weights = 1.0, float(self.size)
+        self._all_weights = float(self.size)
         self._rows: dict[int, tuple[int, float]] = {}  # by layer: here, and on all ranks
         self._asked: list[tuple[Part, Tensors]] = []  # s of step 9, whose y is in the vector
-        self._kind = 0  # of the last exchange of this step
-        self._layers: list[CoveredLayer] = []
-        self._parameters: Tensors = []
-        self._moved: set[int] = set()  # of them, those that this rank has a gradient of
-        self._number = 0
-        self._passed = False  # a backward of this pass has gone through DDP
         self._mark([])
 
     def meet(self, wrapper: DDP) -> None:
@@ -116,65 +93,8 @@ class Ranks(Alone):
         self._moved.clear()
         if (len(layers), len(parameters)) == (len(self._layers), len(self._parameters)):
             return
-        self._layers, self._parameters = list(layers), list(parameters)
+        self._lay_out(layers, parameters)
         self._mark(layers)
-        sizes = [HEAD, *[len(layers)] * 3, len(parameters)]
-        sizes += [n for layer in layers for n in (layer.n_a, layer.n_g, layer.n_a)]
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        self.vector = torch.zeros(sum(sizes), dtype=wide, device=self.device)
-        _, _, _, self._squares, _, *vectors = self.vector.split(sizes)
-        self._a, self._g, self._y = vectors[0::3], vectors[1::3], vectors[2::3]
-        self._told = sum(sizes[:5])  # what the host looks at
-
-    def _exchange(self, kind: int, rows: Sequence[float], blind: Sequence[bool]) -> list[float]:
-        """Sum the vector over the ranks; its sums of numbers, on the host. RankError if not all
-        ranks are here, or one has failed."""
-        layers, moves = len(self._layers), [float(id(p) in self._moved) for p in self._parameters]
-        head = [kind, self._number, 0.0, self._weight]
-        self.vector[:LOSS].copy_(torch.tensor(head, dtype=self.vector.dtype))
-        counts = torch.tensor([*rows, *map(float, blind)], dtype=self.vector.dtype)
-        self.vector[HEAD : HEAD + 2 * layers].copy_(counts)
-        self.vector[HEAD + 3 * layers : self._told].copy_(torch.tensor(moves))
-        self._kind = kind
-        try:
-            with torch.profiler.record_function("kbfgs_ext: exchange"):
-                dist.all_reduce(self.vector, group=self.group)
-        except RuntimeError as error:
-            raise RankError(
-                f"rank {self.rank} waits for the others in step {self._number}, and not all of"
-                f" them come: one has ended, or hangs. {error}"
-            ) from error
-        said = self.vector[: self._told].tolist()
-        if said[FAILED]:
-            raise RankError(self._failures(None))
-        if said[KIND] != kind * self.size or said[STEP] != self._number * self.size:
-            raise RankError(
-                f"the ranks are not in the same place: this one, rank {self.rank}, is in step"
-                f" {self._number}. All ranks make the same calls, and load the same checkpoint"
-            )
-        return said
-
-    def fail(self, error: BaseException, inside: bool = False) -> None:
-        """Tell the others, in the exchange that they wait in or come to. Not where they wait
-        inside DDP for gradients that this rank will not send: they see it end."""
-        stuck = bool(self.wrappers) and inside and not self._passed
-        if stuck or not isinstance(error, Exception) or isinstance(error, RankError):
-            return
-        if self._layers:
-            # If they do not come, what has happened here says more than that.
-            with contextlib.suppress(Exception):
-                self.vector.zero_()
-                self.vector[FAILED] = 1.0
-                dist.all_reduce(self.vector, group=self.group)
-                self._failures(f"{type(error).__name__}: {error}")
-
-    def _failures(self, own: str | None) -> str:
-        said: list[str | None] = [None] * self.size
-        dist.all_gather_object(said, own, group=self.group)
-        return "; ".join(f"rank {r} failed with {s}" for r, s in enumerate(said) if s is not None)
-
-    def synced(self) -> None:
-        self._passed |= all(wrapper.require_backward_grad_sync for wrapper in self.wrappers)
 
     # ------------------------------------------------------------------ the two passes
 
@@ -183,8 +103,9 @@ class Ranks(Alone):
         for layer in layers:
             if not layer.moving:
                 layer.observer.settle()
-        self._means_of_inputs()
         here = [sum(use.rows for use in layer.observer.uses) for layer in layers]
+        self.vector.zero_()
+        self._look_at_inputs(here)
         self._weight = float(max(here)) if self._by_rows else 1.0
         covered = {id(p) for layer in layers for p in layer.parameters()}
         self._moved = {id(p) for layer in layers for p in layer.moving}
@@ -194,7 +115,6 @@ class Ranks(Alone):
         wanted = [
             layer.observer.keep_inputs or layer.observer.a_bar is not None for layer in layers
         ]
-        self.vector.zero_()
         loss, said = self._reduce(FIRST, "", here, wanted, loss)
         self._rows = {
             id(layer): (rows, total)
@@ -218,13 +138,14 @@ class Ranks(Alone):
         ]
         return self._reduce(SECOND, "_next", here, wanted, loss)[0]
 
-    def _means_of_inputs(self) -> None:
-        """a_bar of the layers whose rows are kept."""
-        kept = [x for x in self._layers if x.observer.keep_inputs and x.observer.uses]
-        if kept:
-            X = [rows_of(layer) for layer in kept]
-            a_bar = [layer["a_bar"] for layer in kept]
-            ops.factor_ema_([], a_bar, X, 0.0, None, kept[0].activation.settings.backend)
+    def _look_at_inputs(self, here: list[int]) -> None:
+        """a_bar and mean squares of the layers whose inputs are kept."""
+        for i, layer in enumerate(self._layers):
+            if layer.observer.keep_inputs and layer.observer.uses:
+                inputs = layer.observer.inputs()
+                inputs.average([], layer["a_bar"], 0.0, None, layer.activation.settings.backend)
+                if layer.activation.settings.relative_damping:
+                    self._squares[i] = here[i] * mean_square(inputs, layer["a_bar"])
 
     def _reduce(
         self, kind: int, suffix: str, rows: list[int], wanted: list[bool], loss: torch.Tensor
@@ -279,6 +200,10 @@ class Ranks(Alone):
 
     # ------------------------------------------------------------------ the activation side
 
+    def mean_squares(self, part: Part) -> Tensors:
+        at = {id(layer): i for i, layer in enumerate(self._layers)}
+        return [self._squares[at[id(x)]] / self._rows[id(x)][1] for x in part.layers]
+
     def _share(self, layer: CoveredLayer) -> float:
         """m_r/m."""
         rows, total = self._rows[id(layer)]
@@ -308,43 +233,36 @@ class Ranks(Alone):
             return
         self.together = False
         decay = part.group["stat_decay"]
-        alike: dict[float, list[CoveredLayer]] = {}
         for layer in part.layers:
             rows, total = self._rows[id(layer)]
-            alike.setdefault(self.size * rows / total if total else 0.0, []).append(layer)
-        for w, layers in alike.items():
-            c, A = (1 - decay) * w, [layer["A"] for layer in layers]
-            own = decay if w == 1 else decay / (decay + c) if w else 1.0
+            w, A = self.size * rows / total if total else 0.0, layer["A"]
+            c = (1 - decay) * w
             if w:
-                unused = [torch.empty_like(layer["a_bar"]) for layer in layers]
-                X = [rows_of(layer) for layer in layers]
-                ops.factor_ema_(A, unused, X, own, ok, part.backend)
+                unused = torch.empty_like(layer["a_bar"])
+                own = decay / (decay + c) if w != 1 else decay
+                layer.observer.inputs().average([A], unused, own, ok, part.backend)
             if w != 1:
-                torch._foreach_mul_(A, ok.to(A[0].dtype).mul_(decay + c - 1).add_(1))
+                A.mul_(ok.to(A.dtype).mul_(decay + c - 1).add_(1))
 
     def follow(self, part: Part, verdict: Verdict, late: bool) -> None:
         """Step 9's s = H_a a_bar and this rank's share of y = A s + lam*s."""
         s = [torch.mv(H_a, a) for H_a, a in zip(part["H_a"], part["a_bar"], strict=True)]
         self._asked.append((part, s))
-        lam, at = part.scalars.lam_a, {id(layer): i for i, layer in enumerate(self._layers)}
-        shares = [1 / self.size if part.settings.keep_A else self._share(x) for x in part.layers]
-        here = [k for k, share in enumerate(shares) if share]
-        layers, v = [part.layers[k] for k in here], [s[k] for k in here]
-        y, wide = [torch.empty_like(x) for x in v], self.vector.dtype
-        if part.settings.keep_A:
-            for layer, out, x in zip(layers, y, v, strict=True):
-                torch.mv(layer["A"], x, out=out).add_(x * lam.to(x.dtype))
-            squares = [x["A"].diagonal()[: x.d_in].sum(dtype=wide) for x in layers]
-        else:
-            X = [rows_of(layer) for layer in layers]
-            ops.hessian_action_(y, X, v, [lam] * len(v), part.backend)
-            if part.settings.restart_after is None:
-                X = []
-            squares = [torch.linalg.vector_norm(x, dtype=wide).square() / len(x) for x in X]
-        for k, layer, out in zip(here, layers, y, strict=True):
-            self._y[at[id(layer)]].copy_(out).mul_(shares[k])
-        for k, layer, trace in zip(here, layers, squares, strict=False):
-            self._squares[at[id(layer)]] = trace * shares[k]
+        at = {id(layer): i for i, layer in enumerate(self._layers)}
+        wide, everyone = self.vector.dtype, 1 / self.size
+        for layer, v, lam in zip(part.layers, s, part.lam_a(), strict=True):
+            i, share = at[id(layer)], everyone if part.settings.keep_A else self._share(layer)
+            if not share:
+                continue
+            if part.settings.keep_A:
+                y = layer["A"] @ v
+                trace = layer["A"].diagonal()[: layer.d_in].sum(dtype=wide)
+            else:
+                inputs, y = layer.observer.inputs(), torch.empty_like(v)
+                inputs.action(v, y, part.backend)
+                trace = mean_square(inputs, v) * layer.d_in
+            self._y[i].copy_(y.add_(v * lam.to(v.dtype))).mul_(share)
+            self._squares[i] = trace * share
 
     def followed(self, verdict: Verdict) -> None:
         """The rest of step 9. Where no second pass has carried y, it goes by itself."""

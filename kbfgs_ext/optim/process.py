@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext.optim.factors import ActivationMatrix, Tensors
-from kbfgs_ext.optim.inputs import Rows
 from kbfgs_ext.optim.updates import Verdict
 
 if TYPE_CHECKING:
@@ -82,6 +81,15 @@ class Alone:
         """After the second pass, likewise; ``paired`` are the layers that yield a pair."""
         return loss
 
+    def mean_squares(self, part: Part) -> Tensors:
+        """Of the inputs of this step, by layer."""
+        pairs = zip(part.inputs(), part["a_bar"], strict=True)
+        X = [inputs.of_the_same_square(a_bar) for inputs, a_bar in pairs]
+        squares = torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))
+        torch._foreach_pow_(squares, 2)
+        torch._foreach_div_(squares, [float(x.numel()) for x in X])
+        return list(squares)
+
     def average(self, layer: CoveredLayer, decay: float | None, ok: torch.Tensor) -> None:
         """Step 3 before the layer's start: `ActivationMatrix.average_one`."""
         assert isinstance(layer.activation, ActivationMatrix)
@@ -125,10 +133,3 @@ class Alone:
 
 def _flag(wrapper: DDP) -> tuple[str, bool]:
     return "require_forward_param_sync", wrapper.require_forward_param_sync
-
-
-def rows_of(layer: CoveredLayer) -> torch.Tensor:
-    """The layer's inputs as a matrix; wrappers.py lets no other kind in."""
-    inputs = layer.observer.inputs()
-    assert isinstance(inputs, Rows)
-    return inputs.X

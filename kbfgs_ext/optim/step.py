@@ -248,7 +248,7 @@ class Step:
 
     def _statistics(self, part: Part, ok: torch.Tensor) -> None:
         """Step 3: the activation factor and mean; at a layer's start also its damped inverse."""
-        scales.measure_inputs(part, ok)
+        scales.measure_inputs(part, lambda: self.process.mean_squares(part), ok)
         cold = [layer for layer in part.layers if not layer.started]
         for layer in cold:  # a warm start has left A_0
             self.process.average(layer, 0.0 if not layer.warm_batches else None, ok)

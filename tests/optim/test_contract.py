@@ -13,13 +13,14 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS
 from tests.optim.models import (
     METHODS,
     assert_same_weights,
     closure_of,
     four_calls,
     mlp,
+    newton,
     problem,
     rows,
     snapshot,
@@ -49,7 +50,7 @@ def test_a_group_s_option_is_that_of_a_whole_optimizer(option):
     a, opt_a, closure_a = problem(**{option: 0.5})
     torch.manual_seed(0)
     b = mlp(5, 7, 3)
-    opt_b = KBFGS(b, groups=[{"params": b, option: 0.5}])
+    opt_b = newton(b, groups=[{"params": b, option: 0.5}])
     assert len(opt_b.param_groups) == 1
     closure_b = closure_of(b, opt_b, rows(12, 5), rows(12, 3, seed=1))
     for _ in range(4):
@@ -208,7 +209,7 @@ def test_loaded_tensors_go_where_the_optimizer_has_its_own():
 # ---------------------------------------------------------------------- keywords of torch
 
 
-@pytest.mark.parametrize("method", [KBFGS, KBFGSL])
+@METHODS
 @pytest.mark.parametrize("name", ["foreach", "fused", "capturable", "maximize", "differentiable"])
 @pytest.mark.parametrize("value", [None, False, True])
 def test_keywords_of_torch(method, name, value):

@@ -8,7 +8,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kbfgs_ext import KBFGS, KBFGSL
-from tests.optim.models import METHODS, assert_same, closure_of, mlp, rows, snapshot
+from tests.optim.models import (
+    METHODS,
+    assert_same,
+    closure_of,
+    mlp,
+    newton,
+    newton_l,
+    rows,
+    snapshot,
+)
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -32,7 +41,7 @@ def test_a_warning_names_the_sides_once(method):
         method(mlp(*SIZES), max_factor_dim=LARGEST)
     assert len(seen) == 1
     said = str(seen[0].message)
-    if method is KBFGS:
+    if method is newton:
         assert said.endswith("0: n_g 20; 2: n_a 21, n_g 20; 4: n_a 21")
     else:  # its pairs are kept
         assert said.endswith(": 2: n_a 21; 4: n_a 21")
@@ -49,9 +58,9 @@ def test_the_default_bounds_memory(method, action):
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32_000, bias=False))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        opt = method(model, hessian_action=action, **({"memory": 5} if method is KBFGSL else {}))
+        opt = method(model, hessian_action=action, **({"memory": 5} if method is newton_l else {}))
     assert opt.memory_usage()["total"] < 6 * 4 * 64 * 32_000  # six times the head
-    said = ["max_factor_dim=8192", ": 1: n_g 32000"] if method is KBFGS else []
+    said = ["max_factor_dim=8192", ": 1: n_g 32000"] if method is newton else []
     assert len(seen) == bool(said) and all(part in str(seen[0].message) for part in said)
     assert opt.coverage()[1].reason == ("no factor for n_g 32000" if said else "")
 
@@ -100,12 +109,12 @@ def test_what_is_kept_and_counted(method, action):
     assert first.has("H_a") and not middle.has("H_a") and not last.has("H_a")
     assert predicted["H_a"] == 6 * 6 * 8 and predicted["product"] == 20 * 6 * 8
     assert predicted.get("A", 0) == (6 * 6 * 8 if action == "ema" else 0)
-    assert predicted.get("H_g", 0) == (3 * 3 * 8 if method is KBFGS else 0)
+    assert predicted.get("H_g", 0) == (3 * 3 * 8 if method is newton else 0)
     report = opt.diagnostics()
     assert int(report["0"]["accepted_a"] + report["0"]["rejected_a"]) == 4
     assert int(report["2"]["accepted_a"] + report["2"]["rejected_a"]) == 0
     pairs = [int(counts["accepted"] + counts["rejected"]) for counts in report.values()]
-    assert pairs == ([0, 0, 4] if method is KBFGS else [4, 4, 4])
+    assert pairs == ([0, 0, 4] if method is newton else [4, 4, 4])
 
 
 @METHODS

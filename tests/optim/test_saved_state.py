@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_value_
 
 from kbfgs_ext import KBFGS
 from tests.optim.loops import backward_of, everything, train
-from tests.optim.models import METHODS, assert_same, closure_of, four_calls, mlp, rows
+from tests.optim.models import METHODS, assert_same, closure_of, four_calls, mlp, newton, rows
 from tests.optim.test_closures import PLAIN, net
 
 FALLBACKS = {
@@ -238,7 +238,7 @@ def test_a_sparse_gradient_that_the_fallback_cannot_take(method):
 
 @pytest.mark.parametrize("which", ["first pass", "second pass"])
 def test_an_error_in_the_plain_loop(which):
-    model, opt = build(KBFGS)
+    model, opt = build(newton)
     run(model, opt, range(2))
     good = closure_of(model, opt, rows(12, 4), rows(12, 3, seed=1))
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -275,14 +275,14 @@ def test_an_empty_list_of_gradients_in_the_second_pass(method):
 
 
 def test_explain_names_every_op_that_is_on_the_reference(monkeypatch):
-    model, opt = build(KBFGS, None, backend="reference")
+    model, opt = build(newton, None, backend="reference")
     run(model, opt, range(2))
     first, *rest = opt.explain().splitlines()
     ops = {line.split("/")[1].split(":")[0] for line in rest}
     named = set(first.split("on the reference: ")[1].split(", "))
     assert named == ops >= {"kron_step_", "factor_ema_", "curvature_update_", "output_change_"}
     monkeypatch.setenv("KBFGS_BACKEND", "reference")
-    model, opt = build(KBFGS, None)
+    model, opt = build(newton, None)
     assert "KBFGS_BACKEND=reference" in opt.explain()
     run(model, opt, range(2))
     assert opt.explain().splitlines()[0] == first

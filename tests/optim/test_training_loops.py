@@ -19,7 +19,7 @@ from tests.optim.loops import (
     step_of,
     train,
 )
-from tests.optim.models import METHODS, assert_same_weights, four_calls, mlp, rows
+from tests.optim.models import METHODS, assert_same_weights, four_calls, mlp, newton, rows
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 
@@ -372,7 +372,7 @@ def test_heads_that_take_turns_and_zero_their_own_gradients():
     """A gradient that the step has not made moves nothing."""
     torch.manual_seed(0)
     model, x = nn.ModuleList([nn.Linear(4, 2).double() for _ in range(2)]), rows(8, 4)
-    opt = KBFGS(model)
+    opt = newton(model)
 
     def closure_of_head(head):
         def closure():
