@@ -217,6 +217,40 @@ def test_torch_func(method, bias, how):
     assert_trains_as(net(bias), backward_of(work), backward_of(plainly), method)
 
 
+# ---------------------------------------------------------------------- modules of torch's own
+
+
+class Encoder(nn.Module):
+    """Attention, whose projections are used by hand, between layers that are called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.head = nn.Embedding(9, 8), nn.Linear(8, 3)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, tokens, pad):
+        return self.head(self.encoder(self.tokens(tokens), src_key_padding_mask=pad)[:, 0])
+
+
+@METHODS
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_in_eval_mode_with_padding(method):
+    """Torch's inference path, which skips the layers' hooks, does not switch on in either pass: a
+    run in eval mode is that in training mode, without dropout the same function."""
+    tokens, pad = torch.arange(84).view(12, 7) % 9, torch.zeros(12, 7, dtype=torch.bool)
+    pad[:4, 5:] = True
+    runs = []
+    for training in (True, False):
+        model = Encoder().double().train(training)
+        opt = method(model, fallback=lambda ps: torch.optim.AdamW(ps, lr=1e-3))
+        train(model, opt, backward_of(lambda m: error_of(m(tokens, pad))))
+        assert all(int(d["accepted"]) for d in opt.diagnostics().values())
+        runs.append((model, opt))
+    assert_one_run(*runs)
+
+
 # ---------------------------------------------------------------------- layouts
 
 
