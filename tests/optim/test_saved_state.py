@@ -8,6 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -41,23 +42,34 @@ def run(model, opt, steps):
 # ---------------------------------------------------------------------- ways to save
 
 
-def by_state_dict_tools(model, opt, other_model, other, folder):
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def by_state_dict_tools(model, opt, other_model, other, folder, options=None):
     other_model.load_state_dict(model.state_dict())
-    set_optimizer_state_dict(other_model, other, get_optimizer_state_dict(model, opt))
+    state = get_optimizer_state_dict(model, opt, options=options)
+    set_optimizer_state_dict(other_model, other, state, options=options)
 
 
-def by_dcp(model, opt, other_model, other, folder):
-    saved = {"model": model.state_dict(), "opt": get_optimizer_state_dict(model, opt)}
-    template = {
-        "model": other_model.state_dict(),
-        "opt": get_optimizer_state_dict(other_model, other),
-    }
+def by_flat_tools(*given):
+    by_state_dict_tools(*given, FLAT)
+
+
+def by_dcp(model, opt, other_model, other, folder, options=None):
+    def state_of(m, o):
+        return {"model": m.state_dict(), "opt": get_optimizer_state_dict(m, o, options=options)}
+
+    saved, template = state_of(model, opt), state_of(other_model, other)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no process group is there
         dcp.save(saved, checkpoint_id=folder)
         dcp.load(template, checkpoint_id=folder)
     other_model.load_state_dict(template["model"])
-    set_optimizer_state_dict(other_model, other, template["opt"])
+    set_optimizer_state_dict(other_model, other, template["opt"], options=options)
+
+
+def by_flat_dcp(*given):
+    by_dcp(*given, FLAT)
 
 
 def tensors_and_json(model, opt, other_model, other, folder):
@@ -79,6 +91,7 @@ def tensors_and_json(model, opt, other_model, other, folder):
 
 
 WAYS = [(by_state_dict_tools, 2), (by_dcp, 0), (by_dcp, 2), (tensors_and_json, 2)]
+WAYS += [(by_flat_tools, 2), (by_flat_dcp, 0), (by_flat_dcp, 2)]
 
 
 @METHODS
@@ -89,12 +102,42 @@ def test_a_resumed_run_goes_on_bit_for_bit(method, way, fallback, stepped, tmp_p
     run(model, opt, range(stepped))
     other_model, other = build(method, fallback, action="ema" if stepped else "minibatch")
     run(other_model, other, range(7, 8))  # what is loaded replaces what was there
-    if way is by_dcp:
+    if way in (by_dcp, by_flat_dcp):
         other_model, other = build(method, fallback, action="ema" if stepped else "minibatch")
     way(model, opt, other_model, other, tmp_path)
     for m, o in ((model, opt), (other_model, other)):
         run(m, o, range(2, 5))
     assert_same(everything(model, opt), everything(other_model, other))
+
+
+def test_flat_state_of_several_groups():
+    """Each parameter has the options of its group; torch's tools put the groups together again."""
+    runs = []
+    for lr in (0.1, 0.4):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+        groups = [{"params": model[2], "lr": lr, "damping": torch.tensor(lr)}]
+        runs.append((model, KBFGS(model, groups=groups, fallback=torch.optim.AdamW)))
+        run(*runs[-1], range(2))
+    (model, opt), (twin, other) = runs
+    by_flat_tools(model, opt, twin, other, None)
+    assert [group["lr"] for group in other.param_groups] == [0.3, 0.1, 0.001]
+    for m, o in runs:
+        run(m, o, range(2, 5))
+    assert_same(everything(model, opt), everything(twin, other))
+
+
+def test_the_live_state_is_what_a_checkpoint_has():
+    model, opt = build(KBFGS)
+    run(model, opt, range(2))
+    saved, parameters = opt.state_dict(), [p for g in opt.param_groups for p in g["params"]]
+    assert [*opt.state] == [parameters[i] for i in saved["state"]]
+    for i, entry in saved["state"].items():
+        live = opt.state[parameters[i]]
+        assert live.keys() == entry.keys()
+        assert all(torch.equal(live[name], value) for name, value in entry.items())
+    assert opt.state[model[0].weight]["H_a"] is opt.layers[0]["H_a"]
+    assert opt.state[torch.zeros(1)] == {}
 
 
 def test_a_checkpoint_of_the_old_format_is_refused_by_name():
