@@ -223,6 +223,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for layer in self.layers:
             layer.observer.zero_virtual()
+            if not set_to_none:
+                layer.observer.note_zeros()
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -20,13 +20,14 @@ from torch import nn
 
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim import direction, gradients, hyper, scales, shown
-from kbfgs_ext.optim.capture import Pass, Recorder
+from kbfgs_ext.optim.capture import Pass
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.fallback import Fallback
 from kbfgs_ext.optim.moved import Moved
 from kbfgs_ext.optim.parts import Group, Part, Parts
 from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, own_work, profiled
 from kbfgs_ext.optim.process import Alone
+from kbfgs_ext.optim.recorder import Recorder
 from kbfgs_ext.optim.reports import Watch
 from kbfgs_ext.optim.safeguard import Safeguard
 from kbfgs_ext.optim.settings import Settings
@@ -73,8 +74,7 @@ class Step:
         self._paired: list[CoveredLayer] = []  # those that yield a pair
         self._moved = Moved()  # by the step under way
         self._random: RandomState | None = None
-        self._model = model
-        self._watch = Watch(model)
+        self._model, self._watch = model, Watch(model)
         self.parts = Parts(settings, device)
         self._course: Generator[str, Any, None] | None = None
 
