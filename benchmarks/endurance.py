@@ -115,7 +115,7 @@ def _mean(losses: list[float]) -> float:
 
 def _finite(model: nn.Module, opt: KBFGS) -> Tensor:
     """Whether every weight and every kept tensor is finite; a bool scalar on the device."""
-    state = (t for kept in opt.state.values() for t in kept.values())
+    state = (t for layer in opt.layers for t in layer.kept.values())
     tensors = [*model.parameters(), *(t for t in state if t.is_floating_point())]
     return torch.stack([torch.isfinite(t).all() for t in tensors]).all()
 

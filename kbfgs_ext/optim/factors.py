@@ -209,6 +209,10 @@ class GradientMatrix(Factor):
         super().clear()
         self.kept["H_g"].fill_diagonal_(1.0)
 
+    def reset(self) -> None:
+        super().reset()
+        self.kept["H_g"].fill_diagonal_(1.0)
+
     def start(self, lam: torch.Tensor) -> None:
         """H_g = gamma*I."""
         _start_scale(self.kept["H_g"].diagonal(), self.settings.initial_scale, lam)

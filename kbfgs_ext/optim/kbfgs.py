@@ -221,7 +221,8 @@ class KBFGS(CoveredOptimizer):
             The loss of the first pass, as the closure returned it.
 
         A non-finite loss or gradient voids the step: parameters and state stay, and ``counters()``
-        counts it. Nothing is read back to the host, but for one flag in the very first step.
+        counts it. Nothing is read back to the host, but for one flag in the very first step. An
+        exception, whoever raises it, takes the step back.
 
         Raises:
             TypeError: ``closure`` is missing, or returns no scalar; called by ``scaler.step``.

@@ -14,6 +14,7 @@ from kbfgs_ext.optim.factors import Factor, Identity, Tensors
 from kbfgs_ext.optim.hyper import DeviceScalars
 from kbfgs_ext.optim.settings import Settings
 
+STILL, TURNED, MOVED = range(3)  # how far a step of a part is: M has the gradient, [W, b] moved
 KNOWN = 64  # lists of layers whose parts are kept: more where layers take turns in a model
 
 
@@ -46,6 +47,7 @@ class Part:
         self.bare, self.halved = first.bare, first.halved
         self.activation: type[Factor] = Identity if self.bare else type(first.activation)
         self.gradient: type[Factor] = Identity if self.bare else type(first.gradient)
+        self.stage = STILL
         self._each: dict[str, Tensors] = {}
 
     def __getitem__(self, name: str) -> Tensors:

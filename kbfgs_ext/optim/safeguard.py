@@ -122,6 +122,14 @@ class Safeguard:
         steps.add_(1)
         skipped.add_(~ok)
 
+    def uncount(self, ok: torch.Tensor, order_a: torch.Tensor | None) -> None:
+        """A step that was counted has failed; nor is its order for the activation sides done."""
+        steps, skipped, _, _ = self._counts.unbind()
+        steps.sub_(1)
+        skipped.sub_((~ok).to(skipped.dtype))
+        if order_a is not None:
+            self._decision[2].logical_or_(order_a)
+
     @property
     def wants_slope(self) -> bool:
         """Whether the judgement needs the slope."""
