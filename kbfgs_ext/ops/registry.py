@@ -91,6 +91,14 @@ class Taken:
 
 
 _watched: dict[str, Taken] | None = None  # where `watch` notes the calls, if it does
+_asked: tuple[str | None, bool] = None, False  # `_environment` when it began
+
+
+def _environment() -> tuple[str | None, bool]:
+    """The backend that is asked for, and whether Triton is interpreted."""
+    return environment.forced_backend(), environment.triton_interpreted()
+
+
 _OPS: dict[str, Op] = {}
 _TABLE: dict[str, dict[str, Implementation]] = {}
 
@@ -152,7 +160,7 @@ def available(op: str, backend: str) -> bool:
 def run(op: str, backend: str, call: Call) -> None:
     """Run ``op`` on ``backend``; for "auto" on the first backend that takes the call."""
     if backend == "auto":
-        backend = environment.forced_backend() or "auto"
+        backend = (_environment() if _watched is None else _asked)[0] or "auto"
     if backend != "auto":
         reason = _run_one(op, backend, call)
         if reason is not None:
@@ -193,13 +201,15 @@ def _note(op: str, backend: str, declined: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def watch(into: dict[str, Taken]) -> Iterator[None]:
-    """Context: note in ``into`` which backend each op takes; of several calls the slowest one's."""
-    global _watched
-    before, _watched = _watched, into
+    """Context: note in ``into`` which backend each op takes; of several calls the slowest one's.
+    The environment is asked once."""
+    global _watched, _asked
+    before = _watched, _asked
+    _watched, _asked = into, _environment()
     try:
         yield
     finally:
-        _watched = before
+        _watched, _asked = before
 
 
 def explain_step(taken: Mapping[str, Taken]) -> str:
@@ -216,23 +226,19 @@ def explain_step(taken: Mapping[str, Taken]) -> str:
 
 
 def _wrong_device(backend: str, args: Iterable[Any]) -> str | None:
-    """Why ``backend`` does not run where the tensors of ``args`` are, or None."""
+    """Why ``backend`` does not run where the tensors of ``args`` are, of a list its first, or
+    None."""
     if backend == "reference":
         return None
     on_cpu = backend == "cpu"
     for arg in args:
-        if isinstance(arg, (list, tuple)):
-            tensors = arg if arg and isinstance(arg[0], torch.Tensor) else ()
-        elif isinstance(arg, torch.Tensor):
-            tensors = (arg,)
-        else:
+        item = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
+        if not isinstance(item, torch.Tensor) or (item.is_cpu if on_cpu else item.is_cuda):
             continue
-        for item in tensors:
-            if not (item.is_cpu if on_cpu else item.is_cuda):
-                if backend == "triton" and environment.triton_interpreted():
-                    return None
-                kind = "cpu" if on_cpu else "cuda"
-                return f"the {backend} backend needs {kind} tensors, got {item.device}"
+        if backend == "triton" and (_environment() if _watched is None else _asked)[1]:
+            return None
+        kind = "cpu" if on_cpu else "cuda"
+        return f"the {backend} backend needs {kind} tensors, got {item.device}"
     return None
 
 

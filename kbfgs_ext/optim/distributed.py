@@ -200,9 +200,10 @@ class Ranks(Exchange):
 
     # ------------------------------------------------------------------ the activation side
 
-    def mean_squares(self, part: Part) -> Tensors:
+    def norms(self, part: Part) -> tuple[Tensors, list[float]]:
         at = {id(layer): i for i, layer in enumerate(self._layers)}
-        return [self._squares[at[id(x)]] / self._rows[id(x)][1] for x in part.layers]
+        means = [self._squares[at[id(x)]] / self._rows[id(x)][1] for x in part.layers]
+        return [mean.sqrt() for mean in means], [1.0] * len(means)
 
     def _share(self, layer: CoveredLayer) -> float:
         """m_r/m."""

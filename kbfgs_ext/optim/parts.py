@@ -48,6 +48,7 @@ class Part:
         self.activation: type[Factor] = Identity if self.bare else type(first.activation)
         self.gradient: type[Factor] = Identity if self.bare else type(first.gradient)
         self.stage = STILL
+        self.scratch: Tensors = []  # of `Parts.scratch`, once it was asked for
         self._each: dict[str, Tensors] = {}
 
     def __getitem__(self, name: str) -> Tensors:
@@ -172,13 +173,12 @@ class Parts:
 
     def scratch(self, part: Part) -> Tensors:
         """Each layer's part of the scratch that the direction needs, flat."""
-        alone = self._device.type == "cpu"
-        views, at = [], 0
-        for layer in part.layers:
+        alone, at = self._device.type == "cpu", 0
+        for layer in part.layers if not part.scratch else []:
             size = direction_elements(layer, self._settings)
-            views.append(self._product[at : at + size])
+            part.scratch.append(self._product[at : at + size])
             at += 0 if alone else size
-        return views
+        return part.scratch
 
 
 def direction_elements(layer: CoveredLayer, settings: Settings) -> int:

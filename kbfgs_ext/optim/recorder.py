@@ -140,11 +140,15 @@ class Recorder:
         if torch._C._current_graph_task_id() != -1:
             observer.recomputed = True  # activation checkpointing: the same use again
             return replaced
-        with torch.no_grad(), torch._C._DisableFuncTorch():
-            use = observer.add(view.inputs(x))
+        inside = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
+        if inside:
+            with torch.no_grad(), torch._C._DisableFuncTorch():
+                use = observer.add(view.inputs(x))
+        else:
+            use = observer.add(view.inputs(x.detach()))
         node = _origin(output if replaced is None else replaced)
-        if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
-            use.reached = True  # inside torch.func nothing tells
+        if node is None or inside:
+            use.reached = True  # nothing tells
         else:
             node.register_prehook(functools.partial(observer.reach, use))
         return replaced

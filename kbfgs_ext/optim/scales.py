@@ -13,23 +13,25 @@ from collections.abc import Callable
 
 import torch
 
+from kbfgs_ext.optim import gradients
 from kbfgs_ext.optim.factors import Tensors
 from kbfgs_ext.optim.parts import Part
 
+NormsOf = Callable[[Part], tuple[Tensors, list[float]]]
 FOLLOW_INPUTS = 0.1  # share of a new value in the moving average
 FOLLOW_PAIRS = 0.05
 
 
-def measure_inputs(part: Part, squares: Callable[[], Tensors], ok: torch.Tensor) -> None:
-    """Let v follow the mean ``squares`` of the inputs of this step, and set lam_a."""
+def measure_inputs(part: Part, norms_of: NormsOf, ok: torch.Tensor) -> None:
+    """Let v follow the inputs of this step, and set lam_a; ``norms_of`` a part are those of its
+    inputs, and of how many elements."""
     if not part.settings.relative_damping:
         return
-    old = torch.stack(part["v"])
-    new = torch.stack(squares()).to(old.dtype)
-    _follow(part["v"], old, new, FOLLOW_INPUTS, ok)
-    v = torch.stack(part["v"])
+    norms, elements = norms_of(part)
+    roots = torch._foreach_mul(norms, [n**-0.5 for n in elements])
+    v = _follow(part["v"], torch.stack(roots), FOLLOW_INPUTS, ok)
     lam_a = torch.where(v > 0, v, 1.0) * part.scalars.lam_a  # inputs may all be 0: dead units
-    torch._foreach_copy_(part["lam_a"], list(lam_a.unbind()))
+    torch._foreach_copy_(part["lam_a"], lam_a.unbind())
 
 
 def measure_pairs(part: Part, ok: torch.Tensor) -> None:
@@ -38,19 +40,18 @@ def measure_pairs(part: Part, ok: torch.Tensor) -> None:
         return
     g_bar, g_bar_next = part["g_bar"], part["g_bar_next"]
     changes = [*part["h_change"], *torch._foreach_sub(g_bar_next, g_bar)]
-    old = torch.stack(part["ss"] + part["yy"])
-    new = torch.stack(torch._foreach_norm(changes)).to(old.dtype).square()
-    _follow(part["ss"] + part["yy"], old, new, FOLLOW_PAIRS, ok)
-    ss, yy = torch.stack(part["ss"]), torch.stack(part["yy"])
-    units = torch.where((ss > 0) & (yy > 0), (ss / yy).sqrt(), 1.0).to(g_bar[0].dtype)
-    torch._foreach_mul_(g_bar, list(units.unbind()))
-    torch._foreach_mul_(g_bar_next, list(units.unbind()))
+    places, roots = part["ss"] + part["yy"], torch.stack(torch._foreach_norm(changes))
+    ss, yy = _follow(places, roots, FOLLOW_PAIRS, ok).chunk(2)
+    units = torch.where((ss > 0) & (yy > 0), (ss / yy).sqrt(), 1.0).to(g_bar[0].dtype).unbind()
+    torch._foreach_mul_(g_bar + g_bar_next, units + units)
 
 
-def _follow(
-    places: Tensors, old: torch.Tensor, new: torch.Tensor, share: float, ok: torch.Tensor
-) -> None:
-    """The moving averages ``places``; they begin with the first value that is finite and not 0."""
+def _follow(places: Tensors, roots: torch.Tensor, share: float, ok: torch.Tensor) -> torch.Tensor:
+    """Let the moving averages ``places`` follow the squares of ``roots``, and return them; they
+    begin with the first value that is finite and not 0."""
+    old = torch.stack(places)
+    new = roots.to(old.dtype).square()
     average = torch.where(old > 0, old.lerp(new, share), new)
-    average = torch.where(ok & torch.isfinite(new), average, old)
-    torch._foreach_copy_(places, list(average.unbind()))
+    average = torch.where(ok & gradients.is_finite(new), average, old)
+    torch._foreach_copy_(places, average.unbind())
+    return average

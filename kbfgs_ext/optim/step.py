@@ -19,13 +19,20 @@ import torch
 from torch import nn
 
 from kbfgs_ext.ops import registry
-from kbfgs_ext.optim import direction, gradients, hyper, scales, shown
+from kbfgs_ext.optim import averages, direction, gradients, hyper, scales, shown
 from kbfgs_ext.optim.capture import Pass
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.fallback import Fallback
 from kbfgs_ext.optim.moved import Moved
-from kbfgs_ext.optim.parts import Group, Part, Parts
-from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, own_work, profiled
+from kbfgs_ext.optim.parts import Group, Parts
+from kbfgs_ext.optim.passes import (
+    Buffers,
+    RandomState,
+    SecondPass,
+    own_work,
+    parameters_of,
+    profiled,
+)
 from kbfgs_ext.optim.process import Alone
 from kbfgs_ext.optim.recorder import Recorder
 from kbfgs_ext.optim.reports import Watch
@@ -103,7 +110,7 @@ class Step:
         """Context of the second pass; `KBFGS.second_pass`."""
         self.expect(SECOND)
         assert self._random is not None
-        everything = itertools.chain(self._model.parameters(), self.parameters())
+        everything = itertools.chain(parameters_of(self._model), self.parameters())
         anchors, freeze = self._anchors(), self.settings.freeze_second_pass
         try:
             with (
@@ -206,7 +213,8 @@ class Step:
         with self.own_work():
             loss_next = process.second(self._paired, loss_next)
             pairs = [layer for layer in self._paired if layer.observer.complete]
-            for part in self.parts.of(pairs):
+            parts = moved.parts if len(pairs) == len(active) else self.parts.of(pairs)
+            for part in parts:
                 direction.output_change(part)  # by the step as it was taken
             if guard.rule is not None:
                 moved.undo(guard.judge(loss, loss_next, self.slope, noise, ok))
@@ -219,7 +227,7 @@ class Step:
                 order_a = moved.order_a = guard.take_order_a(ok)
             verdict = Verdict(ok, ok_pair, order_a, guard.order_g)
             with self.phase("curvature"):
-                for part in self.parts.of(pairs):
+                for part in parts:
                     scales.measure_pairs(part, ok_pair)
                     part.gradient.update(part, verdict, late and process.alone)
                 process.followed(verdict)
@@ -235,38 +243,25 @@ class Step:
                 if not layer.started and not layer.bare:
                     layer.gradient.start(scalars.lam_g)
             seen = [layer for layer in layers if layer.observer.has_inputs()]
-            for one in self.parts.of(seen, by_inputs=True):
+            parts = self.parts.of(seen, by_inputs=True)
+            for one in parts:
                 with self.phase("statistics"):
-                    self._statistics(one, verdict.ok)
+                    averages.follow(one, self.parts, self.process, verdict.ok)
             self._moved.begin(part)
             with self.phase("direction"):
                 self.direction.descend(part, self.parts.scratch(part), verdict.ok)
-            for one in self.parts.of(seen, by_inputs=True):
+            for one in parts:
                 with self.phase("curvature"):
                     self.process.follow(one, verdict, late)
         for layer in active:
             layer.observer.forget_inputs()  # the activations need not outlive the first pass
             layer.started = layer.started or not layer.bare
 
-    def _statistics(self, part: Part, ok: torch.Tensor) -> None:
-        """Step 3: the activation factor and mean; at a layer's start also its damped inverse."""
-        scales.measure_inputs(part, lambda: self.process.mean_squares(part), ok)
-        cold = [layer for layer in part.layers if not layer.started]
-        for layer in cold:  # a warm start has left A_0
-            self.process.average(layer, 0.0 if not layer.warm_batches else None, ok)
-        old = [layer for layer in part.layers if layer.started]
-        for one in self.parts.of(old, by_inputs=True):
-            self.process.average_in(one, ok)
-        for layer, lam_a in zip(part.layers, part.lam_a(), strict=True):
-            if not layer.started:
-                layer.activation.start(lam_a)
-                layer.started = True
-
     def _slope(self, active: list[CoveredLayer]) -> torch.Tensor:
         """The derivative of the loss along the step just taken, a scalar on the device."""
         if len(active) < len(self.layers):
             self.parts.slopes.zero_()
-        for part in self.parts.of(active):
+        for part in self._moved.parts:
             direction.slope(part)
         total = self.parts.slopes.sum(dtype=self.guard.scale.dtype)
         return total if self.fallback is None else total + self.fallback.slope(total)

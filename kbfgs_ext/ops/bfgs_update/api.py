@@ -115,23 +115,21 @@ def curvature_update_(
     if H_a and bool(A) == bool(X):
         raise ValueError(f"give A or X, not both or neither: got {len(A)} and {len(X)} of them")
     checks.same_length(H_a=H_a, counts_a=counts_a, a_bar=a_bar, lam_a=lam_a)
-    for i, h in enumerate(H_a):
-        n_a = a_bar[i].shape[0]
-        checks.shape("H_a", i, h, n_a, n_a)
-        checks.like("a_bar", i, a_bar[i], h)
-        if A:
-            checks.shape("A", i, A[i], n_a, n_a)
-            checks.like("A", i, A[i], h)
-        else:
-            checks.rows("X", i, X[i], n_a)
+    sizes = [2 * (a.shape[0],) for a in a_bar]
+    checks.shapes("H_a", H_a, sizes)
+    checks.alike("a_bar", a_bar, H_a)
+    if A:
+        checks.shapes("A", A, sizes)
+        checks.alike("A", A, H_a)
+    for i, x in enumerate(X):
+        checks.rows("X", i, x, sizes[i][0])
     g_side = {"s": s, "y": y, "h_change": h_change, "g_bar": g_bar, "g_bar_next": g_bar_next}
     checks.same_length(H_g=H_g, counts_g=counts_g, lam_g=lam_g, **g_side)
-    for i, h in enumerate(H_g):
-        n_g = h.shape[0]
-        checks.shape("H_g", i, h, n_g, n_g)
-        for name, vectors in g_side.items():
-            checks.shape(name, i, vectors[i], n_g)
-            checks.like(name, i, vectors[i], h)
+    rows = [(h.shape[0],) for h in H_g]
+    checks.shapes("H_g", H_g, [2 * n for n in rows])
+    for name, vectors in g_side.items():
+        checks.shapes(name, vectors, rows)
+        checks.alike(name, vectors, H_g)
     if len(work) != max(len(H_a), len(H_g)):
         raise ValueError(f"work must have one entry per layer, got {len(work)}")
     for i, w in enumerate(work):
@@ -188,16 +186,13 @@ def restart_(
     lists = {"marks": marks, "counts": counts, **({"H": H} if H or lam else {"pushed": pushed})}
     given = {"lam": lam, "A": A, "X": X}
     checks.same_length(**lists, **{name: value for name, value in given.items() if value})
-    for i, mark in enumerate(marks):
-        checks.shape("marks", i, mark, 3)
-        checks.shape("counts", i, counts[i], 4)
-        if not H:
-            checks.shape("pushed", i, pushed[i])
-            continue
-        n = H[i].shape[0]
-        checks.shape("H", i, H[i], n, n)
-        if A:
-            checks.shape("A", i, A[i], n, n)
-            checks.like("A", i, A[i], H[i])
-        if X:
-            checks.rows("X", i, X[i], n)
+    checks.shapes("marks", marks, [(3,)] * len(marks))
+    checks.shapes("counts", counts, [(4,)] * len(marks))
+    checks.shapes("pushed", pushed, [()] * len(pushed))
+    sizes = [2 * (h.shape[0],) for h in H]
+    checks.shapes("H", H, sizes)
+    if A:
+        checks.shapes("A", A, sizes)
+        checks.alike("A", A, H)
+    for i, x in enumerate(X):
+        checks.rows("X", i, x, sizes[i][0])
