@@ -90,8 +90,9 @@ class Arguments {
     const Strided<Numbers<T>> found = rows(name, t, n);
     return {found.data.as_own(), found.m, found.columns, found.stride};
   }
-  const double* scalar(const char* name, size_t i) const {
-    return in_place<double>(name, tensor(name, i), 1);
+  double* scalar(const char* name, size_t i) const { return scalars(name, i, 1); }
+  double* scalars(const char* name, size_t i, int64_t elements) const {
+    return in_place<double>(name, tensor(name, i), elements);
   }
   // Null where there is none.
   const bool* flag(const char* name) const {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from kbfgs_ext.optim.factors import Tensors
+from kbfgs_ext import ops
 from kbfgs_ext.optim.parts import Part
 
 FOLLOW_INPUTS = 0.1  # share of a new value in the moving average
@@ -22,38 +22,32 @@ def measure_inputs(part: Part, ok: torch.Tensor) -> None:
     """Let v follow the inputs of this step, and set lam_a."""
     if not part.settings.relative_damping:
         return
-    old = torch.stack(part["v"])
-    a_bar = part["a_bar"]
-    X = [one.of_the_same_square(mean) for one, mean in zip(part.inputs(), a_bar, strict=True)]
-    squares = torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))
-    torch._foreach_pow_(squares, 2)
-    torch._foreach_div_(squares, [float(x.numel()) for x in X])
-    new = torch.stack(squares).to(old.dtype)
-    _follow(part["v"], old, new, FOLLOW_INPUTS, ok)
-    v = torch.stack(part["v"])
-    lam_a = torch.where(v > 0, v, 1.0) * part.scalars.lam_a  # inputs may all be 0: dead units
-    torch._foreach_copy_(part["lam_a"], list(lam_a.unbind()))
+    X = [
+        one.of_the_same_square(mean) for one, mean in zip(part.inputs(), part["a_bar"], strict=True)
+    ]
+    ops.measure_inputs_(
+        v=part["v"],
+        lam_a=part["lam_a"],
+        norms=list(torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))),
+        elements=[float(x.numel()) for x in X],
+        damping=[part.scalars.lam_a] * len(X),
+        share=FOLLOW_INPUTS,
+        ok=ok,
+        backend=part.backend,
+    )
 
 
 def measure_pairs(part: Part, ok: torch.Tensor) -> None:
     """Let ss and yy follow the pair of this step, and put its gradients in units of s."""
     if not part.settings.relative_damping or not part.gradient.live:
         return
-    g_bar, g_bar_next = part["g_bar"], part["g_bar_next"]
-    changes = [*part["h_change"], *torch._foreach_sub(g_bar_next, g_bar)]
-    old = torch.stack(part["ss"] + part["yy"])
-    new = torch.stack(torch._foreach_norm(changes)).to(old.dtype).square()
-    _follow(part["ss"] + part["yy"], old, new, FOLLOW_PAIRS, ok)
-    ss, yy = torch.stack(part["ss"]), torch.stack(part["yy"])
-    units = torch.where((ss > 0) & (yy > 0), (ss / yy).sqrt(), 1.0).to(g_bar[0].dtype)
-    torch._foreach_mul_(g_bar, list(units.unbind()))
-    torch._foreach_mul_(g_bar_next, list(units.unbind()))
-
-
-def _follow(
-    places: Tensors, old: torch.Tensor, new: torch.Tensor, share: float, ok: torch.Tensor
-) -> None:
-    """The moving averages ``places``; they begin with the first value that is finite and not 0."""
-    average = torch.where(old > 0, old.lerp(new, share), new)
-    average = torch.where(ok & torch.isfinite(new), average, old)
-    torch._foreach_copy_(places, list(average.unbind()))
+    ops.measure_pair_(
+        ss=part["ss"],
+        yy=part["yy"],
+        g_bar=part["g_bar"],
+        g_bar_next=part["g_bar_next"],
+        h_change=part["h_change"],
+        share=FOLLOW_PAIRS,
+        ok=ok,
+        backend=part.backend,
+    )

@@ -168,21 +168,22 @@ class Step:
             if unscaled is not None:
                 torch._foreach_mul_([layer["g_bar"] for layer in active], unscaled)
             found = gradients.Gradients(self._with_gradients(active), loss)
-            ok, clipped = found.finite(loss), found.clip(settings.max_grad_norm)
+            seen = any(layer.observer.has_inputs() for layer in active)
+            # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
+            late = self.kind[0] and settings.keep_A and all(x.has_shown_inputs for x in active)
+            ok = guard.admit(loss, found.norms, seen and not late)
+            clipped = found.clip(settings.max_grad_norm)
             started = all(layer.started for layer in active) or gradients.known_true(ok)
             if started and fallback is not None:
-                fallback.step(ok)  # first: it may raise, and then nothing has moved
-            guard.count(ok)
+                with guard.withdrawn_by_errors():
+                    fallback.step(ok)  # first: it may raise, and then nothing has moved
             if not started:
                 active = []  # there is nothing to start the factors from yet
             self.active = active
             self._paired = [layer for layer in active if layer.observer.complete]
             paired = not active or self.kind[0]
             self.number += bool(active)
-            seen = any(layer.observer.has_inputs() for layer in active)
-            # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
-            late = paired and settings.keep_A and all(layer.has_shown_inputs for layer in active)
-            order_a = guard.take_order_a(ok) if seen and not late else None
+            order_a = guard.order_a if seen else None
             self._descend(active, Verdict(ok, ok, order_a), late)
             if paired and active and guard.wants_slope:
                 self.slope = self._slope(active)
@@ -209,13 +210,12 @@ class Step:
             for part in self.parts.of(pairs):
                 direction.output_change(part)  # by the step as it was taken
             if guard.rule is not None:
-                self._undo(active, guard.judge(loss, loss_next, self.slope, noise, ok))
-            ok_pair = ok & gradients.is_finite(loss_next)
+                self._undo(active, guard.judge(loss, loss_next, self.slope, noise, ok, late))
+            ok_pair = guard.sound_pair if guard.rule else ok & gradients.is_finite(loss_next)
             if unscaled is not None and pairs:
                 g_bar_next = [layer["g_bar_next"] for layer in pairs]
                 torch._foreach_mul_(g_bar_next, unscaled)
-                ok_pair &= gradients.all_finite(g_bar_next)
-            order_a = guard.take_order_a(ok) if late else order_a
+                ok_pair = ok_pair & gradients.all_finite(g_bar_next)
             verdict = Verdict(ok, ok_pair, order_a, guard.order_g)
             with self.phase("curvature"):
                 for part in self.parts.of(pairs):

@@ -34,6 +34,10 @@ LAYERS = [(78, 100), (100, 50), (50, 25), (25, 30), (30, 25), (25, 50), (50, 100
         ("slope_", cases.slope(LAYERS), 1, False),
         ("output_change_", cases.output_change(LAYERS), 1, False),
         ("restore_", cases.restore(LAYERS, True), 1, False),
+        ("measure_inputs_", cases.measure_inputs((1.0,) * 8), 1, False),
+        ("measure_pair_", cases.measure_pair((78, 100)), 1, False),
+        ("lengths_", cases.lengths([(1.0, 2.0)], True), 1, False),
+        ("admit_", cases.admit(16), 1, False),
         ("judge_", cases.judge(), 1, False),
         # Beside cuBLAS's products: two for X, two for (17), one an iteration.
         ("polar_", cases.polar([(78, 100), (100, 50)]), 4 + 4, False),

@@ -36,8 +36,9 @@ from tests.helpers.kron_cases import (
     restore,
     slope,
 )
+from tests.helpers.measure_cases import lengths, measure_inputs, measure_pair
 from tests.helpers.oracles import randn
-from tests.helpers.safeguard_cases import judge
+from tests.helpers.safeguard_cases import admit, judge
 from tests.helpers.spectral_cases import polar
 
 
@@ -267,6 +268,9 @@ ALL = [
     Case("double_damping_", ":513", double_damping((513, 17), "both")),
     Case("double_damping_", ":small", double_damping((32, 63), "small")),
     Case("double_damping_", ":given-Hy", double_damping(MIXED, "both", with_H=False)),
+    Case("measure_inputs_", ":all", measure_inputs((3.0, 5.0, 0.0, 1e-20, NAN, 1e30))),
+    Case("measure_pair_", ":mixed", measure_pair((*MIXED, 5, 2))),
+    Case("measure_pair_", ":1024-strided", measure_pair((1024, 17), YES, layout=strided)),
     Case("bfgs_update_", ":tiny", bfgs_update(TINY)),
     Case("bfgs_update_", ":mixed", bfgs_update(MIXED)),
     Case("bfgs_update_", ":128-127", bfgs_update((128, 127))),
@@ -341,7 +345,16 @@ ALL = [
     Case("kron_step_", ":wide-no-bias", kron_step(WIDE, bias=False)),
     Case("kron_step_", ":transposed-gradient", kron_step(LAYERS, layout=transposed)),
     Case("kron_step_", ":void", kron_step(LAYERS, ok=NO)),
+    Case("lengths_", ":each", lengths([(7.0,), (2.0, 0.0, 1e-3)], False)),
+    Case("lengths_", ":shared", lengths([(7.0,), (2.0, 0.0, 1e-3)], True)),
+    Case("lengths_", ":shared-70", lengths([tuple(range(70))], True)),
+    Case("admit_", ":sound", admit(3, 300, 1)),
+    Case("admit_", ":nan", admit(2, 17, value=NAN, take=True, ordered=True)),
+    Case("admit_", ":loss", admit(2, loss=float("inf"), take=True)),
+    Case("admit_", ":ordered", admit(2, take=True, ordered=True)),
     Case("judge_", ":all", judge()),
+    Case("judge_", ":take", judge(take=True, ordered=True)),
+    Case("judge_", ":take-void", judge(take=True, ordered=True, ok=NO)),
     Case("judge_", ":no-slope", judge(sloped=False)),
     Case("judge_", ":no-restarts", judge(restart_after=None, ordered=True)),
     Case("judge_", ":ordered-before", judge("undone", "stuck", ordered=True, ok=YES)),

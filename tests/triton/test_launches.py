@@ -37,7 +37,14 @@ LAUNCHES = {
     "restore_": 1,
     "kron_step_": 2,
     "polar_": 3 * 4 + 4,
+    "measure_inputs_": 1,
+    "measure_pair_": 1,
+    "lengths_, each": 1,
+    "lengths_, shared": 1,
+    "admit_": 1,
+    "admit_, take": 1,
     "judge_": 1,
+    "judge_, take": 1,
     "judge_, no slope, no restarts": 1,
 }
 
