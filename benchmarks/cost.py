@@ -69,6 +69,7 @@ def _bytes(op: str, name: str, value: Any) -> int:
     tensors = [value] if isinstance(value, torch.Tensor) else value
     if name == "work" or not isinstance(tensors, list):
         return 0
+    tensors = [t for t in tensors if isinstance(t, torch.Tensor)]  # a list may be of numbers
     one_row = op == "lbfgs_push_" and name in ("S", "Y", "rho")
     return sum(t.numel() * t.element_size() // (len(t) if one_row else 1) for t in tensors)
 

@@ -39,6 +39,7 @@ class Arguments {
 
   // Whether the list has entries.
   bool given(const char* name) const { return !call_.tensors(name).empty(); }
+  size_t count(const char* name) const { return call_.tensors(name).size(); }
   const Tensor& tensor(const char* name, size_t i) const { return call_.tensors(name).at(i); }
 
   // Written, or a matrix of the state: used in place.

@@ -179,7 +179,8 @@ def curvature_update(
 
 
 def restart(sizes, side, bias=True, force=None, layout=lambda t: t):
-    """After 3; ``side``: a letter, "A" or "X" for the source of the trace, "g", or "ring".
+    """After 3; ``side``: a letter, "A" or "X" for the source of the trace, "g", "ring", or "both":
+    the first half from A, the others to I.
 
     Layers in turn have a streak of 3 (and numbers in H that are not), of 2, one that an accepted
     pair has ended, and one of 5.
@@ -191,15 +192,16 @@ def restart(sizes, side, bias=True, force=None, layout=lambda t: t):
         streaks = [(7, 5), (7, 4), (8, 9), (7, 7)]
         counts = [torch.tensor([*streaks[i % 4], 0, 0]) for i in range(count)]
         args = dict(H=[], pushed=[], marks=marks, counts=counts, lam=[], A=[], X=[], after=3)
-        args["force"] = force
+        args["force"] = [] if force is None else [force.clone() for _ in sizes]
         if side == "ring":
             return args | {"pushed": [torch.tensor(5 + i) for i in range(count)]}
         H = random_spds(sizes, 20)
         H[0][-1] = NAN
-        A = random_spds(sizes, 30) if side == "A" else []
+        A = random_spds(sizes, 30) if side in ("A", "both") else []
+        A = A[: count // 2] if side == "both" else A
         X = [randn(20, n - bias, seed=i) for i, n in enumerate(sizes)] if side == "X" else []
         H, A, X = in_dtype(dtype, [H, A, X])
-        lam = [] if side == "g" else scalars(0.3, count)
+        lam = scalars(0.3, len(A) + len(X))
         return args | dict(H=H, lam=lam, A=A, X=[layout(x) for x in X])
 
     return build
@@ -303,6 +305,8 @@ ALL = [
     Case("restart_", ":forced", restart(MIXED, "A", force=YES)),
     Case("restart_", ":forced-ring", restart(MIXED, "ring", force=YES)),
     Case("restart_", ":not-forced", restart(MIXED, "X", force=NO)),
+    Case("restart_", ":both", restart((63, 17, 32, 1, 40, 2, 8, 33), "both")),
+    Case("restart_", ":both-forced", restart((63, 17, 32, 1), "both", force=YES)),
     Case("restart_", ":1024", restart((1024, 513), "A")),
     Case("lbfgs_two_loop_", ":empty", two_loop(TINY, 5, 0, 3, "recursion")),
     Case("lbfgs_two_loop_", ":empty-compact", two_loop(TINY, 5, 0, 3, "compact")),

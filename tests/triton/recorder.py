@@ -127,8 +127,11 @@ def calls_of(
         )  # fmt: skip
 
     def restart(H=(), pushed=(), lam=(), A=(), X=(), force=ok):
-        lists = dict(H=H, pushed=pushed, marks=marks, counts=counts, lam=lam, A=A, X=X)
-        return {name: list(value) for name, value in lists.items()} | dict(after=10, force=force)
+        n = len(H) or len(pushed)
+        lists = dict(H=H, pushed=pushed, marks=marks * 2, counts=counts * 2, lam=lam, A=A, X=X)
+        lists |= {name: lists[name][:n] for name in ("marks", "counts")}
+        lists["force"] = [force] * n if force is not None else []
+        return {name: list(value) for name, value in lists.items()} | dict(after=10)
 
     def admit(take):
         return dict(
@@ -168,6 +171,7 @@ def calls_of(
         "curvature_update_, minibatch": curvature([], X),
         "restart_, from A": restart(H_a, lam=scalars, A=A),
         "restart_, from X": restart(H_a, lam=scalars, X=X),
+        "restart_, both sides": restart(H_a + H_g, lam=scalars, A=A),
         "restart_, to I": restart(H_g, force=None),
         "restart_, a ring": restart(pushed=pushed),
         "lbfgs_two_loop_, recursion": ring | dict(out=P, Q=M, form="recursion"),

@@ -149,11 +149,12 @@ def restart_(
     lam: Tensors,
     A: Tensors,
     X: Tensors,
+    force: Tensors,
     after: int,
-    force: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """Put factors that have gone wrong back to a safe start: one side of all layers in one call.
+    """Put factors that have gone wrong back to a safe start: one side of all layers in one call, or
+    both.
 
     (12)  where the last ``after`` pairs or more were rejected, or ``force``:
           H <- I, or H <- I/(lam + tr A), or pushed <- 0
@@ -168,11 +169,11 @@ def restart_(
         marks: (3,) int64 each, zero at first: accepted and rejected pairs where the present streak
             began, and restarts.
         counts: (4,) int64 each, as `bfgs_update_` and `lbfgs_push_` keep them.
-        lam: float64 scalar each, on the device; an empty list restarts to I.
+        lam: float64 scalar of the first so many H, on the device; those without restart to I.
         A: (n, n) each, with ``lam``; or empty, and then ``X`` is used.
         X: (m, d_in) each, as in `factor_ema_`: A is X~'X~/m.
+        force: bool scalar each, on the device: restart now; an empty list forces nothing.
         after: length of the streak, at least 1.
-        force: bool scalar on the device: restart all of them now.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
@@ -186,8 +187,10 @@ def restart_(
     if bool(lam) != bool(A or X) or (A and X):
         raise ValueError(f"lam goes with A or X: got {len(lam)} lam, {len(A)} A and {len(X)} X")
     lists = {"marks": marks, "counts": counts, **({"H": H} if H or lam else {"pushed": pushed})}
-    given = {"lam": lam, "A": A, "X": X}
-    checks.same_length(**lists, **{name: value for name, value in given.items() if value})
+    checks.same_length(**lists, **({"force": force} if force else {}))
+    if len(lam) > len(H):
+        raise ValueError(f"lam goes with H: got {len(lam)} lam and {len(H)} H")
+    checks.same_length(lam=lam, **({"A": A} if A else {"X": X}))
     for i, mark in enumerate(marks):
         checks.shape("marks", i, mark, 3)
         checks.shape("counts", i, counts[i], 4)
@@ -196,8 +199,8 @@ def restart_(
             continue
         n = H[i].shape[0]
         checks.shape("H", i, H[i], n, n)
-        if A:
+        if i < len(A):
             checks.shape("A", i, A[i], n, n)
             checks.like("A", i, A[i], H[i])
-        if X:
+        if i < len(X):
             checks.rows("X", i, X[i], n)
