@@ -1,8 +1,8 @@
 """How many kernels a call launches on a GPU: ``ours(op, args, backend)``, ``torchs(func, args)``.
 
 Only shapes are looked at. Ours are held to the launchers themselves by tests/triton and
-tests/cuda_host (test_launches.py). Of torch's ops each is one kernel, but for what is listed here; a
-product that cuBLAS splits along its depth has one more, which is not reckoned with.
+tests/cuda_host (test_launches.py). Of torch's ops each is one kernel, but for what is listed here;
+a product that cuBLAS splits along its depth has one more, which is not reckoned with.
 """
 
 from __future__ import annotations

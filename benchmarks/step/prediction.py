@@ -2,10 +2,11 @@
 
 No GPU has measured these figures; they are written down so that one can confirm or refute them. A
 step runs on tensors without values: torch's ops are counted as they come, ours by
-`benchmarks.launches` and `benchmarks.cost`. A kernel takes the longer of its bytes at copy speed and
-its FLOPs at peak, and a gap before it; an eager step, whose launches are the host's work beside that
-of the device, takes the longer of the two. Bytes and FLOPs are those of the arguments: a kernel that
-reads them again moves more, what stays in the L2 costs less, and none reaches the peaks.
+`benchmarks.launches` and `benchmarks.cost`. A kernel takes the longer of its bytes at copy speed
+and its FLOPs at peak, and a gap before it; an eager step, whose launches are the host's work
+beside that of the device, takes the longer of the two. Bytes and FLOPs are those of the arguments:
+a kernel that reads them again moves more, what stays in the L2 costs less, and none reaches the
+peaks.
 """
 
 from __future__ import annotations
