@@ -39,6 +39,7 @@ class Arguments {
 
   // Whether the list has entries.
   bool given(const char* name) const { return !call_.tensors(name).empty(); }
+  size_t count(const char* name) const { return call_.tensors(name).size(); }
   const Tensor& tensor(const char* name, size_t i) const { return call_.tensors(name).at(i); }
 
   // Written, or a matrix of the state: used in place.
@@ -90,8 +91,9 @@ class Arguments {
     const Strided<Numbers<T>> found = rows(name, t, n);
     return {found.data.as_own(), found.m, found.columns, found.stride};
   }
-  const double* scalar(const char* name, size_t i) const {
-    return in_place<double>(name, tensor(name, i), 1);
+  double* scalar(const char* name, size_t i) const { return scalars(name, i, 1); }
+  double* scalars(const char* name, size_t i, int64_t elements) const {
+    return in_place<double>(name, tensor(name, i), elements);
   }
   // Null where there is none.
   const bool* flag(const char* name) const {

@@ -11,6 +11,8 @@ cpu        C++ kernels (csrc)                      CPU tensors
 reference  plain PyTorch, one equation per line    any device and dtype
 ========== ======================================= =============================
 
+`prefer` puts another first for an op, or for some of its calls.
+
 A call reaches a backend as one dict of its arguments by name. An implementation declines it by
 raising `Unsupported` *before* it writes anything; then, and only then, `auto` tries the next
 backend. Every other error propagates.
@@ -101,6 +103,7 @@ def _environment() -> tuple[str | None, bool]:
 
 _OPS: dict[str, Op] = {}
 _TABLE: dict[str, dict[str, Implementation]] = {}
+_PREFERRED: dict[str, tuple[str, Callable[[Call], bool] | None]] = {}
 
 
 def declare(name: str, family: str, signature: inspect.Signature) -> Op:
@@ -124,6 +127,19 @@ def register(
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend: {backend!r}")
     _TABLE[op][backend] = Implementation(op, backend, run, unavailable)
+
+
+def prefer(op: str, backend: str, where: Callable[[Call], bool] | None = None) -> None:
+    """Let "auto" try ``backend`` first: in all calls of ``op``, or ``where`` it is worth it."""
+    _PREFERRED[op] = backend, where
+
+
+def order(op: str, call: Call | None = None) -> tuple[str, ...]:
+    """The backends as "auto" tries them for a call; without one, as for most calls."""
+    first, where = _PREFERRED.get(op, (BACKENDS[0], None))
+    if where is not None and (call is None or not where(call)):
+        return BACKENDS
+    return first, *(name for name in BACKENDS if name != first)
 
 
 def by_name(function: Callable[..., None]) -> Callable[[Call], None]:
@@ -168,7 +184,7 @@ def run(op: str, backend: str, call: Call) -> None:
         _note(op, backend, ())
         return
     declined: list[str] = []
-    for name in BACKENDS:
+    for name in order(op, call):
         reason = _run_one(op, name, call)
         if reason is None:
             _note(op, name, declined)
@@ -271,7 +287,7 @@ def explain(
         if op not in (None, name_of_op):
             continue
         chosen, reasons = None, []
-        for name in BACKENDS:
+        for name in order(name_of_op):
             reason = _why_not(name_of_op, name, kind)
             if forced and name != forced:
                 reason = f"KBFGS_BACKEND={forced}"
@@ -293,7 +309,7 @@ def _explain_call(op: str, args: Mapping[str, Any]) -> str:
     call = declared.call((), args)
     del call["backend"]
     forced = environment.forced_backend()
-    for name in BACKENDS:
+    for name in order(op, call):
         copies = {
             k: [t.clone() for t in a] if isinstance(a, (list, tuple)) else a
             for k, a in call.items()

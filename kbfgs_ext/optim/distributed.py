@@ -282,7 +282,7 @@ class Ranks(Exchange):
             rows = [layer["a_bar"].new_zeros(1, layer.d_in) for layer in part.layers]
             for row, i in zip(rows, places, strict=True):
                 row[0, 0] = self._squares[i].sqrt()
-            restart(part, "a", verdict.order_a, rows)
+            restart(part, {"a": verdict.order_a}, rows)
         self._asked.clear()
 
     # ------------------------------------------------------------------ starts and checkpoints

@@ -50,6 +50,7 @@ class Part:
         self.stage = STILL
         self.scratch: Tensors = []  # of `Parts.scratch`, once it was asked for
         self._each: dict[str, Tensors] = {}
+        self._lengths: tuple[torch.Tensor, torch.Tensor, Tensors] | None = None
 
     def __getitem__(self, name: str) -> Tensors:
         tensors = self._each.get(name)
@@ -86,6 +87,15 @@ class Part:
         """Their dampings of the activation side: scalars on the device."""
         relative = self.settings.relative_damping
         return self["lam_a"] if relative else [self.scalars.lam_a] * len(self.layers)
+
+    def lengths(self) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
+        """The sizes of their steps in one vector, the roots of their rows, and the sizes each."""
+        if self._lengths is None:
+            like = self.scalars.step_size
+            roots = [like.new_full((1,), layer.n_g**0.5) for layer in self.layers]
+            whole = like.new_empty(len(roots))
+            self._lengths = whole, torch.cat(roots), list(whole.unbind())
+        return self._lengths
 
     def inputs(self) -> list[Any]:
         """What their observers have kept."""

@@ -178,23 +178,22 @@ class Step:
                 torch._foreach_mul_([layer["g_bar"] for layer in active], unscaled)
             moving: list[torch.Tensor] = [p for layer in active for p in layer.moving]
             found = gradients.Gradients(self.parameters(moving), loss)
-            ok, clipped = found.finite(loss), found.clip(settings.max_grad_norm)
+            seen = any(layer.observer.has_inputs() for layer in active)
+            # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
+            late = self.kind[0] and settings.keep_A and all(x.has_shown_inputs for x in active)
+            ok = moved.ok = guard.admit(loss, found.norms, seen and not late)
+            clipped = found.clip(settings.max_grad_norm)
             started = all(layer.started for layer in active) or gradients.known_true(ok)
             if started and fallback is not None:
                 fallback.step(ok)  # first: of all parts of a step it is most likely to raise
                 moved.fallback = fallback
-            guard.count(ok)
-            moved.ok = ok
             # If not, there is nothing to start the factors from yet.
             active = self.active = active if started else []
             self._paired = [layer for layer in active if layer.observer.complete]
             paired = not active or self.kind[0]
             self.number += bool(active)
             moved.fresh = [x for x in active if not x.started and not x.bare]
-            seen = any(layer.observer.has_inputs() for layer in active)
-            # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
-            late = paired and settings.keep_A and all(layer.has_shown_inputs for layer in active)
-            order_a = moved.order_a = guard.take_order_a(ok) if seen and not late else None
+            order_a = guard.order_a if seen else None
             self._descend(active, Verdict(ok, ok, order_a), late)
             if paired and active and guard.wants_slope:
                 self.slope = self._slope(active)
@@ -217,14 +216,12 @@ class Step:
             for part in parts:
                 direction.output_change(part)  # by the step as it was taken
             if guard.rule is not None:
-                moved.undo(guard.judge(loss, loss_next, self.slope, noise, ok))
-            ok_pair = ok & gradients.is_finite(loss_next)
+                moved.undo(guard.judge(loss, loss_next, self.slope, noise, ok, late))
+            ok_pair = guard.sound_pair if guard.rule else ok & gradients.is_finite(loss_next)
             if unscaled is not None and pairs:
                 g_bar_next = [layer["g_bar_next"] for layer in pairs]
                 torch._foreach_mul_(g_bar_next, unscaled)
-                ok_pair &= gradients.all_finite(g_bar_next)
-            if late:
-                order_a = moved.order_a = guard.take_order_a(ok)
+                ok_pair = ok_pair & gradients.all_finite(g_bar_next)
             verdict = Verdict(ok, ok_pair, order_a, guard.order_g)
             with self.phase("curvature"):
                 for part in parts:
@@ -270,7 +267,7 @@ class Step:
         """Undo the step under way: it has failed."""
         moved, self._moved = self._moved, Moved(self._moved.number)
         self.number = moved.number
-        for layer in self.active:
+        for layer in self.layers:
             layer.observer.forget_inputs()
         if not self.capturing:  # where nothing has run
             with self.own_work():

@@ -58,17 +58,15 @@ def update_matrices(
             ok_pair=verdict.ok_pair,
             backend=part.backend,
         )
-    if activations:
-        restart(part, "a", verdict.order_a, X)
-    if gradients:
-        restart(part, "g", verdict.order_g)
+    orders = {"a": verdict.order_a} if activations else {}
+    restart(part, orders | ({"g": verdict.order_g} if gradients else {}), X)
 
 
 def restart(
-    part: Part, side: str, order: torch.Tensor | None, X: Sequence[torch.Tensor] = ()
+    part: Part, orders: dict[str, torch.Tensor | None], X: Sequence[torch.Tensor] = ()
 ) -> None:
-    """Put the factors of a side back to a safe start, on the device, after ``restart_after``
-    rejected pairs in a row, or where ordered.
+    """Put the factors of the sides in ``orders`` back to a safe start, on the device, after
+    ``restart_after`` rejected pairs in a row, or where ordered.
 
     The gate (8) refuses a pair that would spoil H. If it refuses pair after pair, H itself no
     longer fits the loss. And if step after step is undone however short it is, the direction is no
@@ -76,19 +74,25 @@ def restart(
     restart.
     """
     after = part.settings.restart_after
-    if after is None:
+    if after is None or not orders:
         return
-    of_a = side == "a"
+    n, of_a = len(part.layers), "a" in orders
     matrices = of_a or part.has("H_g")
+
+    def both(name: str) -> Tensors:
+        return [t for side in orders for t in part[name + side]]
+
+    known = [order for order in orders.values() if order is not None]
+    assert len(known) in (0, len(orders))
     ops.restart_(
-        H=part["H_" + side] if matrices else [],
+        H=both("H_") if matrices else [],
         pushed=[] if matrices else part["pushed"],
-        marks=part["marks_" + side],
-        counts=part["counts_" + side],
+        marks=both("marks_"),
+        counts=both("counts_"),
         lam=part.lam_a() if of_a else [],
         A=part["A"] if of_a and not X else [],
         X=list(X) if of_a else [],
+        force=[order for order in known for _ in range(n)],
         after=after,
-        force=order,
         backend=part.backend,
     )

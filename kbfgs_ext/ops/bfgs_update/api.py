@@ -147,11 +147,12 @@ def restart_(
     lam: Tensors,
     A: Tensors,
     X: Tensors,
+    force: Tensors,
     after: int,
-    force: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """Put factors that have gone wrong back to a safe start: one side of all layers in one call.
+    """Put factors that have gone wrong back to a safe start: one side of all layers in one call, or
+    both.
 
     (12)  where the last ``after`` pairs or more were rejected, or ``force``:
           H <- I, or H <- I/(lam + tr A), or pushed <- 0
@@ -166,11 +167,11 @@ def restart_(
         marks: (3,) int64 each, zero at first: accepted and rejected pairs where the present streak
             began, and restarts.
         counts: (4,) int64 each, as `bfgs_update_` and `lbfgs_push_` keep them.
-        lam: float64 scalar each, on the device; an empty list restarts to I.
+        lam: float64 scalar of the first so many H, on the device; those without restart to I.
         A: (n, n) each, with ``lam``; or empty, and then ``X`` is used.
         X: (m, d_in) each, as in `factor_ema_`: A is X~'X~/m.
+        force: bool scalar each, on the device: restart now; an empty list forces nothing.
         after: length of the streak, at least 1.
-        force: bool scalar on the device: restart all of them now.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
@@ -184,15 +185,17 @@ def restart_(
     if bool(lam) != bool(A or X) or (A and X):
         raise ValueError(f"lam goes with A or X: got {len(lam)} lam, {len(A)} A and {len(X)} X")
     lists = {"marks": marks, "counts": counts, **({"H": H} if H or lam else {"pushed": pushed})}
-    given = {"lam": lam, "A": A, "X": X}
-    checks.same_length(**lists, **{name: value for name, value in given.items() if value})
+    checks.same_length(**lists, **({"force": force} if force else {}))
+    if len(lam) > len(H):
+        raise ValueError(f"lam goes with H: got {len(lam)} lam and {len(H)} H")
+    checks.same_length(lam=lam, **({"A": A} if A else {"X": X}))
     checks.shapes("marks", marks, [(3,)] * len(marks))
     checks.shapes("counts", counts, [(4,)] * len(marks))
     checks.shapes("pushed", pushed, [()] * len(pushed))
     sizes = [2 * (h.shape[0],) for h in H]
     checks.shapes("H", H, sizes)
     if A:
-        checks.shapes("A", A, sizes)
-        checks.alike("A", A, H)
+        checks.shapes("A", A, sizes[: len(A)])
+        checks.alike("A", A, H[: len(A)])
     for i, x in enumerate(X):
         checks.rows("X", i, x, sizes[i][0])

@@ -204,6 +204,46 @@ def restore_(
     _check_parameters(saved, ("W", W), ("b", b))
 
 
+@op("kron_precondition", writes=("sizes",))
+def lengths_(
+    sizes: Tensors,
+    norms: Tensors,
+    roots: Tensors,
+    step_size: Tensors,
+    shared: bool,
+    backend: str = "auto",
+) -> None:
+    """How far the layers of a group go along their directions, from the lengths of these.
+
+    (23)  r_i = ||P_i||_F/sqrt(rows_i);  size_i = step_size/r_i, and R/r_i of it where ``shared``,
+          with R the same of the rows of all P
+
+    A direction of length 0 counts as one of 1e-20.
+
+    Args:
+        sizes: (layers,) for each group, written.
+        norms: (layers,) each: ||P_i||_F.
+        roots: (layers,) each: sqrt(rows_i).
+        step_size: scalar each, on the device; like ``sizes`` and ``roots`` float64, or on devices
+            without it float32.
+        shared: all layers of a group take an equal share of its length.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    checks.backend(backend)
+    checks.same_length(norms=norms, sizes=sizes, roots=roots, step_size=step_size)
+    for i, norm in enumerate(norms):
+        checks.real("norms", i, norm)
+        checks.real("sizes", i, sizes[i])
+        checks.shape("step_size", i, step_size[i])
+        for name, given in (("sizes", sizes[i]), ("roots", roots[i]), ("norms", norm)):
+            checks.shape(name, i, given, norm.numel())
+        for name, given in (("roots", roots[i]), ("step_size", step_size[i])):
+            checks.like(name, i, given, sizes[i])
+
+
 @op("kron_precondition", writes=("W", "b", "M", "P", "work"))
 def kron_step_(
     W: Tensors,
