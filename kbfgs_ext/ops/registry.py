@@ -228,6 +228,11 @@ def watch(into: dict[str, Taken]) -> Iterator[None]:
         _watched, _asked = before
 
 
+def watching() -> bool:
+    """Whether a `watch` is on: the caller is a step of an optimizer."""
+    return _watched is not None
+
+
 def explain_step(taken: Mapping[str, Taken]) -> str:
     """What `watch` has noted, for people; ops on the reference first."""
     slow = [op for op, how in taken.items() if how.backend == "reference"]
