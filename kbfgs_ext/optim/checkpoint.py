@@ -19,7 +19,7 @@ import torch
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.settings import Settings
 
-FORMAT = 5
+FORMAT = 6
 GLOBAL = "safeguard_"
 
 
@@ -37,7 +37,12 @@ class Saved:
 def describe(settings: Settings, layers: list[CoveredLayer]) -> dict[str, Any]:
     """What a checkpoint must agree on with the optimizer that loads it."""
     sizes = {layer.name: [layer.n_g, layer.n_a] for layer in layers}
-    return {"format": FORMAT, **settings.about(), "layers": sizes}
+    blocks = {
+        layer.name: [[f.n for f in side] for side in (layer.gradients, layer.activations)]
+        for layer in layers
+        if not layer.whole
+    }
+    return {"format": FORMAT, **settings.about(), "layers": sizes, "blocks": blocks}
 
 
 def pack(
@@ -86,10 +91,12 @@ def check(saved: Any, own: dict, groups: list[dict[str, Any]]) -> Saved:
         raise ValueError(
             "state_dict was not made by KBFGS or KBFGSL: its first param group has no entry 'kbfgs'"
         )
-    about = theirs[0]["kbfgs"]
+    about = _upgraded(theirs[0]["kbfgs"])
     for key, value in own.items():
         if key == "layers" and about.get(key) != value:
             raise ValueError(_layer_difference(about[key], value))
+        if key == "blocks" and about.get(key) != value:
+            raise ValueError(_block_difference(about[key], value))
         if about.get(key) != value:
             raise ValueError(
                 f"state_dict has {key} = {about.get(key)!r}, this optimizer has {key} = {value!r}"
@@ -124,6 +131,37 @@ def check(saved: Any, own: dict, groups: list[dict[str, Any]]) -> Saved:
             **about.get("fallback", {}),
         },
         about.get("share"),
+    )
+
+
+def _upgraded(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint of the format before says in this one's words, where it can be loaded: its
+    sides were one block, or had no factor where they were larger than its max_factor_dim."""
+    if about.get("format") != FORMAT - 1:
+        return about
+    about = {**about, "format": FORMAT, "blocks": {}}
+    largest = about.pop("max_factor_dim")
+    for name, sides in about["layers"].items():
+        ring = about["memory"] is not None
+        if largest is not None and max(sides[ring:]) > largest:
+            raise ValueError(
+                f"state_dict is of format {FORMAT - 1}, where max_factor_dim = {largest} left"
+                f" layer '{name}', (n_g, n_a) = {tuple(sides)}, without a factor that it has here:"
+                " exclude= gives the layer to the fallback, or train on with the version that"
+                " saved it"
+            )
+    return about
+
+
+def _block_difference(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    name = next(name for name in [*own, *theirs] if theirs.get(name) != own.get(name))
+    said = [
+        "one block each" if blocks is None else f"blocks of {blocks[0]} and {blocks[1]}"
+        for blocks in (theirs.get(name), own.get(name))
+    ]
+    return (
+        f"state_dict has n_g and n_a of layer '{name}' in {said[0]}, this optimizer in {said[1]}:"
+        " block_size= decides"
     )
 
 

@@ -13,8 +13,9 @@ once. Every decision is taken from these numbers, which are the same on all rank
 An exchange is one all-reduce of one flat vector of float64, the same in every exchange:
 
     kind, step, failed, weight, loss
-    per layer       rows, blind (seen, but without a bias gradient), squares (of X: the trace of A)
+    per layer       rows, blind (seen, but without a bias gradient)
     per parameter   whether the pass has left it a gradient
+    per block       squares (of X: the trace of A)
     per layer       a_bar (n_a), g_bar (n_g), y = A s (n_a)
 
 A rank that fails takes part in the exchange that comes next with ``failed`` set, and all raise.
@@ -34,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext import ops
 from kbfgs_ext.optim.covered import CoveredLayer
-from kbfgs_ext.optim.factors import ActivationMatrix, Tensors
+from kbfgs_ext.optim.factors import Tensors
 from kbfgs_ext.optim.parts import Part
 from kbfgs_ext.optim.process import Alone, rows_of
 from kbfgs_ext.optim.updates import Verdict, restart
@@ -118,13 +119,17 @@ class Ranks(Alone):
             return
         self._layers, self._parameters = list(layers), list(parameters)
         self._mark(layers)
-        sizes = [HEAD, *[len(layers)] * 3, len(parameters)]
+        blocks = sum(len(layer.activations) for layer in layers)
+        sizes = [HEAD, len(layers), len(layers), len(parameters), blocks]
         sizes += [n for layer in layers for n in (layer.n_a, layer.n_g, layer.n_a)]
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.vector = torch.zeros(sum(sizes), dtype=wide, device=self.device)
-        _, _, _, self._squares, _, *vectors = self.vector.split(sizes)
-        self._a, self._g, self._y = vectors[0::3], vectors[1::3], vectors[2::3]
-        self._told = sum(sizes[:5])  # what the host looks at
+        _, _, _, _, squares, *vectors = self.vector.split(sizes)
+        self._a, self._g, y = vectors[0::3], vectors[1::3], vectors[2::3]
+        self._told = sum(sizes[:4])  # what the host looks at
+        factors = [(f, v) for layer, v in zip(layers, y, strict=True) for f in layer.activations]
+        self._y = {id(f): v[f.rows] for f, v in factors}
+        self._squares = {id(f): v for (f, _), v in zip(factors, squares.unbind(), strict=True)}
 
     def _exchange(self, kind: int, rows: Sequence[float], blind: Sequence[bool]) -> list[float]:
         """Sum the vector over the ranks; its sums of numbers, on the host. RankError if not all
@@ -134,7 +139,7 @@ class Ranks(Alone):
         self.vector[:LOSS].copy_(torch.tensor(head, dtype=self.vector.dtype))
         counts = torch.tensor([*rows, *map(float, blind)], dtype=self.vector.dtype)
         self.vector[HEAD : HEAD + 2 * layers].copy_(counts)
-        self.vector[HEAD + 3 * layers : self._told].copy_(torch.tensor(moves))
+        self.vector[HEAD + 2 * layers : self._told].copy_(torch.tensor(moves))
         self._kind = kind
         try:
             with torch.profiler.record_function("kbfgs_ext: exchange"):
@@ -200,7 +205,7 @@ class Ranks(Alone):
             id(layer): (rows, total)
             for layer, rows, total in zip(layers, here, said[HEAD:], strict=False)
         }
-        moves = said[HEAD + 3 * len(layers) :]
+        moves = said[HEAD + 2 * len(layers) :]
         moved = [p for p, n in zip(self._parameters, moves, strict=True) if n]
         self._average_gradients(moved)
         known = {id(p) for p in moved}
@@ -222,9 +227,9 @@ class Ranks(Alone):
         """a_bar of the layers whose rows are kept."""
         kept = [x for x in self._layers if x.observer.keep_inputs and x.observer.uses]
         if kept:
-            X = [rows_of(layer) for layer in kept]
-            a_bar = [layer["a_bar"] for layer in kept]
-            ops.factor_ema_([], a_bar, X, 0.0, None, kept[0].activation.settings.backend)
+            factors = [factor for layer in kept for factor in layer.activations]
+            X, a_bar = [x for one in kept for x in rows_of(one)], [f["a_bar"] for f in factors]
+            ops.factor_ema_([], a_bar, X, 0.0, None, factors[0].settings.backend)
 
     def _reduce(
         self, kind: int, suffix: str, rows: list[int], wanted: list[bool], loss: torch.Tensor
@@ -288,15 +293,11 @@ class Ranks(Alone):
         """A_0 is a sum over the ranks of matrices: once in a run."""
         if decay is None:
             return  # the warm start's
-        assert isinstance(layer.activation, ActivationMatrix)
-        average, share = layer.activation.average, self._share(layer)
-        if share:
-            a_bar = torch.empty_like(layer["a_bar"])
-            layer.activation.average_one(a_bar, layer.observer.inputs(), decay, ok)
-            average.mul_(share)
-        else:
-            average.zero_()
-        dist.all_reduce(average, group=self.group)
+        share = self._share(layer)
+        for factor, inputs in zip(layer.activations, layer.inputs() if share else (), strict=False):
+            factor.average_one(torch.empty_like(factor["a_bar"]), inputs, decay, ok)
+        for average in [factor.average for factor in layer.activations]:
+            dist.all_reduce(average.mul_(share) if share else average.zero_(), group=self.group)
 
     def average_in(self, part: Part, ok: torch.Tensor) -> None:
         """A_r <- decay*A_r + (1-decay)*w X~_r'X~_r/m_r with w = r*m_r/m, so that A is the mean of
@@ -304,7 +305,7 @@ class Ranks(Alone):
 
         The op knows decay' and 1 - decay' alone: what they lack to that is a factor afterwards.
         """
-        if not (part.settings.keep_A and part.activation.live):
+        if not part.settings.keep_A:
             return
         self.together = False
         decay = part.group["stat_decay"]
@@ -313,38 +314,39 @@ class Ranks(Alone):
             rows, total = self._rows[id(layer)]
             alike.setdefault(self.size * rows / total if total else 0.0, []).append(layer)
         for w, layers in alike.items():
-            c, A = (1 - decay) * w, [layer["A"] for layer in layers]
+            c, A = (1 - decay) * w, [f["A"] for layer in layers for f in layer.activations]
             own = decay if w == 1 else decay / (decay + c) if w else 1.0
             if w:
-                unused = [torch.empty_like(layer["a_bar"]) for layer in layers]
-                X = [rows_of(layer) for layer in layers]
+                unused = [torch.empty_like(f["a_bar"]) for x in layers for f in x.activations]
+                X = [x for layer in layers for x in rows_of(layer)]
                 ops.factor_ema_(A, unused, X, own, ok, part.backend)
             if w != 1:
                 torch._foreach_mul_(A, ok.to(A[0].dtype).mul_(decay + c - 1).add_(1))
 
     def follow(self, part: Part, verdict: Verdict, late: bool) -> None:
         """Step 9's s = H_a a_bar and this rank's share of y = A s + lam*s."""
-        s = [torch.mv(H_a, a) for H_a, a in zip(part["H_a"], part["a_bar"], strict=True)]
+        s = [torch.mv(H_a, a) for H_a, a in zip(part.a["H_a"], part.a["a_bar"], strict=True)]
         self._asked.append((part, s))
-        lam, at = part.scalars.lam_a, {id(layer): i for i, layer in enumerate(self._layers)}
-        shares = [1 / self.size if part.settings.keep_A else self._share(x) for x in part.layers]
-        here = [k for k, share in enumerate(shares) if share]
-        layers, v = [part.layers[k] for k in here], [s[k] for k in here]
-        y, wide = [torch.empty_like(x) for x in v], self.vector.dtype
-        if part.settings.keep_A:
-            for layer, out, x in zip(layers, y, v, strict=True):
-                torch.mv(layer["A"], x, out=out).add_(x * lam.to(x.dtype))
-            squares = [x["A"].diagonal()[: x.d_in].sum(dtype=wide) for x in layers]
+        keep_A, lam, wide = part.settings.keep_A, part.scalars.lam_a, self.vector.dtype
+        action = {id(factor): v for factor, v in zip(part.a.factors, s, strict=True)}
+        here = [layer for layer in part.layers if keep_A or self._share(layer)]
+        factors = [factor for layer in here for factor in layer.activations]
+        v = [action[id(factor)] for factor in factors]
+        y = [torch.empty_like(x) for x in v]
+        if keep_A:
+            for factor, out, x in zip(factors, y, v, strict=True):
+                torch.mv(factor["A"], x, out=out).add_(x * lam.to(x.dtype))
+            ends = [c.stop - c.start for layer in here for c in layer.columns()]
+            diagonals = zip((f["A"].diagonal() for f in factors), ends, strict=True)
+            squares = [diagonal[:n].sum(dtype=wide) for diagonal, n in diagonals]
         else:
-            X = [rows_of(layer) for layer in layers]
+            X = [x for layer in here for x in rows_of(layer)]
             ops.hessian_action_(y, X, v, [lam] * len(v), part.backend)
-            if part.settings.restart_after is None:
-                X = []
             squares = [torch.linalg.vector_norm(x, dtype=wide).square() / len(x) for x in X]
-        for k, layer, out in zip(here, layers, y, strict=True):
-            self._y[at[id(layer)]].copy_(out).mul_(shares[k])
-        for k, layer, trace in zip(here, layers, squares, strict=False):
-            self._squares[at[id(layer)]] = trace * shares[k]
+        shares = [1 / self.size if keep_A else self._share(x) for x in here for _ in x.activations]
+        for factor, out, trace, share in zip(factors, y, squares, shares, strict=True):
+            self._y[id(factor)].copy_(out).mul_(share)
+            self._squares[id(factor)].copy_(trace * share)
 
     def followed(self, verdict: Verdict) -> None:
         """The rest of step 9. Where no second pass has carried y, it goes by itself."""
@@ -352,17 +354,15 @@ class Ranks(Alone):
             return
         if self._kind != SECOND:
             self._exchange(ACTION, [0] * len(self._layers), [False] * len(self._layers))
-        at = {id(layer): i for i, layer in enumerate(self._layers)}
         for part, s in self._asked:
-            places = [at[id(layer)] for layer in part.layers]
-            y = [self._y[i].to(v.dtype) for i, v in zip(places, s, strict=True)]
-            ops.bfgs_update_(
-                part["H_a"], part["counts_a"], s, y, [], part["a_bar"], verdict.ok, part.backend
-            )
+            y = [self._y[id(f)].to(v.dtype) for f, v in zip(part.a.factors, s, strict=True)]
+            H_a, counts, a_bar = (part.a[name] for name in ("H_a", "counts_a", "a_bar"))
+            ops.bfgs_update_(H_a, counts, s, y, [], a_bar, verdict.ok, part.backend)
             # One row with the trace of all: tr A = |row|^2 and 1 for the bias.
-            rows = [layer["a_bar"].new_zeros(1, layer.d_in) for layer in part.layers]
-            for row, i in zip(rows, places, strict=True):
-                row[0, 0] = self._squares[i].sqrt()
+            ends = [c.stop - c.start for layer in part.layers for c in layer.columns()]
+            rows = [a.new_zeros(1, n) for a, n in zip(a_bar, ends, strict=True)]
+            for row, factor in zip(rows, part.a.factors, strict=True):
+                row[0, 0] = self._squares[id(factor)].sqrt()
             restart(part, "a", verdict.order_a, rows)
         self._asked.clear()
 
@@ -375,16 +375,15 @@ class Ranks(Alone):
         here = [layer.warm_batches for layer in layers]
         said = self._exchange(WARM, here, [bad] * len(layers))
         for layer, k, total in zip(layers, here, said[HEAD:], strict=False):
-            if total and isinstance(layer.activation, ActivationMatrix):
-                average = layer.activation.average
+            for average in [factor.average for factor in layer.activations] if total else []:
                 dist.all_reduce(average.mul_(k / total) if k else average.zero_(), group=self.group)
                 layer.warm_batches = int(total)
         return bool(said[HEAD + len(layers)]), int(said[LOSS])
 
     def consolidate(self, layers: list[CoveredLayer]) -> None:
-        for layer in layers:
-            if layer.has("A"):
-                dist.all_reduce(layer["A"].div_(self.size), group=self.group)
+        for factor in [factor for layer in layers for factor in layer.activations]:
+            if "A" in factor.kept:
+                dist.all_reduce(factor["A"].div_(self.size), group=self.group)
         self.together = True
 
 

@@ -32,6 +32,9 @@ class Inputs(Protocol):
     def joined(self, others: Sequence[Any]) -> Inputs:
         """These rows, and those of the layer's other uses."""
 
+    def columns(self, these: slice) -> Inputs:
+        """Some columns of X."""
+
     def mean(self, out: torch.Tensor) -> None:
         """out = X'1/m, d_in."""
 
@@ -57,6 +60,9 @@ class Rows(Inputs):
 
     def joined(self, others: Sequence[Rows]) -> Rows:
         return Rows(torch.cat([self.X, *(other.X for other in others)])) if others else self
+
+    def columns(self, these: slice) -> Rows:
+        return Rows(self.X[:, these])
 
     def mean(self, out: torch.Tensor) -> None:
         torch.mean(self.X, 0, dtype=out.dtype, out=out)
@@ -137,6 +143,12 @@ class Patches(Inputs):
 
     def joined(self, others: Sequence[Patches]) -> Patches:
         return Patches([use for one in (self, *others) for use in one._uses])
+
+    def columns(self, these: slice) -> Patches:
+        """The patches of some channels, which begin and end with ``these``."""
+        unit = math.prod(self._kernel[2:])
+        channels = slice(these.start // unit, these.stop // unit)
+        return Patches([(x[:, channels], window) for x, window in self._uses])
 
     def mean(self, out: torch.Tensor) -> None:
         self._mean_patch([x.mean(0, dtype=out.dtype) for x, _ in self._uses], out)

@@ -8,6 +8,7 @@ outside this file asks a module for its weight.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ class View:
         outputs_first: a view of a tensor of the weight's shape, itself or a gradient, with the n_g
             outputs as the first dimension and the d_in inputs in all others.
         trailing: dimensions of the module's output that come after its n_g features.
+        unit: inputs that stay in one block: what a kernel sees of a channel.
     """
 
     weight: Any
@@ -43,6 +45,7 @@ class View:
     inputs: Callable[[torch.Tensor], Inputs] = features_last
     outputs_first: Transform = whole
     trailing: int = 0
+    unit: int = 1
 
     @property
     def shape(self) -> torch.Size:
@@ -142,7 +145,9 @@ class Convolution(Kind):
             padding=tuple(p for pair in reversed(padding) for p in pair),
             mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
         )
-        return [View(module.weight, module.bias, window.images, trailing=len(sizes))]
+        unit = math.prod(module.kernel_size)
+        images, trailing = window.images, len(sizes)
+        return [View(module.weight, module.bias, images, trailing=trailing, unit=unit)]
 
 
 class Convolution1d(Convolution):

@@ -84,8 +84,8 @@ class Alone:
 
     def average(self, layer: CoveredLayer, decay: float | None, ok: torch.Tensor) -> None:
         """Step 3 before the layer's start: `ActivationMatrix.average_one`."""
-        assert isinstance(layer.activation, ActivationMatrix)
-        layer.activation.average_one(layer["a_bar"], layer.observer.inputs(), decay, ok)
+        for factor, inputs in zip(layer.activations, layer.inputs(), strict=True):
+            factor.average_one(factor["a_bar"], inputs, decay, ok)
 
     def average_in(self, part: Part, ok: torch.Tensor) -> None:
         """Step 3: `ActivationMatrix.average_in`."""
@@ -127,8 +127,7 @@ def _flag(wrapper: DDP) -> tuple[str, bool]:
     return "require_forward_param_sync", wrapper.require_forward_param_sync
 
 
-def rows_of(layer: CoveredLayer) -> torch.Tensor:
-    """The layer's inputs as a matrix; wrappers.py lets no other kind in."""
-    inputs = layer.observer.inputs()
-    assert isinstance(inputs, Rows)
-    return inputs.X
+def rows_of(layer: CoveredLayer) -> list[torch.Tensor]:
+    """The layer's inputs as matrices, by the blocks of the activation side; wrappers.py lets no
+    other kind in."""
+    return [inputs.X for inputs in layer.inputs() if isinstance(inputs, Rows)]

@@ -1,9 +1,9 @@
-"""The scales that relative dampings are in: a layer's own, measured on the device.
+"""The scales that relative dampings are in: a block's own, measured on the device.
 
-    lam_a <- damping_a * v      v follows the mean square of the layer's inputs, tr(A)/d_in
+    lam_a <- damping_a * v      v follows the mean square of the block's inputs, tr(A)/d_in
     y     <- sqrt(ss/yy) * y    ss, yy follow |h_bar+ - h_bar|^2 and |g_bar+ - g_bar|^2
 
-With y in units of s, lam_g = damping_g is a share of the layer's curvature. Both make a setting
+With y in units of s, lam_g = damping_g is a share of the block's curvature. Both make a setting
 independent of the scale of inputs and loss.
 """
 
@@ -22,29 +22,30 @@ def measure_inputs(part: Part, ok: torch.Tensor) -> None:
     """Let v follow the inputs of this step, and set lam_a."""
     if not part.settings.relative_damping:
         return
-    old = torch.stack(part["v"])
-    a_bar = part["a_bar"]
+    old = torch.stack(part.a["v"])
+    a_bar = part.a["a_bar"]
     X = [one.of_the_same_square(mean) for one, mean in zip(part.inputs(), a_bar, strict=True)]
     squares = torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))
     torch._foreach_pow_(squares, 2)
     torch._foreach_div_(squares, [float(x.numel()) for x in X])
     new = torch.stack(squares).to(old.dtype)
-    _follow(part["v"], old, new, FOLLOW_INPUTS, ok)
-    v = torch.stack(part["v"])
+    _follow(part.a["v"], old, new, FOLLOW_INPUTS, ok)
+    v = torch.stack(part.a["v"])
     lam_a = torch.where(v > 0, v, 1.0) * part.scalars.lam_a  # inputs may all be 0: dead units
-    torch._foreach_copy_(part["lam_a"], list(lam_a.unbind()))
+    torch._foreach_copy_(part.a["lam_a"], list(lam_a.unbind()))
 
 
 def measure_pairs(part: Part, ok: torch.Tensor) -> None:
     """Let ss and yy follow the pair of this step, and put its gradients in units of s."""
-    if not part.settings.relative_damping or not part.gradient.live:
+    if not part.settings.relative_damping:
         return
-    g_bar, g_bar_next = part["g_bar"], part["g_bar_next"]
-    changes = [*part["h_change"], *torch._foreach_sub(g_bar_next, g_bar)]
-    old = torch.stack(part["ss"] + part["yy"])
+    g = part.g
+    g_bar, g_bar_next = g["g_bar"], g["g_bar_next"]
+    changes = [*g["h_change"], *torch._foreach_sub(g_bar_next, g_bar)]
+    old = torch.stack(g["ss"] + g["yy"])
     new = torch.stack(torch._foreach_norm(changes)).to(old.dtype).square()
-    _follow(part["ss"] + part["yy"], old, new, FOLLOW_PAIRS, ok)
-    ss, yy = torch.stack(part["ss"]), torch.stack(part["yy"])
+    _follow(g["ss"] + g["yy"], old, new, FOLLOW_PAIRS, ok)
+    ss, yy = torch.stack(g["ss"]), torch.stack(g["yy"])
     units = torch.where((ss > 0) & (yy > 0), (ss / yy).sqrt(), 1.0).to(g_bar[0].dtype)
     torch._foreach_mul_(g_bar, list(units.unbind()))
     torch._foreach_mul_(g_bar_next, list(units.unbind()))

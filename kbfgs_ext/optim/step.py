@@ -232,7 +232,8 @@ class Step:
             scalars.set_step_size(self.guard.scale)
             for layer in layers:
                 if not layer.started and not layer.bare:
-                    layer.gradient.start(scalars.lam_g)
+                    for factor in layer.gradients:
+                        factor.start(scalars.lam_g)
             seen = [layer for layer in layers if layer.observer.has_inputs()]
             for one in self.parts.of(seen, by_inputs=True):
                 with self.phase("statistics"):
@@ -255,9 +256,9 @@ class Step:
         old = [layer for layer in part.layers if layer.started]
         for one in self.parts.of(old, by_inputs=True):
             self.process.average_in(one, ok)
-        for layer, lam_a in zip(part.layers, part.lam_a(), strict=True):
-            if not layer.started:
-                layer.activation.start(lam_a)
+        for one in self.parts.of(cold, by_inputs=True):
+            for factor, lam_a in zip(one.a.factors, one.lam_a(), strict=True):
+                factor.start(lam_a)
 
     def _slope(self, active: list[CoveredLayer]) -> torch.Tensor:
         """The derivative of the loss along the step just taken, a scalar on the device."""
@@ -325,8 +326,7 @@ class Step:
         paired, fresh = self.kind
         paired = paired or which is Pass.SECOND
         for layer in self.layers:
-            wanted = layer.activation.live and (fresh or not layer.started)
-            keep_inputs = which is not Pass.SECOND and wanted
+            keep_inputs = which is not Pass.SECOND and (fresh or not layer.started)
             a_bar = layer["a_bar" + suffix] if paired else None
             layer.observer.begin(a_bar, layer["g_bar" + suffix], keep_inputs)
             if which is Pass.FIRST:

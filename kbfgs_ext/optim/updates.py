@@ -26,42 +26,58 @@ class Verdict:
     order_g: torch.Tensor | None = None  # all gradient sides do
 
 
-def update_matrices(
+def update_activations(part: Part, X: Tensors, verdict: Verdict) -> None:
+    """Step 9, with A's action from ``X``, or from A where that is empty."""
+    curvature_update(part, True, False, X, verdict)
+    restart(part, "a", verdict.order_a, X)
+
+
+def update_matrices(part: Part, verdict: Verdict, with_activations: bool) -> None:
+    """Steps 6 to 8, and step 9 by A in the same call if ``with_activations``.
+
+    The op takes one block of either side at a time: where a layer has several, it goes twice.
+    """
+    if with_activations and not part.whole:
+        curvature_update(part, True, False, [], verdict)
+    curvature_update(part, with_activations and part.whole, True, [], verdict)
+    if with_activations:
+        restart(part, "a", verdict.order_a)
+    restart(part, "g", verdict.order_g)
+
+
+def curvature_update(
     part: Part, activations: bool, gradients: bool, X: Tensors, verdict: Verdict
 ) -> None:
-    """Steps 6 to 9 on the matrix factors of both sides, or of one."""
+    """`ops.curvature_update_` on the blocks of both sides, or of one."""
 
-    def of(side: bool, name: str) -> Tensors:
-        return part[name] if side else []
+    def a(name: str) -> Tensors:
+        return part.a[name] if activations else []
 
-    n = len(part.layers)
-    if activations or gradients:
-        ops.curvature_update_(
-            H_a=of(activations, "H_a"),
-            H_g=of(gradients, "H_g"),
-            s=of(gradients, "s"),
-            y=of(gradients, "y"),
-            counts_a=of(activations, "counts_a"),
-            counts_g=of(gradients, "counts_g"),
-            work=part["work"],
-            A=of(activations and not X, "A"),
-            X=X,
-            a_bar=of(activations, "a_bar"),
-            h_change=of(gradients, "h_change"),
-            g_bar=of(gradients, "g_bar"),
-            g_bar_next=of(gradients, "g_bar_next"),
-            lam_a=part.lam_a() if activations else [],
-            lam_g=[part.scalars.lam_g] * n if gradients else [],
-            pair_decay=part.group["pair_decay"],
-            mu1=part.group["powell"],
-            ok=verdict.ok,
-            ok_pair=verdict.ok_pair,
-            backend=part.backend,
-        )
-    if activations:
-        restart(part, "a", verdict.order_a, X)
-    if gradients:
-        restart(part, "g", verdict.order_g)
+    def g(name: str) -> Tensors:
+        return part.g[name] if gradients else []
+
+    ops.curvature_update_(
+        H_a=a("H_a"),
+        H_g=g("H_g"),
+        s=g("s"),
+        y=g("y"),
+        counts_a=a("counts_a"),
+        counts_g=g("counts_g"),
+        work=(part.g if gradients else part.a)["work"],
+        A=[] if X else a("A"),
+        X=X,
+        a_bar=a("a_bar"),
+        h_change=g("h_change"),
+        g_bar=g("g_bar"),
+        g_bar_next=g("g_bar_next"),
+        lam_a=part.lam_a() if activations else [],
+        lam_g=part.lam_g() if gradients else [],
+        pair_decay=part.group["pair_decay"],
+        mu1=part.group["powell"],
+        ok=verdict.ok,
+        ok_pair=verdict.ok_pair,
+        backend=part.backend,
+    )
 
 
 def restart(
@@ -78,15 +94,15 @@ def restart(
     after = part.settings.restart_after
     if after is None:
         return
-    of_a = side == "a"
-    matrices = of_a or part.has("H_g")
+    of_a, blocks = side == "a", part.a if side == "a" else part.g
+    matrices = of_a or blocks.has("H_g")
     ops.restart_(
-        H=part["H_" + side] if matrices else [],
-        pushed=[] if matrices else part["pushed"],
-        marks=part["marks_" + side],
-        counts=part["counts_" + side],
+        H=blocks["H_" + side] if matrices else [],
+        pushed=[] if matrices else blocks["pushed"],
+        marks=blocks["marks_" + side],
+        counts=blocks["counts_" + side],
         lam=part.lam_a() if of_a else [],
-        A=part["A"] if of_a and not X else [],
+        A=blocks["A"] if of_a and not X else [],
         X=list(X) if of_a else [],
         after=after,
         force=order,

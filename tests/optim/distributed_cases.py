@@ -134,7 +134,7 @@ def fewer_passes(world: World) -> None:
 
 
 def other_factors(world: World) -> None:
-    compare(world, net(), of(max_factor_dim=6, step_length="layer", lr=0.05))
+    compare(world, net(), of(block_size=6, step_length="layer", lr=0.05))
     groups = lambda model: [{"params": list(model.modules())[1], "lr": 0.1}]  # noqa: E731
     inside = lambda model: model.module if isinstance(model, DDP) else model  # noqa: E731
     compare(world, net(), lambda model, **o: KBFGS(model, groups=groups(inside(model)), **o))

@@ -189,7 +189,7 @@ def test_no_step_forms_the_patches(method, action, monkeypatch):
     conv = nn.Conv2d(8, 4, 5, padding=2, stride=2)
     model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 3))
     x, target = torch.randn(32, 8, 12, 12), torch.randn(32, 3)
-    opt = method(model, hessian_action=action, max_factor_dim=1000)
+    opt = method(model, hessian_action=action, block_size=1000)
     closure = closure_of(model, opt, x, target)
     padded = 4 * 32 * 8 * 16 * 16
     assert padded < 4 * (32 * 36) * (8 * 25) / 3  # the patches
