@@ -23,7 +23,7 @@ from kbfgs_ext.optim.factors import Factor
 from kbfgs_ext.optim.fallback import Fallback, default_fallback
 from kbfgs_ext.optim.memory import memory_usage
 from kbfgs_ext.optim.parts import Group
-from kbfgs_ext.optim.passes import check_generators, joined
+from kbfgs_ext.optim.passes import check_generators, joined, once
 from kbfgs_ext.optim.settings import Settings
 from kbfgs_ext.optim.step import Step
 from kbfgs_ext.optim.wrappers import check_ranks, process_of, refuse_shards, unwrapped, wrappers_of
@@ -93,8 +93,12 @@ class CoveredOptimizer(torch.optim.Optimizer):
     def _cover(self, group: dict[str, Any], layers: list[CoveredLayer]) -> None:
         self.steps.add(Group(group, layers, hyper.DeviceScalars(self.steps.device)))
         for layer in layers:  # torch's tools look for what is kept of each parameter
-            self.state.update({p: {} for p in layer.parameters()})
-            self.state[layer.weight] = layer.kept
+            for p in layer.parameters():
+                self.state.setdefault(p, {})
+            if layer.prefix:
+                layer.state = self.state[layer.weight]
+            else:
+                self.state[layer.weight] = layer.kept
 
     def _make_fallback(
         self, rest: Mapping[str, nn.Parameter], factory: FallbackFactory | None
@@ -336,5 +340,5 @@ def _total(factors: Sequence[Factor], name: str) -> tuple[torch.Tensor, ...]:
     return torch.stack([factor[name] for factor in factors]).sum(0).unbind()
 
 
-def _parameters(layers: list[CoveredLayer]) -> list[nn.Parameter]:
-    return [p for layer in layers for p in layer.parameters()]
+def _parameters(layers: list[CoveredLayer]) -> list[torch.Tensor]:
+    return once(p for layer in layers for p in layer.parameters())

@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +28,17 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.weak import TensorWeakRef
 
 from kbfgs_ext.optim.compiled import uncompiled
+from kbfgs_ext.optim.hooks import CallsByHand, GradientHook, ModuleHook
 from kbfgs_ext.optim.inputs import Inputs, Rows
 from kbfgs_ext.optim.layers import View
 
 if TYPE_CHECKING:
     from kbfgs_ext.optim.process import Alone
+
+
+Seen = list[
+    tuple["Observer", View]
+]  # the layers that one call is of, by their places in its output
 
 
 class Pass(enum.Enum):
@@ -127,15 +132,12 @@ class Observer:
         if self._virtual is not None:
             self._virtual.grad = None
 
-    def with_virtual_bias(self, output: torch.Tensor) -> torch.Tensor | None:
-        """``output`` plus the virtual bias; None where the layer's own is trained."""
+    def gradient(self) -> torch.Tensor | None:
+        """The gradient of the layer's bias, real or virtual, as the backward pass has left it."""
         anchor = self.anchor()
-        if anchor is self.bias:
-            return None
-        bias = self.view.spread(anchor.to(output.dtype))
-        if output.is_nested and output.layout is torch.strided:  # it takes no sum with a vector
-            return torch.nested.as_nested_tensor([part + bias for part in output.unbind()])
-        return output + bias
+        if anchor.grad is None or anchor is not self.bias:
+            return anchor.grad
+        return self.view.vector(anchor.grad)
 
     # ------------------------------------------------------------------ uses
 
@@ -209,7 +211,7 @@ class Observer:
         self.uses = [use for use in self.uses if use.reached]
         if not self.filled:
             anchor = self.anchor()
-            gradient = None if self.averaged or self.is_stale(anchor) else anchor.grad
+            gradient = None if self.averaged or self.is_stale(anchor) else self.gradient()
             if gradient is not None:
                 self.g_bar.copy_(gradient)  # the closure has assigned it
             else:
@@ -260,28 +262,6 @@ class Observer:
         self._first, self._joined, self.keep_inputs = None, None, False
 
 
-class Hook:
-    """A module's forward hook. A copy of the module (deepcopy, pickle) carries a dead hook."""
-
-    def __init__(self, recorder: Recorder | None, observer: Any, view: Any) -> None:
-        self._recorder = weakref.ref(recorder) if recorder is not None else lambda: None
-        self._observer, self._view = observer, view
-
-    def __call__(self, module: nn.Module, args: tuple, *rest: Any):
-        recorder = self._recorder()
-        if recorder is None or recorder.at is Pass.OFF:
-            return None  # rest is without kwargs where garbage collection has just removed the hook
-        kwargs, output = rest
-        x = args[0] if args else next(iter(kwargs.values()))
-        return recorder.record(self._observer, self._view, x, output)
-
-    def __deepcopy__(self, memo: dict) -> Hook:
-        return Hook(None, None, None)
-
-    def __reduce__(self) -> tuple:
-        return Hook, (None, None, None)
-
-
 class Recorder:
     """The hooks of a model's covered layers, and which pass they are in; one ``process`` of many,
     or alone."""
@@ -294,17 +274,31 @@ class Recorder:
         # Whose bias gradient a backward has filled, by its number: backwards may be nested.
         self._noted: dict[int, list[Observer]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks: dict[int, ModuleHook] = {}  # by the module
 
     def attach(self, uses: list[tuple[nn.Module, View]], observer: Observer) -> None:
-        """Let modules, with their views, and the bias report to ``observer``; before the hooks of
-        others, which see the output as the layer has made it, virtual bias and all."""
+        """Let modules, with their views, and the bias report to ``observer``."""
         for module, view in uses:
-            hook = Hook(self, observer, view)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+            hooks = self._hooks.get(id(module))
+            if hooks is None:
+                kind = CallsByHand if view.by_hand else ModuleHook
+                hooks = self._hooks[id(module)] = kind(self)
+                self._handles += hooks.register(module)
+            hooks.seen.append((observer, view))
         observer.gradient_hook = GradientHook(self, observer)
         if observer.bias is not None:
             handle = observer.bias.register_post_accumulate_grad_hook(observer.gradient_hook)
             self._handles.append(handle)
+
+    @property
+    def live(self) -> bool:
+        """Whether a pass is under way."""
+        return self.at is not Pass.OFF
+
+    @property
+    def records_gradients(self) -> bool:
+        """Whether it is one with a backward."""
+        return self.at in (Pass.FIRST, Pass.SECOND)
 
     def begin(self, which: Pass) -> None:
         """The hooks do what ``which`` asks for."""
@@ -326,7 +320,7 @@ class Recorder:
 
     @staticmethod
     def _keep(noted: list[Observer]) -> None:
-        gradients = [g for one in noted if (g := one.anchor().grad) is not None]
+        gradients = [g for one in noted if (g := one.gradient()) is not None]
         with torch.no_grad():
             torch._foreach_copy_([one.g_bar for one in noted], gradients)
 
@@ -346,33 +340,53 @@ class Recorder:
         self.closed = True
 
     @uncompiled
-    def record(self, observer: Observer, view: View, x: torch.Tensor, output: torch.Tensor):
-        """Note one use of a layer; returns what the layer shall return instead, or None."""
+    def record(self, seen: Seen, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
+        """Note one use of the layers that see ``x`` and make ``output`` side by side; returns what
+        takes the output's place, or None."""
         wrapper = DDP._active_ddp_module
         if wrapper is not None and not any(wrapper is known for known in self.process.wrappers):
             self.process.meet(wrapper)
+        observers = [observer for observer, _ in seen]
         if x.numel() == 0:
-            observer.empty = observer.empty or tuple(x.shape)
+            for observer in observers:
+                observer.empty = observer.empty or tuple(x.shape)
             return None
         if self.at is Pass.WARM:
-            if observer.keep_inputs:
-                observer.add(view.inputs(x)).reached = True
+            for observer, view in seen:
+                if observer.keep_inputs:
+                    observer.add(view.inputs(x)).reached = True
             return None
         if not torch.is_grad_enabled():
-            self.in_the_dark = observer.dark = True
-            return None  # a forward on the side, with no part in the loss
-        replaced = observer.with_virtual_bias(output)
+            self.in_the_dark = True  # a forward on the side, with no part in the loss
+            for observer in observers:
+                observer.dark = True
+            return None
+        replaced = with_virtual_bias(seen, output)
         if torch._C._current_graph_task_id() != -1:
-            observer.recomputed = True  # activation checkpointing: the same use again
+            for observer in observers:
+                observer.recomputed = True  # activation checkpointing: the same use again
             return replaced
         with torch.no_grad(), torch._C._DisableFuncTorch():
-            use = observer.add(view.inputs(x))
+            uses = [(observer, observer.add(view.inputs(x))) for observer, view in seen]
         node = _origin(output if replaced is None else replaced)
-        if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
-            use.reached = True  # inside torch.func nothing tells
-        else:
-            node.register_prehook(functools.partial(observer.reach, use))
+        for observer, use in uses:
+            if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
+                use.reached = True  # inside torch.func nothing tells
+            else:
+                node.register_prehook(functools.partial(observer.reach, use))
         return replaced
+
+
+def with_virtual_bias(seen: Seen, output: torch.Tensor) -> torch.Tensor | None:
+    """``output`` plus the virtual biases of the layers; None where their own are trained."""
+    biases = [observer.anchor() for observer, _ in seen]
+    if all(bias is observer.bias for bias, (observer, _) in zip(biases, seen, strict=True)):
+        return None
+    bias = biases[0] if len(biases) == 1 else torch.cat(biases)
+    bias = seen[0][1].spread(bias.to(output.dtype))
+    if output.is_nested and output.layout is torch.strided:  # it takes no sum with a vector
+        return torch.nested.as_nested_tensor([part + bias for part in output.unbind()])
+    return output + bias
 
 
 def _origin(output: torch.Tensor) -> Any:
@@ -383,17 +397,3 @@ def _origin(output: torch.Tensor) -> Any:
     """
     base = output._base
     return output.grad_fn if base is None or base.grad_fn is None else base.grad_fn
-
-
-class GradientHook:
-    """The hook of a bias's gradient, real or virtual."""
-
-    def __init__(self, recorder: Recorder, observer: Observer) -> None:
-        self._recorder, self._observer = weakref.ref(recorder), weakref.ref(observer)
-
-    def __call__(self, bias: torch.Tensor) -> None:
-        recorder, observer = self._recorder(), self._observer()
-        if recorder is None or observer is None or bias is not observer.anchor():
-            return
-        if recorder.at in (Pass.FIRST, Pass.SECOND):
-            recorder.note_gradient(observer)

@@ -59,12 +59,14 @@ def pack(
         options = {key: value for key, value in group.items() if key != "params"}
         packed.append({**options, "params": list(range(at, at + len(group["params"])))})
         at += len(group["params"])
-    state: dict[int, dict[str, Any]] = {}
+    entries: dict[int, dict[str, Any]] = {}  # by the parameter, of which a layer may be a part
     for layer in layers:
         progress = torch.tensor([int(layer.started), layer.warm_batches])
-        state[len(state)] = {**layer.kept, "progress": progress}
-        if layer.bias is not None:
-            state[len(state)] = {"progress": progress.clone()}
+        for p in layer.parameters():
+            entries.setdefault(id(p), {"progress": progress.clone()})
+        kept = {layer.prefix + name: tensor for name, tensor in layer.kept.items()}
+        entries[id(layer.weight)] |= {**kept, layer.prefix + "progress": progress}
+    state: dict[int, dict[str, Any]] = dict(enumerate(entries.values()))
     state[0] |= {GLOBAL + name: tensor for name, tensor in whole.items()}
     if fallback is not None:
         covered = len(state)
@@ -185,19 +187,18 @@ def _layer_difference(theirs: Mapping[str, list[int]], own: Mapping[str, list[in
 
 def load(layers: list[CoveredLayer], whole: Mapping[str, torch.Tensor], saved: Saved) -> None:
     """Copy the saved tensors into the own ones, which keep their place in memory."""
-    entries = iter(saved.state)
-    for at, layer in enumerate(layers):
-        entry = next(entries)
+    parameters = {id(p): p for layer in layers for p in layer.parameters()}
+    entries = dict(zip(parameters, saved.state, strict=True))
+    for layer in layers:
+        entry = entries[id(layer.weight)]
         for name, tensor in layer.kept.items():
-            if name in entry or not name.startswith("master_"):  # those follow the parameters
-                tensor.copy_(entry[name])
-        started, warm_batches = entry["progress"].tolist()
+            known = layer.prefix + name
+            if known in entry or not name.startswith("master_"):  # those follow the parameters
+                tensor.copy_(entry[known])
+        started, warm_batches = entry[layer.prefix + "progress"].tolist()
         layer.started, layer.warm_batches = bool(started), int(warm_batches)
-        if layer.bias is not None:
-            next(entries)
-        if at == 0:
-            for name, tensor in whole.items():
-                tensor.copy_(entry[GLOBAL + name])
+    for name, tensor in whole.items():
+        tensor.copy_(saved.state[0][GLOBAL + name])
 
 
 def keep_devices(group: dict[str, Any], own: Mapping[str, Any]) -> None:

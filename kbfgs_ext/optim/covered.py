@@ -12,7 +12,7 @@ from kbfgs_ext.optim.blocks import cut
 from kbfgs_ext.optim.capture import Observer
 from kbfgs_ext.optim.factors import ActivationMatrix, Factor, GradientMatrix, PairRing, Shapes
 from kbfgs_ext.optim.inputs import Inputs
-from kbfgs_ext.optim.layers import View
+from kbfgs_ext.optim.layers import Transform, View
 from kbfgs_ext.optim.settings import Settings
 
 ACCUMULATION = torch.float32  # factors of 16-bit parameters are kept in this dtype
@@ -45,6 +45,8 @@ class CoveredLayer:
         self.moving: list[nn.Parameter] = []  # the parameters that this step moves
         self.bare = False  # this step goes without factors: the layer's input was never seen
         self.kept: dict[str, torch.Tensor] = {}
+        # What torch's tools see of the weight: `kept`, or with `prefix` that of all its parts.
+        self.state, self.prefix = self.kept, f"{view.name}." if view.rows is not None else ""
         self.scratch: dict[str, torch.Tensor] = {}
         self._no_bias = torch.empty(0)
         self._aside = False  # the weight lies so in memory that ops work on a copy
@@ -96,6 +98,8 @@ class CoveredLayer:
         if not self.kept:
             for name, (shape, dtype) in self.kept_shapes().items():
                 self.kept[name] = torch.zeros(shape, dtype=dtype, device=device)
+            if self.prefix:
+                self.state |= {self.prefix + name: tensor for name, tensor in self.kept.items()}
             for factor, end in self._blocks():
                 shapes = factor.kept_shapes(self.dtype)
                 factor.kept = {name: self.kept[name + end] for name in shapes}
@@ -147,7 +151,7 @@ class CoveredLayer:
     def W(self) -> torch.Tensor:
         """The weight, n_g x d_in, or its 32-bit copy; where it lies otherwise in memory a copy, for
         `put_back`."""
-        W = self.view.outputs_first(self.weight.detach())
+        W = self.view.place(self.weight.detach())
         self._aside = not W.is_contiguous()
         master = self.kept.get("master_W")
         if master is not None:
@@ -171,7 +175,7 @@ class CoveredLayer:
         master = self.kept.get("master_b")
         if master is not None:
             return master
-        return self._no_bias if self.bias is None else self.bias.detach()
+        return self._no_bias if self.bias is None else self.view.vector(self.bias.detach())
 
     def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The 16-bit parameters, each with its 32-bit copy; none where there are no copies."""
@@ -179,25 +183,26 @@ class CoveredLayer:
             return []
         found = [(self.view.matrix(self.weight.detach()), self.kept["master_W"])]
         if self.bias is not None:
-            found.append((self.bias.detach(), self.kept["master_b"]))
+            found.append((self.view.vector(self.bias.detach()), self.kept["master_b"]))
         return found
 
     def dW(self, decay: float = 0.0) -> torch.Tensor:
         """The weight's gradient plus ``decay*W``, n_g x d_in; zero where it is frozen."""
-        return self.view.matrix(self._gradient(self.weight, "no_dW", decay)).contiguous()
+        return self._gradient(self.weight, self.view.matrix, "no_dW", decay).contiguous()
 
     def db(self, decay: float = 0.0) -> torch.Tensor:
         """The bias's gradient, as the weight's; or an empty tensor."""
         if self.bias is None:
             return self._no_bias
-        return self._gradient(self.bias, "no_db", decay)
+        return self._gradient(self.bias, self.view.vector, "no_db", decay)
 
-    def _gradient(self, p: nn.Parameter, zero: str, decay: float) -> torch.Tensor:
+    def _gradient(self, p: nn.Parameter, own: Transform, zero: str, decay: float) -> torch.Tensor:
         if any(p is moved for moved in self.moving):
             assert p.grad is not None
-            return p.grad.add(p.detach(), alpha=decay) if decay else p.grad
+            gradient = own(p.grad)
+            return gradient.add(own(p.detach()), alpha=decay) if decay else gradient
         if zero not in self.scratch or self.scratch[zero].dtype != p.dtype:
-            self.scratch[zero] = torch.zeros_like(p, requires_grad=False)
+            self.scratch[zero] = torch.zeros_like(own(p.detach()))
         return self.scratch[zero]
 
     # ------------------------------------------------------------------ in a step

@@ -92,10 +92,12 @@ class Window:
     padding: tuple[int, ...]  # in the order of F.pad: before and after, the last dimension first
     mode: str  # of F.pad
 
-    def images(self, x: torch.Tensor) -> Patches:
-        """An input (..., C, size): with several dimensions before the channels, or none."""
+    def images(self, x: torch.Tensor, channels: slice | None = None) -> Patches:
+        """An input (..., C, size): with several dimensions before the channels, or none; or some of
+        the channels."""
         x = plain(x)
-        return Patches([(x.reshape(-1, *x.shape[-len(self.kernel) - 1 :]), self)])
+        x = x.reshape(-1, *x.shape[-len(self.kernel) - 1 :])
+        return Patches([(x if channels is None else x[:, channels], self)])
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, size) with their edges."""

@@ -76,7 +76,7 @@ def coverage(
             CoverageRow(
                 layer.name,
                 True,
-                sum(p.numel() for p in layer.parameters()),
+                layer.n_g * layer.n_a,
                 layer.n_g,
                 layer.n_a,
                 sum(_factor_bytes(layer).values()),

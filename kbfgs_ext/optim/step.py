@@ -24,7 +24,7 @@ from kbfgs_ext.optim.capture import Pass, Recorder
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.fallback import Fallback
 from kbfgs_ext.optim.parts import Group, Part, Parts
-from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, own_work, profiled
+from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, once, own_work, profiled
 from kbfgs_ext.optim.process import Alone
 from kbfgs_ext.optim.reports import Watch
 from kbfgs_ext.optim.safeguard import Safeguard
@@ -343,7 +343,7 @@ class Step:
             self.recorder.at = Pass.OFF
 
     def _with_gradients(self, active: list[CoveredLayer]) -> list[torch.Tensor]:
-        moving: list[torch.Tensor] = [p for layer in active for p in layer.moving]
+        moving = once(p for layer in active for p in layer.moving)
         return moving + (self.fallback.parameters() if self.fallback is not None else [])
 
     def _anchors(self) -> list[torch.Tensor]:
@@ -387,7 +387,7 @@ class Step:
 
     def parameters(self) -> list[torch.Tensor]:
         """All that a step may move."""
-        covered: list[torch.Tensor] = [p for layer in self.layers for p in layer.parameters()]
+        covered = once(p for layer in self.layers for p in layer.parameters())
         return covered + (self.fallback.parameters() if self.fallback is not None else [])
 
     def copies(self) -> list[torch.Tensor]:

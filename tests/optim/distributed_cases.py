@@ -6,6 +6,7 @@ Each takes the `World`, and raises what is wrong.
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Any
 
 import torch
@@ -73,6 +74,28 @@ def without_bias(world: World) -> None:
     compare(world, net(bias=False), of())
     ema = of(hessian_action="ema")
     compare(world, net(bias=False), ema, plain=True, but=(" A",), number=15)
+
+
+class Attentive(nn.Module):
+    """Rows of 5 as sequences of five numbers, with attention between them."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(1, 4, bias), nn.Linear(20, 3, bias)
+        self.attention = nn.MultiheadAttention(
+            4, 2, bias=bias, batch_first=True, add_zero_attn=True
+        )
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x[..., None]))
+        return self.last(self.attention(h, h, h)[0].flatten(1))
+
+
+def parts_of_a_weight(world: World) -> None:
+    for bias in (True, False):
+        model = Attentive(bias).double()
+        compare(world, copy.deepcopy(model), of(lr=0.1), number=15)
+        compare(world, model, of(lr=0.1, block_size=3), plain=True, number=15)
 
 
 def norms_in_the_fallback(world: World) -> None:
