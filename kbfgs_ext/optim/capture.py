@@ -354,7 +354,7 @@ class Recorder:
         if self.at is Pass.WARM:
             for observer, view in seen:
                 if observer.keep_inputs:
-                    observer.add(view.inputs(x)).reached = True
+                    observer.add(view.see(x, output)).reached = True
             return None
         if not torch.is_grad_enabled():
             self.in_the_dark = True  # a forward on the side, with no part in the loss
@@ -367,7 +367,7 @@ class Recorder:
                 observer.recomputed = True  # activation checkpointing: the same use again
             return replaced
         with torch.no_grad(), torch._C._DisableFuncTorch():
-            uses = [(observer, observer.add(view.inputs(x))) for observer, view in seen]
+            uses = [(observer, observer.add(view.see(x, output))) for observer, view in seen]
         node = _origin(output if replaced is None else replaced)
         for observer, use in uses:
             if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):

@@ -106,7 +106,8 @@ class Window:
     def zeros(self) -> tuple[int, ...]:
         """The padding as a convolution makes it by itself, one number per dimension; or none."""
         before, after = self.padding[::2], self.padding[1::2]
-        return before[::-1] if self.mode == "constant" and before == after else ()
+        plain = self.mode == "constant" and before == after and min(before) >= 0
+        return before[::-1] if plain else ()
 
     def places(self, x: torch.Tensor) -> int:
         """How many the kernel takes in one image of ``x``, not padded."""
@@ -125,6 +126,34 @@ class Window:
         ):
             x = x.unfold(2 + i, apart * (k - 1) + 1, step)[..., ::apart]
         return x.movedim(1, 1 + n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """The places of a transposed convolution's kernel: those of a convolution of stride 1 on the
+    image with zeros between its pixels. All of it is turned round, so that the kernel need not be.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+
+    def images(self, x: torch.Tensor, size: Sequence[int]) -> Patches:
+        """An input (..., C, size) whose output has this ``size``."""
+        x, n = plain(x), len(self.kernel)
+        x = x.reshape(-1, *x.shape[-n - 1 :])
+        places = zip(x.shape[2:], self.stride, strict=True)
+        wide = x.new_zeros(*x.shape[:2], *((length - 1) * step + 1 for length, step in places))
+        pixels: Any = (..., *(slice(None, None, step) for step in self.stride))
+        wide[pixels] = x.flip(*range(2, 2 + n))
+        padding: list[int] = []
+        for i in reversed(range(n)):
+            reach = self.dilation[i] * (self.kernel[i] - 1)
+            after = reach - self.padding[i]
+            padding += [size[i] + reach - wide.shape[2 + i] - after, after]
+        window = Window(self.kernel, (1,) * n, self.dilation, tuple(padding), "constant")
+        return Patches([(wide, window)])
 
 
 class Patches(Inputs):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbfgs_ext.optim.inputs import Inputs, Window, features_last
+from kbfgs_ext.optim.inputs import Inputs, Spread, Window, features_last
 
 MOST_GROUPS = 32  # of a convolution
 
@@ -44,18 +44,20 @@ class View:
         rows: the outputs, where several views share a weight; None: all of them.
         bias_rows: those of a bias that several views share; None: as of the weight.
         name: of the view in its module, where that has several.
+        sized: ``inputs`` takes the size of the output as well, its ``trailing`` dimensions.
         by_hand: the module calls `F.linear` with the weight itself, and the input is seen there.
     """
 
     weight: Any
     bias: nn.Parameter | None
-    inputs: Callable[[torch.Tensor], Inputs] = features_last
+    inputs: Callable[..., Inputs] = features_last
     outputs_first: Transform = whole
     trailing: int = 0
     unit: int = 1
     rows: slice | None = None
     bias_rows: slice | None = None
     name: str = ""
+    sized: bool = False
     by_hand: bool = False
 
     @property
@@ -86,6 +88,10 @@ class View:
         """Put ``matrix``, n_g x d_in, into a tensor of the weight's shape."""
         place = self.place(t)
         place.copy_(matrix.reshape(place.shape))
+
+    def see(self, x: torch.Tensor, output: torch.Tensor) -> Inputs:
+        """The rows of one use."""
+        return self.inputs(x, output.shape[-self.trailing :]) if self.sized else self.inputs(x)
 
     def spread(self, b: torch.Tensor) -> torch.Tensor:
         """A vector over the outputs as it is added to the module's output."""
@@ -206,6 +212,47 @@ class Convolution3d(Convolution):
     module_type = nn.Conv3d
 
 
+class TransposedConvolution(Kind):
+    """`torch.nn.ConvTranspose2d`, in one group."""
+
+    module_type: type[nn.Module] | str = nn.ConvTranspose2d
+
+    @classmethod
+    def refuses(cls, module: Any) -> str:
+        return "a transposed convolution in several groups" if module.groups > 1 else ""
+
+    @classmethod
+    def views(cls, module: Any) -> list[View]:
+        places = Spread(module.kernel_size, module.stride, module.dilation, module.padding)
+        return [
+            View(
+                module.weight,
+                module.bias,
+                places.images,
+                outputs_first=_swapped,
+                trailing=len(module.kernel_size),
+                unit=math.prod(module.kernel_size),
+                sized=True,
+            )
+        ]
+
+
+class TransposedConvolution1d(TransposedConvolution):
+    """`torch.nn.ConvTranspose1d`."""
+
+    module_type = nn.ConvTranspose1d
+
+
+class TransposedConvolution3d(TransposedConvolution):
+    """`torch.nn.ConvTranspose3d`."""
+
+    module_type = nn.ConvTranspose3d
+
+
+def _swapped(t: torch.Tensor) -> torch.Tensor:
+    return t.transpose(0, 1)
+
+
 class MultiheadAttention(Kind):
     """`torch.nn.MultiheadAttention`: the projections of queries, keys and values, in one weight or
     in three, and that of the output."""
@@ -233,6 +280,9 @@ KINDS: list[type[Kind]] = [
     Convolution1d,
     Convolution,
     Convolution3d,
+    TransposedConvolution1d,
+    TransposedConvolution,
+    TransposedConvolution3d,
     MultiheadAttention,
 ]
 
