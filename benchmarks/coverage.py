@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.environment import environment
 from benchmarks.micro.measure import load, store
-from kbfgs_ext import KBFGS, presets
+from kbfgs_ext import KBFGS
 
 OUT = Path(__file__).resolve().parent / "results" / "coverage.jsonl"
 BATCH, IMAGE, TOKENS, CLASSES = 16, 32, 32, 10
@@ -94,7 +94,7 @@ NETWORKS = [
     Network("resnet50", "torchvision", _torchvision("resnet50")),
     Network("convnext_tiny", "torchvision", _torchvision("convnext_tiny")),
     Network("vit_tiny", "timm", _timm("vit_tiny_patch16_224", img_size=IMAGE, patch_size=4)),
-    Network("mixer_s16", "timm", _timm("mixer_s16_224", img_size=IMAGE, patch_size=4)),
+    Network("mixer_s16", "timm", _timm("mixer_s16_224", img_size=IMAGE)),
     Network("GPT-2, 2 layers of 64", "transformers", _gpt2, 50_257),
     Network("Llama, 2 layers of 64", "transformers", _llama, 32_000),
     Network("BERT, 2 layers of 64", "transformers", _bert, 30_522),
@@ -113,13 +113,13 @@ def measure(network: Network, package: Any, steps: int) -> Row:
     model = network.build(package).train()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of what it leaves to the fallback
-        opt = KBFGS(model, **presets.SPECTRAL)
+        opt = KBFGS(model)
     report = opt.coverage()
     row: Row = {
         "network": network.name,
         "package": f"{network.package} {importlib.metadata.version(network.package)}",
         "batch": list(batch[0].shape),
-        "setting": "SPECTRAL",
+        "setting": "defaults",
         "parameters": sum(row.parameters for row in report),
         "layers": sum(row.covered for row in report),
         "share": report.share,

@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from benchmarks.data import embedded_digits
 from benchmarks.environment import environment
 from benchmarks.models import AUTOENCODERS, Loss
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS, KBFGSL, presets
 
 OUT = Path(__file__).resolve().parent / "results" / "endurance.jsonl"
 METHODS: dict[str, type[KBFGS]] = {"kbfgs": KBFGS, "kbfgsl": KBFGSL}
+# The paper's direction, whose steps no length bounds.
+OPTIONS = presets.PUBLISHED | {"safeguard": True}
 WILD = {"lr": 3.0, "damping": 1e-6}
 SANE = {"lr": 0.3, "damping": 0.3}
 INPUT_SCALE = 1e3  # in the second half of the wild steps
@@ -113,7 +115,7 @@ def _mean(losses: list[float]) -> float:
 
 def _finite(model: nn.Module, opt: KBFGS) -> Tensor:
     """Whether every weight and every kept tensor is finite; a bool scalar on the device."""
-    state = (t for kept in opt.state.values() for t in kept.values())
+    state = (t for layer in opt.layers for t in layer.kept.values())
     tensors = [*model.parameters(), *(t for t in state if t.is_floating_point())]
     return torch.stack([torch.isfinite(t).all() for t in tensors]).all()
 
@@ -131,7 +133,8 @@ def measure(
     images, task = embedded_digits().train, AUTOENCODERS["mnist"]
     torch.manual_seed(seed)
     model = task.build()
-    opt = METHODS[name](model, hessian_action=hessian_action, restart_after=restart_after, **WILD)
+    options = OPTIONS | WILD | {"hessian_action": hessian_action, "restart_after": restart_after}
+    opt = METHODS[name](model, **options)
     started = time.perf_counter()
     done = endure(
         model,

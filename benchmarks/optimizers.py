@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,13 @@ from torch import Tensor, nn
 
 from benchmarks.baselines.kfac import KFAC
 from benchmarks.models import Loss
+from kbfgs_ext import presets
 
 if TYPE_CHECKING:
     from kbfgs_ext import SafeguardRule
 
 QUASI_NEWTON = ("kbfgs", "kbfgsl")
+PRESETS = {"published": presets.PUBLISHED, "tuned": presets.TUNED}
 SOAP_BASIS_EVERY = 10  # steps between new eigenbases: the SOAP paper's, heavyball's own is 2
 
 
@@ -33,6 +34,7 @@ class Settings:
     where None means: as in :data:`DEFAULTS`.
     """
 
+    preset: str | None = None  # of kbfgs_ext.presets, under what else is given
     lr: float | None = None
     momentum: float | None = None
     damping: float | None = None
@@ -55,13 +57,8 @@ class Settings:
 
 # Starting points of single runs. Comparisons tune each optimizer over its grid (grids.py).
 DEFAULTS: dict[str, Settings] = {
-    "kbfgs": Settings(
-        lr=0.3,  # the paper's MNIST setting
-        damping=0.3,  # the paper's MNIST setting
-    ),
+    "kbfgs": Settings(),  # the constructor's
     "kbfgsl": Settings(
-        lr=0.3,  # the paper's MNIST setting
-        damping=0.3,  # the paper's MNIST setting
         memory=100,  # the paper's
     ),
     "adamw": Settings(
@@ -130,7 +127,9 @@ def build(
     if name in QUASI_NEWTON:
         import kbfgs_ext
 
-        return (kbfgs_ext.KBFGS if name == "kbfgs" else kbfgs_ext.KBFGSL)(model, **options)
+        preset = PRESETS[options.pop("preset")] if "preset" in options else {}
+        method = kbfgs_ext.KBFGS if name == "kbfgs" else kbfgs_ext.KBFGSL
+        return method(model, **preset | options)
     if name == "kfac":
         return KFAC(model, loss, **options)
     if name == "muon":
@@ -161,13 +160,8 @@ def soap(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimi
 def resolved(name: str, optimizer: Any, settings: Settings) -> dict[str, Any]:
     """Everything ``optimizer`` was built with: ``settings`` over its constructor's defaults."""
     found = dict(optimizer.defaults)
-    if name in QUASI_NEWTON:
-        import kbfgs_ext
-
-        # These hold for all parameter groups, so that ``defaults`` does not have them.
-        parameters = inspect.signature(kbfgs_ext.KBFGS).parameters
-        for option in ("hessian_action", "safeguard", "backend", "initial_scale", "step_length"):
-            found[option] = parameters[option].default
+    if name in QUASI_NEWTON:  # what holds for all parameter groups ``defaults`` does not have
+        found |= {f.name: getattr(optimizer.settings, f.name) for f in fields(optimizer.settings)}
     return {k: v for k, v in (found | settings.given()).items() if v is not None}
 
 

@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.json.parent.mkdir(parents=True, exist_ok=True)
     for rule, action, seed in track(jobs, "runs", console=console):
         settings = Settings(
+            preset="published",
             lr=args.lr,
             damping=args.damping,
             damping_a=args.damping_a,

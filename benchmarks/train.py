@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     tuned = made.add_argument_group("optimizer settings")
+    tuned.add_argument("--preset", choices=optimizers.PRESETS, help="of kbfgs and kbfgsl")
     tuned.add_argument("--lr", type=float, help="learning rate")
     tuned.add_argument("--momentum", type=float)
     quasi = made.add_argument_group("settings of kbfgs and kbfgsl (damping: of kfac too)")
@@ -87,6 +88,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
         dataset=arguments.dataset,
         optimizer=arguments.optimizer,
         settings=Settings(
+            preset=arguments.preset,
             lr=arguments.lr,
             momentum=arguments.momentum,
             damping=arguments.damping,

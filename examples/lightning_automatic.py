@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kbfgs_ext import KBFGS, presets
+from kbfgs_ext import KBFGS
 
 
 class Classifier(lightning.LightningModule):
@@ -28,7 +28,7 @@ class Classifier(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> KBFGS:
-        return KBFGS(self, **presets.TUNED)
+        return KBFGS(self)
 
 
 def data() -> DataLoader:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kbfgs_ext import KBFGS, presets
+from kbfgs_ext import KBFGS
 
 PARTS = 4
 
@@ -37,7 +37,7 @@ class Classifier(lightning.LightningModule):
         self.losses.append(loss.item())
 
     def configure_optimizers(self) -> KBFGS:
-        return KBFGS(self, **presets.TUNED)
+        return KBFGS(self)
 
 
 def main(epochs: int = 3) -> list[float]:

@@ -6,7 +6,7 @@ python examples/plain_loop.py
 import torch
 from torch import nn
 
-from kbfgs_ext import KBFGS, presets
+from kbfgs_ext import KBFGS
 
 
 def problem() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -19,7 +19,7 @@ def problem() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
 
 def with_closure(epochs: int = 3) -> list[float]:
     model, batches = problem()
-    opt = KBFGS(model, **presets.TUNED)
+    opt = KBFGS(model)
     losses = []
     for x, y in batches * epochs:
 
@@ -35,7 +35,7 @@ def with_closure(epochs: int = 3) -> list[float]:
 
 def without_closure(epochs: int = 3) -> list[float]:
     model, batches = problem()
-    opt = KBFGS(model, **presets.TUNED)
+    opt = KBFGS(model)
     losses = []
     for x, y in batches * epochs:
         with opt.first_pass():

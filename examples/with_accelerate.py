@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kbfgs_ext import KBFGS, presets
+from kbfgs_ext import KBFGS
 
 
 def main(epochs: int = 3, **options: object) -> list[float]:
@@ -20,7 +20,7 @@ def main(epochs: int = 3, **options: object) -> list[float]:
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 3))
 
     model, loader = accelerator.prepare(model, loader)  # moves the model to its device
-    kbfgs = KBFGS(model, **presets.TUNED)
+    kbfgs = KBFGS(model)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(kbfgs, epochs * len(loader))
     opt, schedule = accelerator.prepare(kbfgs, schedule)
     losses = []

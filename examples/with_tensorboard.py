@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from kbfgs_ext import KBFGS, presets
+from kbfgs_ext import KBFGS
 
 EVERY = 10  # reading counters waits for the device: not in every step
 
@@ -33,7 +33,7 @@ def main(steps: int = 30, folder: str = "build/out/tensorboard") -> list[float]:
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 3))
     x = torch.randn(512, 20)
     y = (x @ torch.randn(20, 3)).argmax(1)
-    opt = KBFGS(model, **presets.TUNED)
+    opt = KBFGS(model)
     losses = []
     with SummaryWriter(folder) as writer:
         log = Log(opt, writer)

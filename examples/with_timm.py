@@ -8,7 +8,7 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.scheduler import CosineLRScheduler
 
-from kbfgs_ext import KBFGS, presets
+from kbfgs_ext import KBFGS
 
 
 def main(steps: int = 12) -> list[float]:
@@ -24,7 +24,6 @@ def main(steps: int = 12) -> list[float]:
     opt = KBFGS(
         model,
         fallback=lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.05),
-        **presets.TUNED,
     )
     schedule = CosineLRScheduler(opt, t_initial=steps, lr_min=1e-3, t_in_epochs=False)
     losses = []

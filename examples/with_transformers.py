@@ -6,7 +6,7 @@ python examples/with_transformers.py
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from kbfgs_ext import KBFGS, presets
+from kbfgs_ext import KBFGS
 
 
 class InTrainer(KBFGS):
@@ -20,7 +20,7 @@ class KBFGSTrainer(Trainer):
         super().__init__(*args, **options)
         if self.args.gradient_accumulation_steps > 1 or self.args.fp16:
             raise ValueError("KBFGSTrainer takes neither gradient_accumulation_steps nor fp16")
-        self.kbfgs = presets.TUNED if kbfgs is None else kbfgs
+        self.kbfgs = kbfgs or {}
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:

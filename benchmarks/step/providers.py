@@ -15,16 +15,19 @@ from benchmarks import optimizers
 from benchmarks.baselines.kfac import INVERSE_EVERY
 from benchmarks.micro.cases import OURS
 from benchmarks.models import Loss
-from benchmarks.optimizers import SOAP_BASIS_EVERY, Settings
+from benchmarks.optimizers import SOAP_BASIS_EVERY
+from benchmarks.optimizers import Settings as Asked
 from benchmarks.step.captured import BEFORE_REPLAYS
 from benchmarks.step.models import Model
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS, KBFGSL, presets
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim.fallback import default_fallback
+from kbfgs_ext.optim.settings import Settings
 
 WEIGHT_DECAY = 1e-5  # the paper's
 LR = 1e-4  # of all but ours, which look after themselves: no network blows up under the clock
 EAGER = "eager K-BFGS, ema, full second pass"
+PAPER = presets.PUBLISHED | {"safeguard": True, "restart_after": 10}
 GRAPH = ", graph"  # ends the name of a captured step
 
 Make = Callable[[nn.Module, Loss], Any]
@@ -54,8 +57,11 @@ def providers(device: torch.device) -> tuple[Provider, ...]:
     """All of them on ``device``, the eager reference first."""
     eager = {"backend": "reference", "freeze_second_pass": False}
     return (
-        Provider(EAGER, _ours(KBFGS, hessian_action="ema", **eager)),
-        Provider("eager K-BFGS, minibatch, full", _ours(KBFGS, **eager)),
+        Provider(EAGER, _ours(KBFGS, **PAPER | eager)),
+        Provider(
+            "eager K-BFGS, minibatch, full",
+            _ours(KBFGS, **PAPER | eager | {"hessian_action": "minibatch"}),
+        ),
         *itertools.chain.from_iterable(_backend(name, device) for name in OURS[device.type]),
         *_ordinary(device),
         Provider("Muon", _built("muon")),
@@ -94,18 +100,24 @@ def chosen(
 
 
 def _backend(backend: str, device: torch.device) -> list[Provider]:
-    """Both methods with both Hessian actions on one backend; on a GPU also captured."""
+    """The paper's methods with both Hessian actions, and the defaults, on one backend; on a GPU
+    also captured."""
     on_gpu = device.type == "cuda"
     label = f", {backend}" if on_gpu else ""  # a CPU has but the one
+    kinds: list[tuple[str, dict[str, Any], int]] = [
+        (action, PAPER | {"hessian_action": action}, 1) for action in ("ema", "minibatch")
+    ]
+    kinds.append(("defaults", {}, Settings().pair_every))
     return [
         Provider(
-            f"{title}, {action}{label}{GRAPH if captured else ''}",
-            _ours(method, hessian_action=action, backend=backend),
+            f"{title}, {kind}{label}{GRAPH if captured else ''}",
+            _ours(method, **options, backend=backend),
             missing=unavailable(backend),
+            period=period,
             captured=captured,
         )
         for title, method in (("K-BFGS", KBFGS), ("K-BFGS(L)", KBFGSL))
-        for action in ("ema", "minibatch")
+        for kind, options, period in kinds
         for captured in ((False, True) if on_gpu else (False,))
     ]
 
@@ -148,7 +160,7 @@ def fill_memory(opt: KBFGSL) -> None:
 
 
 def _built(name: str) -> Make:
-    settings = optimizers.settle(name, Settings(lr=LR))
+    settings = optimizers.settle(name, Asked(lr=LR))
     return lambda model, loss: optimizers.build(name, model, settings, WEIGHT_DECAY, loss)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from kbfgs_ext.optim.parts import Group
 from kbfgs_ext.optim.passes import check_generators, joined, once
 from kbfgs_ext.optim.settings import Settings
 from kbfgs_ext.optim.step import Step
-from kbfgs_ext.optim.wrappers import check_ranks, process_of, refuse_shards, unwrapped, wrappers_of
+from kbfgs_ext.optim.wrappers import process_of, refuse_shards, unwrapped, wrappers_of
 
 FallbackFactory = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
 
@@ -78,7 +79,6 @@ class CoveredOptimizer(torch.optim.Optimizer):
             hyper.check_group({**defaults, **options})
         device = common_device(found.layers)
         process = process_of(process_group, wrappers, mean_over, device)
-        check_ranks(process, settings, found.layers)
         process.broadcast(list(model.parameters()))
         self.steps = Step(settings, everything, generators, device, process)
         super().__init__(
@@ -92,13 +92,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
     def _cover(self, group: dict[str, Any], layers: list[CoveredLayer]) -> None:
         self.steps.add(Group(group, layers, hyper.DeviceScalars(self.steps.device)))
-        for layer in layers:  # torch's tools look for what is kept of each parameter
-            for p in layer.parameters():
-                self.state.setdefault(p, {})
-            if layer.prefix:
-                layer.state = self.state[layer.weight]
-            else:
-                self.state[layer.weight] = layer.kept
+        # `state_dict` fills it in; torch's tools load what an optimizer has an entry for.
+        self.param_groups[0].setdefault(checkpoint.ABOUT, {})
 
     def _make_fallback(
         self, rest: Mapping[str, nn.Parameter], factory: FallbackFactory | None
@@ -229,6 +224,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for layer in self.layers:
             layer.observer.zero_virtual()
+            if not set_to_none:
+                layer.observer.note_zeros()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -244,19 +241,33 @@ class CoveredOptimizer(torch.optim.Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
+        packed = self._packed()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, packed)
+            packed = packed if replaced is None else replaced
+        return packed
+
+    def _packed(self) -> dict[str, Any]:
         self.steps.parts.materialize()
         fallback = self.steps.fallback
-        packed = checkpoint.pack(
+        return checkpoint.pack(
             self.param_groups,
             self.layers,
             self.steps.guard.tensors(),
             None if fallback is None else fallback.state_dict(),
             {"iteration": self.steps.number, **self.steps.process.about(), **self._about()},
         )
-        for after in self._optimizer_state_dict_post_hooks.values():
-            replaced = after(self, packed)
-            packed = packed if replaced is None else replaced
-        return packed
+
+    @property
+    def state(self) -> defaultdict[torch.Tensor, Any]:
+        """What `state_dict` has of each parameter, by the parameter: the live tensors."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        found = {parameters[i]: entry for i, entry in self._packed()["state"].items()}
+        return defaultdict(dict, found)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """Torch's constructor asks for it; the state is where the layers are."""
 
     def consolidate(self) -> None:
         """Make the state of all ranks the same, so that one of them can save it for all.

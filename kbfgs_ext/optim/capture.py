@@ -18,27 +18,17 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.weak import TensorWeakRef
 
-from kbfgs_ext.optim.compiled import uncompiled
-from kbfgs_ext.optim.hooks import CallsByHand, GradientHook, ModuleHook
 from kbfgs_ext.optim.inputs import Inputs, Rows
 from kbfgs_ext.optim.layers import View
 
-if TYPE_CHECKING:
-    from kbfgs_ext.optim.process import Alone
-
-
-Seen = list[
-    tuple["Observer", View]
-]  # the layers that one call is of, by their places in its output
+_ZEROED = -1  # the version of a gradient of which the step knows that it is zero
+_NEVER: tuple[Any, int] = (lambda: None), 0
 
 
 class Pass(enum.Enum):
@@ -73,6 +63,7 @@ class Observer:
         self.gradient_hook: Callable[[torch.Tensor], None] = lambda anchor: None
         self._virtual: torch.Tensor | None = None
         self._accumulators: dict[int, tuple[Any, Any]] = {}
+        self._zeros: dict[int, tuple[Any, int]] = {}  # gradients that `note_zeros` has seen
         self._means: list[torch.Tensor] = []  # d_in each: of the second use of a pass and on
         self.begin(None, torch.empty(0), keep_inputs=False)
 
@@ -93,24 +84,35 @@ class Observer:
         self.by_hand = False  # the closure takes gradients by torch.autograd.grad and assigns them
         self.bypassed = False  # backward(inputs=...) leaves the bias out
         self.filled = False  # g_bar holds the bias gradient
-        self._stale: dict[int, tuple[TensorWeakRef, int]] = {}
+        self._before: dict[int, tuple[TensorWeakRef, int]] = {}
         self._checked = True  # that the closure zeroes the gradients first
         if self._virtual is not None:
             self._virtual.grad = None
 
     def expect_fresh_gradients(self) -> None:
         """From here to the pass's first backward, the closure must drop the gradients of before."""
+        zeros, self._zeros = self._zeros, {}
         for p in (self.weight, self.bias):
-            if p is not None and p.grad is not None:
-                self._stale[id(p)] = (TensorWeakRef(p.grad), p.grad._version)
-                self._checked = False
+            if p is not None and (g := p.grad) is not None:
+                before, version = zeros.get(id(p), _NEVER)
+                fresh = before() is g and version == g._version
+                self._before[id(p)] = TensorWeakRef(g), _ZEROED if fresh else g._version
+                self._checked = self._checked and (fresh or not p.requires_grad)
+
+    def note_zeros(self) -> None:
+        """The optimizer has zeroed the gradients in place."""
+        for p in (self.weight, self.bias):
+            if p is not None and (g := p.grad) is not None:
+                self._zeros[id(p)] = TensorWeakRef(g), g._version
 
     def is_stale(self, p: torch.Tensor) -> bool:
         """Whether the pass has left the gradient of ``p`` as it was before."""
-        if p.grad is None or id(p) not in self._stale:
-            return False
-        before, version = self._stale[id(p)]
-        return before() is p.grad and p.grad._version == version
+        return self.kept(p) and self._before[id(p)][1] == p.grad._version  # type: ignore[union-attr]
+
+    def kept(self, p: torch.Tensor) -> bool:
+        """Whether the gradient of ``p`` is the very tensor of before the pass, though perhaps
+        zeroed: nothing then tells whether a backward has reached it."""
+        return p.grad is not None and id(p) in self._before and self._before[id(p)][0]() is p.grad
 
     # ------------------------------------------------------------------ the bias, real or virtual
 
@@ -193,7 +195,8 @@ class Observer:
 
     def _check_fresh(self) -> None:
         """The first backward of a step must not add to gradients from before."""
-        if any(p is not None and self.is_stale(p) for p in (self.weight, self.bias)):
+        trained = [p for p in (self.weight, self.bias) if p is not None and p.requires_grad]
+        if any(self.is_stale(p) for p in trained):
             raise RuntimeError(
                 f"the closure adds to gradients from before the step: that of layer '{self.name}'"
                 " is there and has not been zeroed. Both passes must see the same minibatch:"
@@ -260,140 +263,3 @@ class Observer:
         for use in self.uses:
             use.inputs = None
         self._first, self._joined, self.keep_inputs = None, None, False
-
-
-class Recorder:
-    """The hooks of a model's covered layers, and which pass they are in; one ``process`` of many,
-    or alone."""
-
-    def __init__(self, process: Alone) -> None:
-        self.at = Pass.OFF
-        self.in_the_dark = False  # the present pass has run a layer without gradients
-        self.closed = False
-        self.process = process
-        # Whose bias gradient a backward has filled, by its number: backwards may be nested.
-        self._noted: dict[int, list[Observer]] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._hooks: dict[int, ModuleHook] = {}  # by the module
-
-    def attach(self, uses: list[tuple[nn.Module, View]], observer: Observer) -> None:
-        """Let modules, with their views, and the bias report to ``observer``."""
-        for module, view in uses:
-            hooks = self._hooks.get(id(module))
-            if hooks is None:
-                kind = CallsByHand if view.by_hand else ModuleHook
-                hooks = self._hooks[id(module)] = kind(self)
-                self._handles += hooks.register(module)
-            hooks.seen.append((observer, view))
-        observer.gradient_hook = GradientHook(self, observer)
-        if observer.bias is not None:
-            handle = observer.bias.register_post_accumulate_grad_hook(observer.gradient_hook)
-            self._handles.append(handle)
-
-    @property
-    def live(self) -> bool:
-        """Whether a pass is under way."""
-        return self.at is not Pass.OFF
-
-    @property
-    def records_gradients(self) -> bool:
-        """Whether it is one with a backward."""
-        return self.at in (Pass.FIRST, Pass.SECOND)
-
-    def begin(self, which: Pass) -> None:
-        """The hooks do what ``which`` asks for."""
-        self.at, self.in_the_dark = which, False
-        self._noted.clear()
-
-    def note_gradient(self, observer: Observer) -> None:
-        """A backward pass has filled a bias's gradient. All of them are kept at its end, in one
-        call, before the closure can clip or change them."""
-        if not self.process.alone:  # DDP takes the gradient over next, and sums it at any time
-            self._keep([observer])
-        task = torch._C._current_graph_task_id()
-        if task not in self._noted:
-            self._noted[task] = []
-            torch.autograd.Variable._execution_engine.queue_callback(
-                functools.partial(self._keep_gradients, task)
-            )
-        self._noted[task].append(observer)
-
-    @staticmethod
-    def _keep(noted: list[Observer]) -> None:
-        gradients = [g for one in noted if (g := one.gradient()) is not None]
-        with torch.no_grad():
-            torch._foreach_copy_([one.g_bar for one in noted], gradients)
-
-    def _keep_gradients(self, task: int) -> None:
-        noted = self._noted.pop(task, [])
-        if self.process.alone:
-            self._keep(noted)
-        self.process.synced()
-        for observer in noted:
-            observer.filled = True
-
-    def close(self) -> None:
-        """Remove every hook, for good."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.closed = True
-
-    @uncompiled
-    def record(self, seen: Seen, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
-        """Note one use of the layers that see ``x`` and make ``output`` side by side; returns what
-        takes the output's place, or None."""
-        wrapper = DDP._active_ddp_module
-        if wrapper is not None and not any(wrapper is known for known in self.process.wrappers):
-            self.process.meet(wrapper)
-        observers = [observer for observer, _ in seen]
-        if x.numel() == 0:
-            for observer in observers:
-                observer.empty = observer.empty or tuple(x.shape)
-            return None
-        if self.at is Pass.WARM:
-            for observer, view in seen:
-                if observer.keep_inputs:
-                    observer.add(view.see(x, output)).reached = True
-            return None
-        if not torch.is_grad_enabled():
-            self.in_the_dark = True  # a forward on the side, with no part in the loss
-            for observer in observers:
-                observer.dark = True
-            return None
-        replaced = with_virtual_bias(seen, output)
-        if torch._C._current_graph_task_id() != -1:
-            for observer in observers:
-                observer.recomputed = True  # activation checkpointing: the same use again
-            return replaced
-        with torch.no_grad(), torch._C._DisableFuncTorch():
-            uses = [(observer, observer.add(view.see(x, output))) for observer, view in seen]
-        node = _origin(output if replaced is None else replaced)
-        for observer, use in uses:
-            if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
-                use.reached = True  # inside torch.func nothing tells
-            else:
-                node.register_prehook(functools.partial(observer.reach, use))
-        return replaced
-
-
-def with_virtual_bias(seen: Seen, output: torch.Tensor) -> torch.Tensor | None:
-    """``output`` plus the virtual biases of the layers; None where their own are trained."""
-    biases = [observer.anchor() for observer, _ in seen]
-    if all(bias is observer.bias for bias, (observer, _) in zip(biases, seen, strict=True)):
-        return None
-    bias = biases[0] if len(biases) == 1 else torch.cat(biases)
-    bias = seen[0][1].spread(bias.to(output.dtype))
-    if output.is_nested and output.layout is torch.strided:  # it takes no sum with a vector
-        return torch.nested.as_nested_tensor([part + bias for part in output.unbind()])
-    return output + bias
-
-
-def _origin(output: torch.Tensor) -> Any:
-    """The node of the graph that the output's gradient is sure to pass.
-
-    An in-place activation on a view (of an output with more dimensions than two) rewrites the
-    history of the view, and leaves its base's as it was.
-    """
-    base = output._base
-    return output.grad_fn if base is None or base.grad_fn is None else base.grad_fn

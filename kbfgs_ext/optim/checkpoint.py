@@ -21,6 +21,7 @@ from kbfgs_ext.optim.settings import Settings
 
 FORMAT = 6
 GLOBAL = "safeguard_"
+ABOUT = "kbfgs"
 
 
 @dataclasses.dataclass
@@ -72,7 +73,7 @@ def pack(
         covered = len(state)
         state |= {covered + i: entry for i, entry in fallback["state"].items()}
         about = {**about, "fallback": _rest(fallback)}
-    packed[0]["kbfgs"] = about
+    packed[0][ABOUT] = about
     return {"state": state, "param_groups": packed}
 
 
@@ -83,17 +84,18 @@ def _rest(fallback: Mapping[str, Any]) -> dict[str, Any]:
 
 def check(saved: Any, own: dict, groups: list[dict[str, Any]]) -> Saved:
     """The parts of a state dict, if it fits this optimizer; else ValueError says why not."""
-    if isinstance(saved, Mapping) and "kbfgs" in saved:
+    if isinstance(saved, Mapping) and ABOUT in saved:
         raise ValueError(
-            f"state_dict has format {saved['kbfgs']['about'].get('format')!r}, of an older version"
+            f"state_dict has format {saved[ABOUT]['about'].get('format')!r}, of an older version"
             f" of kbfgs_ext; this one reads format {FORMAT}"
         )
     theirs = saved.get("param_groups") if isinstance(saved, Mapping) else None
-    if not theirs or "kbfgs" not in theirs[0]:
+    if not theirs or ABOUT not in theirs[0]:
         raise ValueError(
-            "state_dict was not made by KBFGS or KBFGSL: its first param group has no entry 'kbfgs'"
+            "state_dict was not made by KBFGS or KBFGSL: its first param group has no entry"
+            f" {ABOUT!r}"
         )
-    about = _upgraded(theirs[0]["kbfgs"])
+    about = _upgraded(theirs[0][ABOUT])
     for key, value in own.items():
         if key == "layers" and about.get(key) != value:
             raise ValueError(_layer_difference(about[key], value))
@@ -120,7 +122,7 @@ def check(saved: Any, own: dict, groups: list[dict[str, Any]]) -> Saved:
     others = [name for group in theirs[covered:] for name in group["params"]]
     entries = {i: saved["state"][n] for i, n in enumerate(others) if n in saved["state"]}
     options = [
-        {key: value for key, value in group.items() if key not in ("params", "kbfgs")}
+        {key: value for key, value in group.items() if key not in ("params", ABOUT)}
         for group in theirs
     ]
     return Saved(

@@ -45,8 +45,8 @@ class CoveredLayer:
         self.moving: list[nn.Parameter] = []  # the parameters that this step moves
         self.bare = False  # this step goes without factors: the layer's input was never seen
         self.kept: dict[str, torch.Tensor] = {}
-        # What torch's tools see of the weight: `kept`, or with `prefix` that of all its parts.
-        self.state, self.prefix = self.kept, f"{view.name}." if view.rows is not None else ""
+        # Of the names of its tensors in a checkpoint, where the weight's other parts have theirs.
+        self.prefix = f"{view.name}." if view.rows is not None else ""
         self.scratch: dict[str, torch.Tensor] = {}
         self._no_bias = torch.empty(0)
         self._aside = False  # the weight lies so in memory that ops work on a copy
@@ -98,8 +98,6 @@ class CoveredLayer:
         if not self.kept:
             for name, (shape, dtype) in self.kept_shapes().items():
                 self.kept[name] = torch.zeros(shape, dtype=dtype, device=device)
-            if self.prefix:
-                self.state |= {self.prefix + name: tensor for name, tensor in self.kept.items()}
             for factor, end in self._blocks():
                 shapes = factor.kept_shapes(self.dtype)
                 factor.kept = {name: self.kept[name + end] for name in shapes}

@@ -7,7 +7,7 @@ import torch
 from kbfgs_ext import ops
 from kbfgs_ext.ops.spectral import COEFFICIENTS
 from kbfgs_ext.optim.factors import Tensors
-from kbfgs_ext.optim.parts import Part
+from kbfgs_ext.optim.parts import MOVED, TURNED, Part
 from kbfgs_ext.optim.settings import Settings
 
 SHORTEST = 1e-20  # length of a direction that still is one
@@ -51,6 +51,7 @@ class Direction:
         else:
             gradient = (dW, db, W, b, momentum, decay - inside, ok, part.backend)
             ops.momentum_(M, *gradient)
+            part.stage = TURNED
             if self._nesterov:
                 torch._foreach_copy_(part["ahead"], M)
                 M = part["ahead"]
@@ -62,6 +63,7 @@ class Direction:
             if self._spectral:
                 ops.polar_(part["P"], scratch, COEFFICIENTS, backend=part.backend)
             ops.descend_(W, b, part["P"], self._sizes(part), ok, part.backend)
+        part.stage = MOVED
         if part.halved:
             for layer in part.layers:
                 layer.hold()

@@ -10,20 +10,11 @@ sums of vectors (m_r rows on rank r, m of all ranks together):
 so no matrix is sent but the gradients, which `DistributedDataParallel` averages already, and A_0,
 once. Every decision is taken from these numbers, which are the same on all ranks to the bit.
 
-An exchange is one all-reduce of one flat vector of float64, the same in every exchange:
-
-    kind, step, failed, weight, loss
-    per layer       rows, blind (seen, but without a bias gradient)
-    per parameter   whether the pass has left it a gradient
-    per block       squares (of X: the trace of A)
-    per layer       a_bar (n_a), g_bar (n_g), y = A s (n_a)
-
-A rank that fails takes part in the exchange that comes next with ``failed`` set, and all raise.
+exchange.py has the vector.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,21 +26,16 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext import ops
 from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.exchange import ACTION, FIRST, HEAD, LOSS, SECOND, WARM, WEIGHT, Exchange
 from kbfgs_ext.optim.factors import Tensors
+from kbfgs_ext.optim.inputs import mean_square
 from kbfgs_ext.optim.parts import Part
-from kbfgs_ext.optim.process import Alone, rows_of
 from kbfgs_ext.optim.updates import Verdict, restart
 
 CHUNK = 2**24  # elements of gradients that are sent together
-FIRST, SECOND, ACTION, WARM = 1, 2, 3, 4  # kinds of exchanges
-KIND, STEP, FAILED, WEIGHT, LOSS, HEAD = range(6)
 
 
-class RankError(RuntimeError):
-    """Another rank has failed, or is somewhere else."""
-
-
-class Ranks(Alone):
+class Ranks(Exchange):
     """The processes of ``group``.
 
     Args:
@@ -59,24 +45,14 @@ class Ranks(Alone):
         device: of the covered layers.
     """
 
-    alone = False
-
     def __init__(
         self, group: Any, wrappers: Sequence[DDP], mean_over: str, device: torch.device
     ) -> None:
-        super().__init__(wrappers)
-        self.group, self.device = group, device
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        super().__init__(group, wrappers, device)
         self._by_rows = mean_over == "rows"
-        self._weight, self._all_weights = 1.0, float(self.size)
+        self._all_weights = float(self.size)
         self._rows: dict[int, tuple[int, float]] = {}  # by layer: here, and on all ranks
         self._asked: list[tuple[Part, Tensors]] = []  # s of step 9, whose y is in the vector
-        self._kind = 0  # of the last exchange of this step
-        self._layers: list[CoveredLayer] = []
-        self._parameters: Tensors = []
-        self._moved: set[int] = set()  # of them, those that this rank has a gradient of
-        self._number = 0
-        self._passed = False  # a backward of this pass has gone through DDP
         self._mark([])
 
     def meet(self, wrapper: DDP) -> None:
@@ -117,69 +93,8 @@ class Ranks(Alone):
         self._moved.clear()
         if (len(layers), len(parameters)) == (len(self._layers), len(self._parameters)):
             return
-        self._layers, self._parameters = list(layers), list(parameters)
+        self._lay_out(layers, parameters)
         self._mark(layers)
-        blocks = sum(len(layer.activations) for layer in layers)
-        sizes = [HEAD, len(layers), len(layers), len(parameters), blocks]
-        sizes += [n for layer in layers for n in (layer.n_a, layer.n_g, layer.n_a)]
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        self.vector = torch.zeros(sum(sizes), dtype=wide, device=self.device)
-        _, _, _, _, squares, *vectors = self.vector.split(sizes)
-        self._a, self._g, y = vectors[0::3], vectors[1::3], vectors[2::3]
-        self._told = sum(sizes[:4])  # what the host looks at
-        factors = [(f, v) for layer, v in zip(layers, y, strict=True) for f in layer.activations]
-        self._y = {id(f): v[f.rows] for f, v in factors}
-        self._squares = {id(f): v for (f, _), v in zip(factors, squares.unbind(), strict=True)}
-
-    def _exchange(self, kind: int, rows: Sequence[float], blind: Sequence[bool]) -> list[float]:
-        """Sum the vector over the ranks; its sums of numbers, on the host. RankError if not all
-        ranks are here, or one has failed."""
-        layers, moves = len(self._layers), [float(id(p) in self._moved) for p in self._parameters]
-        head = [kind, self._number, 0.0, self._weight]
-        self.vector[:LOSS].copy_(torch.tensor(head, dtype=self.vector.dtype))
-        counts = torch.tensor([*rows, *map(float, blind)], dtype=self.vector.dtype)
-        self.vector[HEAD : HEAD + 2 * layers].copy_(counts)
-        self.vector[HEAD + 2 * layers : self._told].copy_(torch.tensor(moves))
-        self._kind = kind
-        try:
-            with torch.profiler.record_function("kbfgs_ext: exchange"):
-                dist.all_reduce(self.vector, group=self.group)
-        except RuntimeError as error:
-            raise RankError(
-                f"rank {self.rank} waits for the others in step {self._number}, and not all of"
-                f" them come: one has ended, or hangs. {error}"
-            ) from error
-        said = self.vector[: self._told].tolist()
-        if said[FAILED]:
-            raise RankError(self._failures(None))
-        if said[KIND] != kind * self.size or said[STEP] != self._number * self.size:
-            raise RankError(
-                f"the ranks are not in the same place: this one, rank {self.rank}, is in step"
-                f" {self._number}. All ranks make the same calls, and load the same checkpoint"
-            )
-        return said
-
-    def fail(self, error: BaseException, inside: bool = False) -> None:
-        """Tell the others, in the exchange that they wait in or come to. Not where they wait
-        inside DDP for gradients that this rank will not send: they see it end."""
-        stuck = bool(self.wrappers) and inside and not self._passed
-        if stuck or not isinstance(error, Exception) or isinstance(error, RankError):
-            return
-        if self._layers:
-            # If they do not come, what has happened here says more than that.
-            with contextlib.suppress(Exception):
-                self.vector.zero_()
-                self.vector[FAILED] = 1.0
-                dist.all_reduce(self.vector, group=self.group)
-                self._failures(f"{type(error).__name__}: {error}")
-
-    def _failures(self, own: str | None) -> str:
-        said: list[str | None] = [None] * self.size
-        dist.all_gather_object(said, own, group=self.group)
-        return "; ".join(f"rank {r} failed with {s}" for r, s in enumerate(said) if s is not None)
-
-    def synced(self) -> None:
-        self._passed |= all(wrapper.require_backward_grad_sync for wrapper in self.wrappers)
 
     # ------------------------------------------------------------------ the two passes
 
@@ -188,8 +103,9 @@ class Ranks(Alone):
         for layer in layers:
             if not layer.moving:
                 layer.observer.settle()
-        self._means_of_inputs()
         here = [sum(use.rows for use in layer.observer.uses) for layer in layers]
+        self.vector.zero_()
+        self._look_at_inputs(here)
         self._weight = float(max(here)) if self._by_rows else 1.0
         covered = {id(p) for layer in layers for p in layer.parameters()}
         self._moved = {id(p) for layer in layers for p in layer.moving}
@@ -199,7 +115,6 @@ class Ranks(Alone):
         wanted = [
             layer.observer.keep_inputs or layer.observer.a_bar is not None for layer in layers
         ]
-        self.vector.zero_()
         loss, said = self._reduce(FIRST, "", here, wanted, loss)
         self._rows = {
             id(layer): (rows, total)
@@ -223,13 +138,16 @@ class Ranks(Alone):
         ]
         return self._reduce(SECOND, "_next", here, wanted, loss)[0]
 
-    def _means_of_inputs(self) -> None:
-        """a_bar of the layers whose rows are kept."""
-        kept = [x for x in self._layers if x.observer.keep_inputs and x.observer.uses]
-        if kept:
-            factors = [factor for layer in kept for factor in layer.activations]
-            X, a_bar = [x for one in kept for x in rows_of(one)], [f["a_bar"] for f in factors]
-            ops.factor_ema_([], a_bar, X, 0.0, None, factors[0].settings.backend)
+    def _look_at_inputs(self, here: list[int]) -> None:
+        """a_bar and mean squares of the layers whose inputs are kept."""
+        for rows, layer in zip(here, self._layers, strict=True):
+            kept = layer.observer.keep_inputs and layer.observer.uses
+            blocks = zip(layer.activations, layer.inputs() if kept else (), strict=False)
+            for factor, inputs in blocks:
+                settings, a_bar = factor.settings, factor["a_bar"]
+                inputs.average([], a_bar, 0.0, None, settings.backend)
+                if settings.relative_damping:
+                    self._squares[id(factor)].copy_(rows * mean_square(inputs, a_bar))
 
     def _reduce(
         self, kind: int, suffix: str, rows: list[int], wanted: list[bool], loss: torch.Tensor
@@ -284,6 +202,13 @@ class Ranks(Alone):
 
     # ------------------------------------------------------------------ the activation side
 
+    def mean_squares(self, part: Part) -> Tensors:
+        return [
+            self._squares[id(factor)] / self._rows[id(layer)][1]
+            for layer in part.layers
+            for factor in layer.activations
+        ]
+
     def _share(self, layer: CoveredLayer) -> float:
         """m_r/m."""
         rows, total = self._rows[id(layer)]
@@ -309,44 +234,41 @@ class Ranks(Alone):
             return
         self.together = False
         decay = part.group["stat_decay"]
-        alike: dict[float, list[CoveredLayer]] = {}
         for layer in part.layers:
             rows, total = self._rows[id(layer)]
-            alike.setdefault(self.size * rows / total if total else 0.0, []).append(layer)
-        for w, layers in alike.items():
-            c, A = (1 - decay) * w, [f["A"] for layer in layers for f in layer.activations]
-            own = decay if w == 1 else decay / (decay + c) if w else 1.0
-            if w:
-                unused = [torch.empty_like(f["a_bar"]) for x in layers for f in x.activations]
-                X = [x for layer in layers for x in rows_of(layer)]
-                ops.factor_ema_(A, unused, X, own, ok, part.backend)
-            if w != 1:
-                torch._foreach_mul_(A, ok.to(A[0].dtype).mul_(decay + c - 1).add_(1))
+            w = self.size * rows / total if total else 0.0
+            c = (1 - decay) * w
+            own = decay / (decay + c) if w != 1 else decay
+            for factor, inputs in zip(layer.activations, layer.inputs() if w else (), strict=False):
+                unused = torch.empty_like(factor["a_bar"])
+                inputs.average([factor["A"]], unused, own, ok, part.backend)
+            for A in [factor["A"] for factor in layer.activations] if w != 1 else ():
+                A.mul_(ok.to(A.dtype).mul_(decay + c - 1).add_(1))
 
     def follow(self, part: Part, verdict: Verdict, late: bool) -> None:
         """Step 9's s = H_a a_bar and this rank's share of y = A s + lam*s."""
         s = [torch.mv(H_a, a) for H_a, a in zip(part.a["H_a"], part.a["a_bar"], strict=True)]
         self._asked.append((part, s))
-        keep_A, lam, wide = part.settings.keep_A, part.scalars.lam_a, self.vector.dtype
-        action = {id(factor): v for factor, v in zip(part.a.factors, s, strict=True)}
-        here = [layer for layer in part.layers if keep_A or self._share(layer)]
-        factors = [factor for layer in here for factor in layer.activations]
-        v = [action[id(factor)] for factor in factors]
-        y = [torch.empty_like(x) for x in v]
-        if keep_A:
-            for factor, out, x in zip(factors, y, v, strict=True):
-                torch.mv(factor["A"], x, out=out).add_(x * lam.to(x.dtype))
-            ends = [c.stop - c.start for layer in here for c in layer.columns()]
-            diagonals = zip((f["A"].diagonal() for f in factors), ends, strict=True)
-            squares = [diagonal[:n].sum(dtype=wide) for diagonal, n in diagonals]
-        else:
-            X = [x for layer in here for x in rows_of(layer)]
-            ops.hessian_action_(y, X, v, [lam] * len(v), part.backend)
-            squares = [torch.linalg.vector_norm(x, dtype=wide).square() / len(x) for x in X]
-        shares = [1 / self.size if keep_A else self._share(x) for x in here for _ in x.activations]
-        for factor, out, trace, share in zip(factors, y, squares, shares, strict=True):
-            self._y[id(factor)].copy_(out).mul_(share)
-            self._squares[id(factor)].copy_(trace * share)
+        wide, everyone = self.vector.dtype, 1 / self.size
+        damped = iter(zip(s, part.lam_a(), strict=True))
+        for layer in part.layers:
+            share = everyone if part.settings.keep_A else self._share(layer)
+            X = layer.inputs() if share and not part.settings.keep_A else []
+            for i, (factor, columns) in enumerate(
+                zip(layer.activations, layer.columns(), strict=True)
+            ):
+                (v, lam), d_in = next(damped), columns.stop - columns.start
+                if not share:
+                    continue
+                if part.settings.keep_A:
+                    y = factor["A"] @ v
+                    trace = factor["A"].diagonal()[:d_in].sum(dtype=wide)
+                else:
+                    y = torch.empty_like(v)
+                    X[i].action(v, y, part.backend)
+                    trace = mean_square(X[i], v) * d_in
+                self._y[id(factor)].copy_(y.add_(v * lam.to(v.dtype))).mul_(share)
+                self._squares[id(factor)].copy_(trace * share)
 
     def followed(self, verdict: Verdict) -> None:
         """The rest of step 9. Where no second pass has carried y, it goes by itself."""

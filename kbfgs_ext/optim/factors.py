@@ -171,7 +171,7 @@ class ActivationMatrix(Factor):
         s, y = [torch.empty_like(a) for a in a_bar], [torch.empty_like(a) for a in a_bar]
         for i, patches in enumerate(inputs):
             torch.mv(H_a[i], a_bar[i], out=s[i])
-            patches.action(s[i], y[i])
+            patches.action(s[i], y[i], part.backend)
             y[i].add_(s[i] * lam_a[i].to(s[i].dtype))
         ops.bfgs_update_(H_a, part.a["counts_a"], s, y, [], a_bar, verdict.ok, part.backend)
         if part.settings.restart_after is not None:
@@ -197,6 +197,10 @@ class GradientMatrix(Factor):
 
     def clear(self) -> None:
         super().clear()
+        self.kept["H_g"].fill_diagonal_(1.0)
+
+    def reset(self) -> None:
+        super().reset()
         self.kept["H_g"].fill_diagonal_(1.0)
 
     def start(self, lam: torch.Tensor) -> None:

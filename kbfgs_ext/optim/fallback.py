@@ -44,6 +44,8 @@ class Fallback:
             )
         self._saved: list[torch.Tensor] = []
         self._stepped: list[torch.Tensor] = []
+        self._before: list[torch.Tensor] = []  # what the copies are of
+        self._entries: dict[Any, dict[str, Any]] = {}  # the state of before, not copied
 
     def add(self, named: Mapping[str, torch.Tensor]) -> None:
         """Take more parameters, in a group of their own."""
@@ -103,21 +105,34 @@ class Fallback:
         if sparse and any(group.get("momentum") for group in self.optimizer.param_groups):
             raise self._explained(ValueError("momentum would be sparse too"), parameters)
         state = self._state_tensors()
-        before = [t.detach() for t in parameters + state]
+        self._before = before = [t.detach() for t in parameters + state]
+        self._entries = {p: dict(entry) for p, entry in self.optimizer.state.items()}
         self._keep(before)
         for p in parameters:  # a non-finite gradient must not enter state made by this very step
             if p.grad is not None and not p.grad.is_sparse:
                 p.grad.copy_(torch.where(ok, p.grad, 0.0))
         try:
             self.optimizer.step()
-        except Exception as error:
-            for saved, tensor in zip(self._saved, before, strict=True):
-                tensor.copy_(saved)
-            if sparse:
+        except BaseException as error:
+            self.take_back()
+            if sparse and isinstance(error, Exception):
                 raise self._explained(error, parameters) from error
             raise
         self._put_back(before, ~ok)
         self._stepped = parameters
+
+    def take_back(self) -> None:
+        """Undo the last step as a whole: parameters, and the state as it was before."""
+        for saved, tensor in zip(self._saved, self._before, strict=True):
+            tensor.copy_(saved)
+        state = self.optimizer.state
+        for p, entry in list(state.items()):
+            if p not in self._entries:
+                del state[p]
+                continue
+            entry.clear()
+            entry.update(self._entries[p])
+        self._stepped = []
 
     def _explained(self, error: Exception, parameters: list[torch.Tensor]) -> Exception:
         """The error of a step with sparse gradients, and what to do about them."""

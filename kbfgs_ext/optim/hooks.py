@@ -21,8 +21,9 @@ from kbfgs_ext.optim.compiled import uncompiled
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from kbfgs_ext.optim.capture import Observer, Recorder, Seen
+    from kbfgs_ext.optim.capture import Observer
     from kbfgs_ext.optim.layers import View
+    from kbfgs_ext.optim.recorder import Recorder, Seen
 
 
 class ModuleHook:
@@ -49,7 +50,13 @@ class ModuleHook:
             return None  # rest is without kwargs where garbage collection has just removed the hook
         kwargs, output = rest
         x = args[0] if args else next(iter(kwargs.values()))
-        return recorder.record(self.seen, x, output)
+        replaced = recorder.record(self.seen, x, output)
+        if replaced is not None and next(iter(module._forward_hooks.values())) is not self:
+            raise RuntimeError(
+                f"a hook that the closure has put before ours (prepend=True) on layer"
+                f" '{self.seen[0][0].name}' may change its output: register it before the step"
+            )
+        return replaced
 
     def __deepcopy__(self, memo: dict) -> ModuleHook:
         return type(self)(None)

@@ -41,6 +41,9 @@ class Inputs(Protocol):
     def of_the_same_square(self, like: torch.Tensor) -> torch.Tensor:
         """Rows with the mean square of these, perhaps fewer, with the dtype of ``like``."""
 
+    def action(self, s: torch.Tensor, out: torch.Tensor, backend: str) -> None:
+        """out = X~'(X~ s)/m; with one entry more than d_in, X~ = [X, 1]."""
+
     def average(
         self, A: list[torch.Tensor], a_bar: torch.Tensor, decay: float, ok: Any, backend: str
     ) -> None:
@@ -74,6 +77,15 @@ class Rows(Inputs):
         self, A: list[torch.Tensor], a_bar: torch.Tensor, decay: float, ok: Any, backend: str
     ) -> None:
         ops.factor_ema_(A, [a_bar], [self.X], decay, ok, backend)
+
+    def action(self, s: torch.Tensor, out: torch.Tensor, backend: str) -> None:
+        ops.hessian_action_([out], [self.X], [s], [s.new_zeros(())], backend)
+
+
+def mean_square(inputs: Inputs, like: torch.Tensor) -> torch.Tensor:
+    """Of all entries of the rows, in float64."""
+    X = inputs.of_the_same_square(like)
+    return torch.linalg.vector_norm(X, dtype=torch.float64).square() / X.numel()
 
 
 def features_last(x: torch.Tensor) -> Rows:
@@ -199,8 +211,7 @@ class Patches(Inputs):
             places = tuple(range(patches.dim() - image.dim()))
             out.add_(patches.mean(places).flatten(), alpha=rows / self.m)
 
-    def action(self, s: torch.Tensor, out: torch.Tensor) -> None:
-        """out = X~'(X~ s)/m; with one entry more than d_in, X~ = [X, 1]."""
+    def action(self, s: torch.Tensor, out: torch.Tensor, backend: str) -> None:
         kernel, d_in, n = self._kernel, self._d_in, len(self._kernel) - 2
         weight_gradient = getattr(torch.nn.grad, f"conv{n}d_weight")  # type: ignore[attr-defined]
         bias = s[d_in:] if len(s) > d_in else None

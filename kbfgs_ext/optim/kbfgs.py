@@ -26,10 +26,14 @@ class KBFGS(CoveredOptimizer):
 
     Per covered layer with gradient D (n_g x n_a, bias as the last column) and per step:
 
-        M <- momentum*M + (1-momentum)*(D + weight_decay*[W, b]),  [W, b] <- [W, b] - lr*H_g M H_a
+        M <- momentum*M + (1-momentum)*(D + weight_decay*[W, b]),  P = H_g M H_a
 
-    then a second pass on the same minibatch at the new weights gives the pair that updates H_g;
-    H_a follows from the activations (kbfgs_ext/ops/README.md has every equation).
+    H_a follows from the activations; in every ``pair_every``-th step a second pass on the same
+    minibatch, at the new weights, gives the pair that updates H_g. The paper moves [W, b] by -lr*P.
+    By default a step goes along P's polar factor, whose singular values are all 1, with M looked a
+    gradient ahead and the length lr in every layer (kbfgs_ext/ops/README.md has every equation).
+    The defaults are the setting that is best in general; let ``lr`` fall towards 0 by a schedule.
+    `presets.PUBLISHED` is the paper's method to the letter.
 
     Args:
         model: layers of a known kind with a trained weight are covered: `torch.nn.Linear`,
@@ -37,9 +41,9 @@ class KBFGS(CoveredOptimizer):
             and what `register_kind` was given.
             Every other trained parameter goes to ``fallback``, and a warning says so once.
         lr: learning rate, at least 0; a number or a scalar tensor. With step_length="layer" it is
-            the length of a step in every layer.
+            the length of a step in every layer: the root mean square over the rows of [W, b].
         damping: Levenberg-Marquardt damping (lambda), above 0; a number or a scalar tensor. Both
-            sides take its square root.
+            sides take its square root; see ``relative_damping`` for its unit.
         momentum: decay of M, in [0, 1).
         stat_decay: decay of the activation factor A, in [0, 1).
         pair_decay: decay of the averaged pair (s, y), in [0, 1); 0 for full-batch training.
@@ -48,9 +52,10 @@ class KBFGS(CoveredOptimizer):
         weight_decay: coefficient of the L2 term in the gradient, at least 0.
         hessian_action: "minibatch" forms A's product with a vector from the minibatch itself, "ema"
             keeps the moving average A (the paper's; twice the memory on the activation side).
-        safeguard: undo a step, on the device, whose second pass shows a higher or non-finite loss,
-            and shorten the next; after a step that brought less than half of what its slope
-            promises, too. A `SafeguardRule` says how much. False is the paper's recursion.
+        safeguard: undo a step, on the device, whose second pass shows a non-finite loss, and
+            shorten the next. With direction="newton" also one that shows a higher loss; and
+            shorten the next after a step that brought less than half of what its slope promises.
+            A `SafeguardRule` says how much. False is the paper's recursion.
         backend: of the ops: "auto", "reference", "cpu", "cuda" or "triton".
         fallback: makes the optimizer of the parameters that are not covered from a list of them;
             None takes `torch.optim.AdamW` with torch's defaults.
@@ -119,8 +124,8 @@ class KBFGS(CoveredOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | torch.Tensor = 0.3,
-        damping: float | torch.Tensor = 0.3,
+        lr: float | torch.Tensor = 0.07,
+        damping: float | torch.Tensor = 1.0,
         momentum: float = 0.9,
         stat_decay: float = 0.9,
         pair_decay: float = 0.9,
@@ -137,15 +142,15 @@ class KBFGS(CoveredOptimizer):
         groups: Iterable[Mapping[str, Any]] = (),
         max_grad_norm: float | None = None,
         matmul_precision: str | None = None,
-        pair_every: int = 1,
+        pair_every: int = 10,
         factor_every: int = 1,
         block_size: int | None = BLOCK_SIZE,
         restart_after: int | None = 10,
         initial_scale: float | str = 1.0,
-        step_length: str = "direction",
-        direction: str = "newton",
-        nesterov: bool = False,
-        relative_damping: bool = False,
+        step_length: str = "layer",
+        direction: str = "spectral",
+        nesterov: bool = True,
+        relative_damping: bool = True,
         master_weights: bool = True,
         exclude: nn.Module | str | Iterable[nn.Module | str] = (),
         context: nn.Module | Iterable[nn.Module] | None = None,
@@ -217,7 +222,8 @@ class KBFGS(CoveredOptimizer):
             The loss of the first pass, as the closure returned it.
 
         A non-finite loss or gradient voids the step: parameters and state stay, and ``counters()``
-        counts it. Nothing is read back to the host, but for one flag in the very first step.
+        counts it. Nothing is read back to the host, but for one flag in the very first step. An
+        exception, whoever raises it, takes the step back.
 
         Raises:
             TypeError: ``closure`` is missing, or returns no scalar; called by ``scaler.step``.
@@ -380,8 +386,8 @@ class KBFGSL(KBFGS):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | torch.Tensor = 0.3,
-        damping: float | torch.Tensor = 0.3,
+        lr: float | torch.Tensor = 0.07,
+        damping: float | torch.Tensor = 1.0,
         momentum: float = 0.9,
         stat_decay: float = 0.9,
         pair_decay: float = 0.9,

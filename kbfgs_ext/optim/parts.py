@@ -14,6 +14,7 @@ from kbfgs_ext.optim.factors import Factor, Tensors
 from kbfgs_ext.optim.hyper import DeviceScalars
 from kbfgs_ext.optim.settings import Settings
 
+STILL, TURNED, MOVED = range(3)  # how far a step of a part is: M has the gradient, [W, b] moved
 KNOWN = 64  # lists of layers whose parts are kept: more where layers take turns in a model
 
 
@@ -72,6 +73,7 @@ class Part:
         self.gradient = type(first.gradients[0])
         self.a = Blocks([factor for layer in layers for factor in layer.activations])
         self.g = Blocks([factor for layer in layers for factor in layer.gradients])
+        self.stage = STILL
         self._each: dict[str, Tensors] = {}
         self._singles: list[Part] = []
 

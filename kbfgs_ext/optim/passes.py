@@ -157,22 +157,23 @@ class SecondPass:
     def __enter__(self) -> None:
         self._buffers.save()
         self._gradients = [p.grad for p in self._parameters]
-        self._frozen = []
-        for p in self._parameters:
-            p.grad = None
-            if self._freeze and p.requires_grad and id(p) not in self._anchors:
-                self._frozen.append(p)
-                p.requires_grad_(False)
-        self._random.restore()
+        self._frozen: list[torch.Tensor] = []
+        try:
+            for p in self._parameters:
+                p.grad = None
+                if self._freeze and p.requires_grad and id(p) not in self._anchors:
+                    self._frozen.append(p)
+                    p.requires_grad_(False)
+            self._random.restore()
+        except BaseException:
+            self._thaw()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        for p in self._frozen:
-            p.requires_grad_(True)
         empty = all(p.grad is None for p in self._parameters)
-        for p, gradient in zip(self._parameters, self._gradients, strict=True):
-            p.grad = gradient
+        self._thaw()
         self._buffers.restore()
         if self._freeze and error is not None and _misses_weight_gradients(error, empty):
             raise RuntimeError(
@@ -180,6 +181,13 @@ class SecondPass:
                 " reads, assigns or differentiates weight gradients, make the optimizer with"
                 f" freeze_second_pass=False. It failed with {type(error).__name__}: {error}"
             ) from error
+
+    def _thaw(self) -> None:
+        """Parameters want their gradients again, and have those of the first pass."""
+        for p in self._frozen:
+            p.requires_grad_(True)
+        for p, gradient in zip(self._parameters, self._gradients, strict=True):
+            p.grad = gradient
 
 
 def _misses_weight_gradients(error: BaseException, empty: bool) -> bool:

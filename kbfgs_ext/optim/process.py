@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext.optim.factors import ActivationMatrix, Tensors
-from kbfgs_ext.optim.inputs import Rows
 from kbfgs_ext.optim.updates import Verdict
 
 if TYPE_CHECKING:
@@ -82,6 +81,15 @@ class Alone:
         """After the second pass, likewise; ``paired`` are the layers that yield a pair."""
         return loss
 
+    def mean_squares(self, part: Part) -> Tensors:
+        """Of the inputs of this step, by the blocks of the activation side."""
+        pairs = zip(part.inputs(), part.a["a_bar"], strict=True)
+        X = [inputs.of_the_same_square(a_bar) for inputs, a_bar in pairs]
+        squares = torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))
+        torch._foreach_pow_(squares, 2)
+        torch._foreach_div_(squares, [float(x.numel()) for x in X])
+        return list(squares)
+
     def average(self, layer: CoveredLayer, decay: float | None, ok: torch.Tensor) -> None:
         """Step 3 before the layer's start: `ActivationMatrix.average_one`."""
         for factor, inputs in zip(layer.activations, layer.inputs(), strict=True):
@@ -125,9 +133,3 @@ class Alone:
 
 def _flag(wrapper: DDP) -> tuple[str, bool]:
     return "require_forward_param_sync", wrapper.require_forward_param_sync
-
-
-def rows_of(layer: CoveredLayer) -> list[torch.Tensor]:
-    """The layer's inputs as matrices, by the blocks of the activation side; wrappers.py lets no
-    other kind in."""
-    return [inputs.X for inputs in layer.inputs() if isinstance(inputs, Rows)]

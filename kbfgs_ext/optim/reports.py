@@ -161,7 +161,9 @@ class Watch:
     def look(self, active: list[CoveredLayer], moved: Iterable[torch.Tensor]) -> None:
         """Name what is new among the layers that this step moves; ``moved`` are all parameters
         that a step may move."""
-        unseen = [layer.name for layer in active if not layer.observer.seen]
+        # Not where gradients that were zeroed in place may be zero still.
+        called = [x.observer.seen or all(map(x.observer.kept, x.moving)) for x in active]
+        unseen = [x.name for x, known in zip(active, called, strict=True) if not known]
         blind = [x.name for x in active if x.observer.seen and not x.observer.filled]
         thawed = [n for n, p in self._frozen.items() if p.requires_grad and p.grad is not None]
         if thawed:

@@ -3,7 +3,7 @@
 The second pass yields the loss at the new point on the same minibatch, with the same random
 numbers, for nothing. `Safeguard.judge` compares it with the first pass's loss, on the device:
 
-    undo     = not loss_next <= loss                      (so a NaN is undone too)
+    undo     = not loss_next <= loss + rise*|loss|        (so a NaN is undone too)
     enough   = loss - loss_next >= -sufficient*slope      (Armijo's condition)
     scale   <- shrink*scale            where undone, at least `smallest`
                min(1, grow*scale)      where kept, and the decrease was enough
@@ -15,6 +15,10 @@ minimum beyond the step where the decrease is more than half of what the slope p
 of it where it is less: with `sufficient` = 1/2 the length of the step follows that minimum.
 Differences within the rounding of the losses (`resolution`) say nothing, and count for the step.
 The pair of an undone step is kept: it is curvature like any other. The evidence: docs/safeguard.md.
+
+A polar direction has a length that no gradient decides: near a minimum its steps go to and fro,
+and come to rest with lr. No decrease is asked of them, and by default (`FINITE`) only the step that
+ends in a loss that is not finite is undone.
 
 Where steps are undone even at the smallest scale, the direction is no descent, and shortening it
 is no help. After `restart_after` of them in a row every factor is ordered to restart (factors.py).
@@ -47,7 +51,7 @@ def resolution(dtype: torch.dtype) -> float:
 @dataclasses.dataclass(frozen=True)
 class SafeguardRule:
     """The numbers of the rule: 0 < shrink < 1 <= grow, 0 <= sufficient < 1, 0 < smallest <= 1,
-    1 < surge, 1 <= window.
+    1 < surge, 1 <= window, 0 <= rise.
 
     The evidence for the defaults is in docs/safeguard.md.
     """
@@ -58,6 +62,7 @@ class SafeguardRule:
     smallest: float = 2.0**-20  # keeps a run of bad batches from freezing training for good
     surge: float = 2.0  # inf: no loss is too high
     window: int = 50  # steps that the running mean of the loss looks back on
+    rise: float = 0.0  # of the loss, as a share of it, that a kept step may bring; inf: any
 
     def __post_init__(self) -> None:
         for name, inside in (
@@ -66,10 +71,15 @@ class SafeguardRule:
             ("sufficient", 0 <= self.sufficient < 1),
             ("smallest", 0 < self.smallest <= 1),
             ("surge", self.surge > 1),
+            ("rise", self.rise >= 0),
             ("window", self.window >= 1 and float(self.window).is_integer()),
         ):
             if not inside:
                 raise ValueError(f"{name} is out of its range: {getattr(self, name)}")
+
+
+FINITE = SafeguardRule(rise=math.inf, sufficient=0.0, surge=math.inf)
+ANY = 1e30  # times the loss: an infinite rise that 0 times it is still 0
 
 
 class Safeguard:
@@ -112,6 +122,14 @@ class Safeguard:
         steps.add_(1)
         skipped.add_(~ok)
 
+    def uncount(self, ok: torch.Tensor, order_a: torch.Tensor | None) -> None:
+        """A step that was counted has failed; nor is its order for the activation sides done."""
+        steps, skipped, _, _ = self._counts.unbind()
+        steps.sub_(1)
+        skipped.sub_((~ok).to(skipped.dtype))
+        if order_a is not None:
+            self._decision[2].logical_or_(order_a)
+
     @property
     def wants_slope(self) -> bool:
         """Whether the judgement needs the slope."""
@@ -139,7 +157,7 @@ class Safeguard:
             [loss],
             [loss_next],
             [] if slope is None else [slope],
-            noise,
+            noise + min(rule.rise, ANY),
             rule.shrink,
             rule.grow,
             rule.sufficient,

@@ -9,6 +9,8 @@ independent of the scale of inputs and loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kbfgs_ext.optim.factors import Tensors
@@ -18,17 +20,12 @@ FOLLOW_INPUTS = 0.1  # share of a new value in the moving average
 FOLLOW_PAIRS = 0.05
 
 
-def measure_inputs(part: Part, ok: torch.Tensor) -> None:
-    """Let v follow the inputs of this step, and set lam_a."""
+def measure_inputs(part: Part, squares: Callable[[], Tensors], ok: torch.Tensor) -> None:
+    """Let v follow the mean ``squares`` of the inputs of this step, and set lam_a."""
     if not part.settings.relative_damping:
         return
     old = torch.stack(part.a["v"])
-    a_bar = part.a["a_bar"]
-    X = [one.of_the_same_square(mean) for one, mean in zip(part.inputs(), a_bar, strict=True)]
-    squares = torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))
-    torch._foreach_pow_(squares, 2)
-    torch._foreach_div_(squares, [float(x.numel()) for x in X])
-    new = torch.stack(squares).to(old.dtype)
+    new = torch.stack(squares()).to(old.dtype)
     _follow(part.a["v"], old, new, FOLLOW_INPUTS, ok)
     v = torch.stack(part.a["v"])
     lam_a = torch.where(v > 0, v, 1.0) * part.scalars.lam_a  # inputs may all be 0: dead units

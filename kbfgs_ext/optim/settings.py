@@ -8,7 +8,7 @@ from typing import Any
 
 from kbfgs_ext.ops import checks
 from kbfgs_ext.optim.hyper import check_count, check_number
-from kbfgs_ext.optim.safeguard import SafeguardRule
+from kbfgs_ext.optim.safeguard import FINITE, SafeguardRule
 
 HESSIAN_ACTIONS = ("ema", "minibatch")
 STEP_LENGTHS = ("direction", "balanced", "layer")
@@ -32,15 +32,15 @@ class Settings:
     freeze_second_pass: bool = True
     max_grad_norm: float | None = None
     matmul_precision: str | None = None
-    pair_every: int = 1
+    pair_every: int = 10
     factor_every: int = 1
     block_size: int | None = BLOCK_SIZE
     restart_after: int | None = 10
     initial_scale: float | str = 1.0
-    step_length: str = "direction"
-    direction: str = "newton"
-    nesterov: bool = False
-    relative_damping: bool = False
+    step_length: str = "layer"
+    direction: str = "spectral"
+    nesterov: bool = True
+    relative_damping: bool = True
     master_weights: bool = True
 
     def __post_init__(self) -> None:
@@ -87,7 +87,9 @@ class Settings:
         """The safeguard's; None where there is no safeguard."""
         if isinstance(self.safeguard, SafeguardRule):
             return self.safeguard
-        return SafeguardRule() if self.safeguard else None
+        if not self.safeguard:
+            return None
+        return FINITE if self.direction == "spectral" else SafeguardRule()
 
     @property
     def fused(self) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kbfgs_ext.optim.capture import Recorder
 from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.recorder import Recorder
 
 DARK = (
     "the covered layers ran under torch.no_grad() or inference_mode(): a pass needs gradients,"

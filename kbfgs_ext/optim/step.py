@@ -20,12 +20,14 @@ from torch import nn
 
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim import direction, gradients, hyper, scales, shown
-from kbfgs_ext.optim.capture import Pass, Recorder
+from kbfgs_ext.optim.capture import Pass
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.fallback import Fallback
+from kbfgs_ext.optim.moved import Moved
 from kbfgs_ext.optim.parts import Group, Part, Parts
 from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, once, own_work, profiled
 from kbfgs_ext.optim.process import Alone
+from kbfgs_ext.optim.recorder import Recorder
 from kbfgs_ext.optim.reports import Watch
 from kbfgs_ext.optim.safeguard import Safeguard
 from kbfgs_ext.optim.settings import Settings
@@ -70,9 +72,9 @@ class Step:
         self.active: list[CoveredLayer] = []  # the layers that the step under way moves
         self.slope: torch.Tensor | None = None  # of the loss along it, where it is wanted
         self._paired: list[CoveredLayer] = []  # those that yield a pair
+        self._moved = Moved()  # by the step under way
         self._random: RandomState | None = None
-        self._model = model
-        self._watch = Watch(model)
+        self._model, self._watch = model, Watch(model)
         self.parts = Parts(settings, device)
         self._course: Generator[str, Any, None] | None = None
 
@@ -128,9 +130,8 @@ class Step:
         try:
             return gradients.scalar(loss, self.guard.scale)
         except TypeError as error:
-            if not self.process.alone:
-                self._advance(FAILED)
-                self.process.fail(error)
+            self._advance(FAILED)
+            self.process.fail(error)
             raise
 
     def abandon(self) -> None:
@@ -156,6 +157,7 @@ class Step:
     def _phases(self) -> Generator[str, Any, None]:
         """A step from the end of its first pass on. It stops where a call is due."""
         settings, process, guard, fallback = self.settings, self.process, self.guard, self.fallback
+        self._moved = moved = Moved(self.number)
         if (given := (yield DESCEND)) is FAILED:
             return
         loss, unscale = given
@@ -167,22 +169,25 @@ class Step:
             unscaled = unscale()
             if unscaled is not None:
                 torch._foreach_mul_([layer["g_bar"] for layer in active], unscaled)
-            found = gradients.Gradients(self._with_gradients(active), loss)
+            moving: list[torch.Tensor] = [p for layer in active for p in layer.moving]
+            found = gradients.Gradients(self.parameters(moving), loss)
             ok, clipped = found.finite(loss), found.clip(settings.max_grad_norm)
             started = all(layer.started for layer in active) or gradients.known_true(ok)
             if started and fallback is not None:
-                fallback.step(ok)  # first: it may raise, and then nothing has moved
+                fallback.step(ok)  # first: of all parts of a step it is most likely to raise
+                moved.fallback = fallback
             guard.count(ok)
-            if not started:
-                active = []  # there is nothing to start the factors from yet
-            self.active = active
+            moved.ok = ok
+            # If not, there is nothing to start the factors from yet.
+            active = self.active = active if started else []
             self._paired = [layer for layer in active if layer.observer.complete]
             paired = not active or self.kind[0]
             self.number += bool(active)
+            moved.fresh = [x for x in active if not x.started and not x.bare]
             seen = any(layer.observer.has_inputs() for layer in active)
             # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
             late = paired and settings.keep_A and all(layer.has_shown_inputs for layer in active)
-            order_a = guard.take_order_a(ok) if seen and not late else None
+            order_a = moved.order_a = guard.take_order_a(ok) if seen and not late else None
             self._descend(active, Verdict(ok, ok, order_a), late)
             if paired and active and guard.wants_slope:
                 self.slope = self._slope(active)
@@ -190,32 +195,28 @@ class Step:
                     self.slope /= clipped  # the loss knows nothing of it
             if not paired:
                 process.followed(Verdict(ok, ok, order_a))
-        if not paired:
-            return
+                return
 
         if (given := (yield SECOND) or (yield FINISH)) is FAILED:
-            self._take_back(active)
+            self._take_back()
             return
         if not active:
             return
         loss_next, noise = given
         with self.own_work():
-            try:
-                loss_next = process.second(self._paired, loss_next)
-            except RuntimeError:  # another rank has failed
-                self._take_back(active)
-                raise
+            loss_next = process.second(self._paired, loss_next)
             pairs = [layer for layer in self._paired if layer.observer.complete]
             for part in self.parts.of(pairs):
                 direction.output_change(part)  # by the step as it was taken
             if guard.rule is not None:
-                self._undo(active, guard.judge(loss, loss_next, self.slope, noise, ok))
+                moved.undo(guard.judge(loss, loss_next, self.slope, noise, ok))
             ok_pair = ok & gradients.is_finite(loss_next)
             if unscaled is not None and pairs:
                 g_bar_next = [layer["g_bar_next"] for layer in pairs]
                 torch._foreach_mul_(g_bar_next, unscaled)
                 ok_pair &= gradients.all_finite(g_bar_next)
-            order_a = guard.take_order_a(ok) if late else order_a
+            if late:
+                order_a = moved.order_a = guard.take_order_a(ok)
             verdict = Verdict(ok, ok_pair, order_a, guard.order_g)
             with self.phase("curvature"):
                 for part in self.parts.of(pairs):
@@ -231,13 +232,13 @@ class Step:
                 scalars.refresh(part.group)
             scalars.set_step_size(self.guard.scale)
             for layer in layers:
-                if not layer.started and not layer.bare:
-                    for factor in layer.gradients:
-                        factor.start(scalars.lam_g)
+                for factor in () if layer.started or layer.bare else layer.gradients:
+                    factor.start(scalars.lam_g)
             seen = [layer for layer in layers if layer.observer.has_inputs()]
             for one in self.parts.of(seen, by_inputs=True):
                 with self.phase("statistics"):
                     self._statistics(one, verdict.ok)
+            self._moved.begin(part)
             with self.phase("direction"):
                 self.direction.descend(part, self.parts.scratch(part), verdict.ok)
             for one in self.parts.of(seen, by_inputs=True):
@@ -249,7 +250,7 @@ class Step:
 
     def _statistics(self, part: Part, ok: torch.Tensor) -> None:
         """Step 3: the activation factor and mean; at a layer's start also its damped inverse."""
-        scales.measure_inputs(part, ok)
+        scales.measure_inputs(part, lambda: self.process.mean_squares(part), ok)
         cold = [layer for layer in part.layers if not layer.started]
         for layer in cold:  # a warm start has left A_0
             self.process.average(layer, 0.0 if not layer.warm_batches else None, ok)
@@ -259,6 +260,8 @@ class Step:
         for one in self.parts.of(cold, by_inputs=True):
             for factor, lam_a in zip(one.a.factors, one.lam_a(), strict=True):
                 factor.start(lam_a)
+            for layer in one.layers:
+                layer.started = True
 
     def _slope(self, active: list[CoveredLayer]) -> torch.Tensor:
         """The derivative of the loss along the step just taken, a scalar on the device."""
@@ -269,17 +272,15 @@ class Step:
         total = self.parts.slopes.sum(dtype=self.guard.scale.dtype)
         return total if self.fallback is None else total + self.fallback.slope(total)
 
-    def _take_back(self, active: list[CoveredLayer]) -> None:
-        """Undo the step: its second pass has failed."""
-        with self.own_work():
-            self._undo(active, torch.ones_like(self.guard.scale, dtype=torch.bool))
-
-    def _undo(self, active: list[CoveredLayer], where: torch.Tensor) -> None:
-        """Put every parameter back where ``where``."""
-        for part in self.parts.of(active):
-            direction.undo(part, where)
-        if self.fallback is not None:
-            self.fallback.undo(where)
+    def _take_back(self) -> None:
+        """Undo the step under way: it has failed."""
+        moved, self._moved = self._moved, Moved(self._moved.number)
+        self.number = moved.number
+        for layer in self.active:
+            layer.observer.forget_inputs()
+        if not self.capturing:  # where nothing has run
+            with self.own_work():
+                moved.take_back(self.guard)
 
     # ------------------------------------------------------------------ passes
 
@@ -315,7 +316,10 @@ class Step:
         except StopIteration:
             self.abandon()
         except BaseException as error:
-            self.abandon()
+            try:
+                self._take_back()
+            finally:
+                self.abandon()
             self.process.fail(error)
             raise
 
@@ -341,10 +345,6 @@ class Step:
             raise
         finally:
             self.recorder.at = Pass.OFF
-
-    def _with_gradients(self, active: list[CoveredLayer]) -> list[torch.Tensor]:
-        moving = once(p for layer in active for p in layer.moving)
-        return moving + (self.fallback.parameters() if self.fallback is not None else [])
 
     def _anchors(self) -> list[torch.Tensor]:
         """Where the graph of a second pass starts: every layer's bias, real or virtual, and in its
@@ -385,10 +385,11 @@ class Step:
         """All covered layers."""
         return self.parts.layers
 
-    def parameters(self) -> list[torch.Tensor]:
-        """All that a step may move."""
-        covered = once(p for layer in self.layers for p in layer.parameters())
-        return covered + (self.fallback.parameters() if self.fallback is not None else [])
+    def parameters(self, covered: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """All that a step may move; or of the layers those that are given. Each of them once."""
+        if covered is None:
+            covered = [p for layer in self.layers for p in layer.parameters()]
+        return once(covered) + (self.fallback.parameters() if self.fallback is not None else [])
 
     def copies(self) -> list[torch.Tensor]:
         """What a step keeps to put buffers and the fallback's parameters back."""

@@ -11,11 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.distributed import Ranks
-from kbfgs_ext.optim.inputs import features_last
 from kbfgs_ext.optim.process import Alone
-from kbfgs_ext.optim.settings import Settings
 
 MEANS = ("ranks", "rows")
 
@@ -52,21 +49,6 @@ _REFUSED = (
     "{} at '{}' of the model: K-BFGS needs every layer's whole weight on every rank. Wrap the model"
     " in torch.nn.parallel.DistributedDataParallel instead"
 )
-
-
-def check_ranks(process: Alone, settings: Settings, layers: Sequence[CoveredLayer]) -> None:
-    """Raise NotImplementedError for what several processes would each do in a way of their own."""
-    if process.alone:
-        return
-    if settings.relative_damping:
-        raise NotImplementedError(
-            "relative_damping=True on several processes: give damping_a and damping_g themselves"
-        )
-    images = [layer.name for layer in layers if layer.view.inputs is not features_last]
-    if images:
-        raise NotImplementedError(
-            f"convolutions on several processes: exclude= leaves them to the fallback: {images}"
-        )
 
 
 def process_of(group: Any, wrappers: Sequence[DDP], mean_over: str, device: torch.device) -> Alone:

@@ -16,6 +16,7 @@ from benchmarks.data import DataError, Dataset
 from benchmarks.models import AUTOENCODERS, Autoencoder, cross_entropy
 from benchmarks.optimizers import NAMES, Settings
 from benchmarks.summary import Spread
+from kbfgs_ext import presets
 
 PLAN = Plan(
     datasets=("mnist",),
@@ -90,7 +91,7 @@ def test_every_run_is_made_once(
     assert [row["seed"] for row in rows] == [0] * 4 + [1, 1, 2, 2]
     for row in rows:
         assert {"commit", "dirty", "device", "driver", "torch", "cuda", "triton"} <= set(row)
-        assert row["settings"]["lr"] == row["point"]["lr"]
+        assert row["settings"]["lr"] == row["point"].get("lr", presets.TUNED["lr"])
         assert row["seconds"][-1] >= row["budget"] > row["seconds"][-2]  # the epoch is finished
     for name in PLAN.optimizers:
         tuned = [r for r in rows if r["stage"] == "tune" and r["optimizer"] == name]

@@ -23,6 +23,7 @@ def test_two_processes_train_as_one(tmp_path):
         path = tmp_path / f"{size}.json"
         start = [] if size == 1 else ["torch.distributed.run", "--nproc-per-node", "2", "-m"]
         options = ["--dataset", "curves", "--epochs", "1", "--threads", "1", "--json", path]
+        options += ["--preset", "published", "--hessian-action", "minibatch"]
         ended = subprocess.run(
             [sys.executable, "-m", *start, "benchmarks.train", *options],
             cwd=ROOT,

@@ -237,7 +237,7 @@ def test_what_is_missing_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None
         **{
             f"{method}, {action}": "KBFGS_DISABLE_NATIVE=1"
             for method in ("K-BFGS", "K-BFGS(L)")
-            for action in ("ema", "minibatch")
+            for action in ("ema", "minibatch", "defaults")
         },
         "SOAP": "SOAP needs heavyball (pip install heavyball)",
         "K-FAC": "it is written for models of linear layers alone",

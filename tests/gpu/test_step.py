@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 
-from kbfgs_ext import KBFGS, KBFGSL, CapturedStep
+from kbfgs_ext import KBFGS, CapturedStep
 from tests.helpers import compare
 from tests.optim import test_trajectories as trajectories
 from tests.optim.captured import CapturedRun
-from tests.optim.models import assert_same, closure_of, mlp, rows
+from tests.optim.models import METHODS, assert_same, closure_of, mlp, rows
 
 pytestmark = pytest.mark.gpu
-METHODS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 LENGTHS = pytest.mark.parametrize("length", ["direction", "balanced", "layer"])
 WARM_UP = 3  # steps before a capture: the first looks at a flag, and cuBLAS sets itself up

@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext import KBFGS, KBFGSL, presets
 from kbfgs_ext.optim.safeguard import SafeguardRule
-from tests.optim.models import mlp
+from tests.optim.models import mlp, newton, newton_l
 from tests.optim.models import snapshot as tensors_of
 from tests.optim.ranks import World, batches, compare, half_square, steps
 
 
-def of(method=KBFGS, **fixed):
+def of(method=newton, **fixed):
     """Makes an optimizer with these options."""
     return lambda model, **options: method(model, **{**fixed, **options})
 
@@ -33,7 +33,20 @@ def net(**options) -> nn.Sequential:
 # ---------------------------------------------------------------------- one process's trajectory
 
 
+def huber(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Whose curvature is not the same everywhere: else y = s in the last layer, on the edge of
+    what counts as damped."""
+    return nn.functional.huber_loss(model(x), y, delta=0.5)
+
+
 def defaults(world: World) -> None:
+    for options in ({}, {"hessian_action": "ema", "pair_every": 2}):
+        for method in (KBFGS, KBFGSL):
+            compare(world, net(), of(method, **options), loss_of=huber, but=(" A",))
+    compare(world, net(), of(KBFGS), plain=True, unequal=True, loss_of=huber, mean_over="rows")
+
+
+def paper(world: World) -> None:
     compare(world, net(), of())
 
 
@@ -50,9 +63,9 @@ def tuned(world: World) -> None:
 
 
 def ring_of_pairs(world: World) -> None:
-    compare(world, net(), of(KBFGSL, memory=5))
+    compare(world, net(), of(newton_l, memory=5))
     compare(
-        world, net(), of(KBFGSL, memory=5, hessian_action="ema", initial_scale=0.5), but=(" A",)
+        world, net(), of(newton_l, memory=5, hessian_action="ema", initial_scale=0.5), but=(" A",)
     )
 
 
@@ -64,7 +77,7 @@ def steps_undone(world: World) -> None:
 def restarts(world: World) -> None:
     rule = SafeguardRule(smallest=1.0)
     for action in ("ema", "minibatch"):
-        for method in (KBFGS, KBFGSL):
+        for method in (newton, newton_l):
             make = of(method, lr=50.0, safeguard=rule, restart_after=2, hessian_action=action)
             opt = compare(world, net(), make, but=(" A",), number=20)
             assert opt.counters()["restarts"] > 1
@@ -74,6 +87,26 @@ def without_bias(world: World) -> None:
     compare(world, net(bias=False), of())
     ema = of(hessian_action="ema")
     compare(world, net(bias=False), ema, plain=True, but=(" A",), number=15)
+
+
+class Images(nn.Sequential):
+    """A small network of convolutions on rows of 5, as images of 1 x 5."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3, padding=1), nn.Tanh(),
+            nn.Conv1d(4, 3, 2, stride=2, bias=False), nn.Flatten(), nn.Linear(6, 3),
+        )  # fmt: skip
+        self.double()
+
+
+def convolutions(world: World) -> None:
+    for make in (of(), of(KBFGS), of(newton_l, memory=4)):
+        compare(world, Images(), make, number=20, loss_of=huber)
+    ema = of(KBFGS, hessian_action="ema", pair_every=3)
+    compare(world, Images(), ema, plain=True, but=(" A",), number=15, loss_of=huber)
+    rows = {"unequal": True, "plain": True, "mean_over": "rows"}
+    compare(world, Images(), of(), **rows, number=15, loss_of=huber)
 
 
 class Attentive(nn.Module):
@@ -160,7 +193,7 @@ def other_factors(world: World) -> None:
     compare(world, net(), of(block_size=6, step_length="layer", lr=0.05))
     groups = lambda model: [{"params": list(model.modules())[1], "lr": 0.1}]  # noqa: E731
     inside = lambda model: model.module if isinstance(model, DDP) else model  # noqa: E731
-    compare(world, net(), lambda model, **o: KBFGS(model, groups=groups(inside(model)), **o))
+    compare(world, net(), lambda model, **o: newton(model, groups=groups(inside(model)), **o))
 
 
 def full_second_pass(world: World) -> None:
@@ -338,10 +371,10 @@ def layers_of_one_rank(world: World) -> None:
         twin.load_state_dict(model.state_dict())
         run: nn.Module = model
         if plain:
-            opt = KBFGS(model, process_group=dist.group.WORLD)
+            opt = newton(model, process_group=dist.group.WORLD)
         else:
             run = DDP(model, find_unused_parameters=True)
-            opt = KBFGS(run)
+            opt = newton(run)
         got = []
         for step in range(12):
             use = "a" if world.rank == 0 else ("a", "ab", "b")[step % 3]
@@ -351,7 +384,7 @@ def layers_of_one_rank(world: World) -> None:
         world.same_bits(tensors_of(model, opt))
         losses = world.mean(got)
         if world.rank == 0:
-            one, wanted, cut = KBFGS(twin), [], len(x) // world.size
+            one, wanted, cut = newton(twin), [], len(x) // world.size
             for step in range(12):
                 use = ("a", "ab", "b")[step % 3]
 
@@ -380,7 +413,7 @@ def random_numbers_and_buffers(world: World) -> None:
         nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3)
     ).double()
     wrapped = DDP(model)
-    opt = KBFGS(wrapped)
+    opt = newton(wrapped)
     x, y = batches()
     torch.manual_seed(world.rank)
     steps(wrapped, opt, x[world.slices()], y[world.slices()], 5, half_square)

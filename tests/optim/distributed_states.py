@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from kbfgs_ext import KBFGS, CapturedStep
+from kbfgs_ext import CapturedStep
 from tests.optim.distributed_cases import net
-from tests.optim.models import rows
+from tests.optim.models import newton, rows
 from tests.optim.models import snapshot as tensors_of
 from tests.optim.ranks import World, batches, compare, half_square, steps
 
@@ -44,18 +44,18 @@ def warm_start(world: World) -> None:
         theirs = [data[2 * r : 2 * r + 2] for r in range(world.size)]
         theirs[0].append(data[-1])
         wrapped = DDP(model)
-        opt = KBFGS(wrapped, hessian_action=action)
+        opt = newton(wrapped, hessian_action=action)
         opt.warm_start(theirs[world.rank])
         x, y = batches()
         mine = world.slices()
         got = world.mean(steps(wrapped, opt, x[mine], y[mine], 10, half_square))
         world.same_bits({k: t for k, t in tensors_of(model, opt).items() if not k.endswith(" A")})
         if world.rank == 0:
-            one = KBFGS(twin, hessian_action=action)
+            one = newton(twin, hessian_action=action)
             one.warm_start(data)
             wanted = torch.stack(steps(twin, one, x, y, 10, half_square))
             torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
-        bad = KBFGS(DDP(net()), hessian_action=action)
+        bad = newton(DDP(net()), hessian_action=action)
         data = [x.clone()]
         if world.rank == 1:
             data[0][0, 0] = float("nan")
@@ -68,7 +68,7 @@ def warm_start(world: World) -> None:
             raise OSError("no such file")
 
     kind = OSError if world.rank == 1 else RuntimeError
-    said = raises(kind, lambda: KBFGS(DDP(net())).warm_start(broken()))
+    said = raises(kind, lambda: newton(DDP(net())).warm_start(broken()))
     assert world.rank == 1 or said == "rank 1 failed with OSError: no such file"
 
 
@@ -80,7 +80,7 @@ def resume(world: World) -> None:
         torch.manual_seed(0)
         model = net()
         wrapped = DDP(model)
-        opt = KBFGS(wrapped, hessian_action=action)
+        opt = newton(wrapped, hessian_action=action)
         steps(wrapped, opt, x[mine], y[mine], 6, half_square)
         if action == "ema":
             mixed: list[Any] = [opt.state_dict()]
@@ -95,7 +95,7 @@ def resume(world: World) -> None:
         dist.broadcast_object_list(saved, 0)
         fresh = net()
         again = DDP(fresh)
-        resumed = KBFGS(again, hessian_action=action)
+        resumed = newton(again, hessian_action=action)
         fresh.load_state_dict(saved[0][0])
         resumed.load_state_dict(saved[0][1])
         a = steps(wrapped, opt, x[mine], y[mine], 6, half_square)
@@ -103,7 +103,7 @@ def resume(world: World) -> None:
         assert a == b
         if world.rank == 0:  # one process goes on with it as well
             alone = net()
-            one = KBFGS(alone, hessian_action=action)
+            one = newton(alone, hessian_action=action)
             alone.load_state_dict(saved[0][0])
             one.load_state_dict(saved[0][1])
             wanted = torch.stack(steps(alone, one, x, y, 6, half_square))
@@ -129,7 +129,7 @@ def not_finite_on_one_rank(world: World) -> None:
     for plain in (False, True):
         model = net()
         run: nn.Module = model if plain else DDP(model)
-        opt = KBFGS(run, process_group=dist.group.WORLD)
+        opt = newton(run, process_group=dist.group.WORLD)
         steps(run, opt, x[mine], y[mine], 3, half_square)
         before = {name: p.clone() for name, p in model.named_parameters()}
         bad = x[mine].clone()
@@ -159,7 +159,7 @@ def a_rank_raises(world: World) -> None:
     for plain in (False, True):
         model = net()
         run: nn.Module = model if plain else DDP(model)
-        opt = KBFGS(run, process_group=dist.group.WORLD)
+        opt = newton(run, process_group=dist.group.WORLD)
         steps(run, opt, x[mine], y[mine], 3, half_square)
         before = {name: p.clone() for name, p in model.named_parameters()}
         for where in ("before", "after", "second", "loss"):
@@ -197,7 +197,7 @@ def a_rank_raises(world: World) -> None:
 
 def ranks_out_of_step(world: World) -> None:
     model = net()
-    opt = KBFGS(model, process_group=dist.group.WORLD)
+    opt = newton(model, process_group=dist.group.WORLD)
     x, y = batches()
     steps(model, opt, x, y, 2, half_square)
     opt.steps.number += world.rank
@@ -210,13 +210,13 @@ def optimizer_of_the_bare_model(world: World) -> None:
     model = net()
     wrapped = DDP(model)
     x, y = batches()
-    opt = KBFGS(model)
+    opt = newton(model)
     said = raises(RuntimeError, lambda: steps(wrapped, opt, x, y, 1, half_square))
     assert "KBFGS(ddp_model)" in said
-    steps(model, KBFGS(model), x, y, 1, half_square)  # processes that have nothing to do together
+    steps(model, newton(model), x, y, 1, half_square)  # processes that have nothing to do together
     group = dist.group.WORLD
-    compare(world, net(), lambda m, **o: KBFGS(getattr(m, "module", m), **o), process_group=group)
-    compare(world, net(), lambda m, **o: KBFGS(torch.compile(m, backend="eager"), **o), number=3)
+    compare(world, net(), lambda m, **o: newton(getattr(m, "module", m), **o), process_group=group)
+    compare(world, net(), lambda m, **o: newton(torch.compile(m, backend="eager"), **o), number=3)
 
 
 def refusals(world: World) -> None:
@@ -225,19 +225,19 @@ def refusals(world: World) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (world.size,))
-    said = raises(NotImplementedError, lambda: KBFGS(fully_shard(net(), mesh=mesh)))
+    said = raises(NotImplementedError, lambda: newton(fully_shard(net(), mesh=mesh)))
     assert "fully_shard (FSDP2)" in said and "DistributedDataParallel" in said
     parallel = parallelize_module(net(), mesh, {"0": ColwiseParallel()})
-    assert "DTensor" in raises(NotImplementedError, lambda: KBFGS(parallel))
+    assert "DTensor" in raises(NotImplementedError, lambda: newton(parallel))
     sharded = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
-    assert "FSDP1" in raises(NotImplementedError, lambda: KBFGS(sharded))
+    assert "FSDP1" in raises(NotImplementedError, lambda: newton(sharded))
 
-    opt = KBFGS(DDP(net()))
+    opt = newton(DDP(net()))
     said = raises(NotImplementedError, lambda: CapturedStep(opt, lambda x: x))
     assert "CapturedStep captures the step of one process" in said
-    assert "mean_over" in raises(ValueError, lambda: KBFGS(DDP(net()), mean_over="rows"))
-    assert "mean_over" in raises(ValueError, lambda: KBFGS(net(), mean_over="columns"))
-    assert "ProcessGroup" in raises(TypeError, lambda: KBFGS(net(), process_group="gloo"))
+    assert "mean_over" in raises(ValueError, lambda: newton(DDP(net()), mean_over="rows"))
+    assert "mean_over" in raises(ValueError, lambda: newton(net(), mean_over="columns"))
+    assert "ProcessGroup" in raises(TypeError, lambda: newton(net(), process_group="gloo"))
 
 
 class Counter:
@@ -262,7 +262,7 @@ def bytes_sent(world: World) -> None:
     x, y = batches()
     wrapped = DDP(net())
     for action in ("ema", "minibatch"):
-        opt = KBFGS(wrapped, hessian_action=action)
+        opt = newton(wrapped, hessian_action=action)
         steps(wrapped, opt, x, y, 1, half_square)
         with Counter() as counter:
             steps(wrapped, opt, x, y, 3, half_square)
@@ -271,8 +271,8 @@ def bytes_sent(world: World) -> None:
         assert counter.sizes == [numbers] * 6
     alone = [dist.new_group([r]) for r in range(world.size)][world.rank]
     for opt_of in (
-        lambda m: KBFGS(m, process_group=alone),
-        lambda m: KBFGS(DDP(m, process_group=alone)),
+        lambda m: newton(m, process_group=alone),
+        lambda m: newton(DDP(m, process_group=alone)),
     ):
         model = net()
         opt = opt_of(model)
@@ -281,13 +281,13 @@ def bytes_sent(world: World) -> None:
             steps(model, opt, x, y, 3, half_square)
         assert not counter.sizes
     model = DDP(net(), process_group=alone)
-    steps(model, KBFGS(model), x, y, 3, half_square)
+    steps(model, newton(model), x, y, 3, half_square)
 
 
 def last(world: World) -> None:
     """A rank ends in the middle of a step: the others learn of it."""
     model = net()
-    opt = KBFGS(model, process_group=dist.group.WORLD)
+    opt = newton(model, process_group=dist.group.WORLD)
     x, y = batches()
     steps(model, opt, x, y, 1, half_square)
     if world.rank == world.size - 1:

@@ -62,6 +62,28 @@ def assert_one_run(a: tuple, b: tuple) -> None:
         torch.testing.assert_close(value, other[name], **TIGHT, msg=lambda m, n=name: f"{n}: {m}")
 
 
+# What nobody keeps a copy of: the factors, the averages of pairs and scales, and what counts them.
+LEARNED = ("A", "H_a", "H_g", "s", "y", "S", "Y", "rho", "pushed", "ss", "yy", "v", "lam_a")
+LEARNED += tuple(f"{name}_{side}" for name in ("counts", "marks") for side in "ag")
+# What a judgement moves.
+JUDGED = ("counter scale", "counter undone", "counter restarts")
+
+
+def assert_as_before(
+    before: dict[str, torch.Tensor], model: nn.Module, opt, learned: tuple = (), judged: tuple = ()
+) -> None:
+    """Everything is as it was: momentum to rounding, all else to the bit. (Without momentum M has
+    no say in the next step.)"""
+    after = everything(model, opt)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        if name.endswith(" M"):
+            if opt.param_groups[0]["momentum"]:
+                torch.testing.assert_close(after[name], value, **TIGHT, msg=name)
+        elif not name.endswith(tuple(f" {x}" for x in learned)) and name not in judged:
+            assert torch.equal(value, after[name]), name
+
+
 def assert_trains_as(model: nn.Module, work: Work, plainly: Work, make, steps: int = 4) -> None:
     """Training with ``work`` is training with ``plainly``: the same model, optimizer and value."""
     twin = copy.deepcopy(model)

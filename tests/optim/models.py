@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -9,9 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS, KBFGSL, presets
 
-METHODS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+# The paper's direction and length, with the safeguard and the rest of the defaults.
+_OF_THE_PAPER = ("lr", "damping", "direction", "nesterov", "step_length", "relative_damping")
+PAPER = {name: presets.PUBLISHED[name] for name in (*_OF_THE_PAPER, "pair_every")}
+newton, newton_l = (functools.partial(method, **PAPER) for method in (KBFGS, KBFGSL))
+DEFAULTS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+METHODS = pytest.mark.parametrize("method", [newton, newton_l], ids=["kbfgs", "kbfgsl"])
 
 
 def mlp(*sizes: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Sequential:
@@ -56,7 +62,7 @@ def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor],
             assert torch.equal(tensor, after[name]), name
 
 
-def problem(method=KBFGS, **options):
+def problem(method=newton, **options):
     """A small model, its optimizer and a closure."""
     torch.manual_seed(0)
     model = mlp(5, 7, 3)

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kbfgs_ext import KBFGS, KBFGSL, presets
 from tests.optim.loops import TIGHT
-from tests.optim.models import METHODS, assert_same, rows, snapshot
+from tests.optim.models import DEFAULTS, assert_same, rows, snapshot
+from tests.optim.test_blocks import DEFAULT
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 STEPS, E, HEADS = 12, 8, 2
@@ -88,7 +89,7 @@ CASES = {
 PRESETS = {
     "published": {**presets.PUBLISHED, "lr": 0.1},
     "minibatch": {**presets.PUBLISHED, "lr": 0.1, "hessian_action": "minibatch"},
-    "spectral": {**presets.SPECTRAL, "pair_every": 2},
+    "spectral": {**DEFAULT, "pair_every": 2},
     "blocks": {**presets.PUBLISHED, "lr": 0.1, "block_size": 4},
 }
 
@@ -104,7 +105,7 @@ def assert_same_layers(opt, twin) -> None:
             torch.testing.assert_close(tensor, two.kept[name], rtol=1e-7, atol=1e-8)
 
 
-@METHODS
+@DEFAULTS
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("preset", PRESETS)
@@ -125,7 +126,7 @@ def test_it_is_four_linears(method, bias, case, preset):
     assert F.linear is LINEAR
 
 
-@METHODS
+@DEFAULTS
 def test_evaluation_mode_and_a_warm_start(method):
     """Where torch would take its fused attention, which calls no F.linear."""
     model = attention().eval()
@@ -155,7 +156,7 @@ def test_a_use_that_fails_leaves_torch_as_it_was():
     opt.step(closure_of(opt, lambda: model(q, q, q)[0], TARGET))
 
 
-@METHODS
+@DEFAULTS
 def test_recomputed_in_backward(method):
     runs = []
     for way in (lambda m, *x: m(*x), lambda m, *x: checkpoint(m, *x, use_reentrant=False)):
@@ -170,7 +171,7 @@ def test_recomputed_in_backward(method):
     assert_same(*runs)
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 def test_checkpoints_and_what_is_said(method, action):
     """Three layers are parts of one parameter: its state holds them all."""
@@ -200,7 +201,7 @@ def test_checkpoints_and_what_is_said(method, action):
     assert sum(p.numel() for p in model.parameters()) == 4 * 72
 
 
-@METHODS
+@DEFAULTS
 def test_norms_of_gradients_count_a_parameter_once(method):
     """Clipping takes the norm of all gradients together, not one per part."""
     model = attention()
@@ -214,7 +215,7 @@ def test_norms_of_gradients_count_a_parameter_once(method):
     assert_same_layers(opt, by_linear)
 
 
-@METHODS
+@DEFAULTS
 def test_frozen_halves(method):
     model = attention()
     opt = method(model, **PRESETS["published"])
@@ -264,7 +265,7 @@ class Block(nn.Module):
         return self.layer(x)
 
 
-@METHODS
+@DEFAULTS
 def test_a_transformer_of_torch(method):
     torch.manual_seed(0)
     model = Block()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kbfgs_ext import KBFGS, KBFGSL
-from tests.optim.models import assert_same, closure_of, mlp, rows, snapshot
+from tests.optim.models import METHODS, assert_same, closure_of, mlp, newton, rows, snapshot
 
 OUT_OF_RANGE = [
     ("lr", -0.1),
@@ -151,7 +151,7 @@ def test_broken_closure(which, warm):
 
 def test_error_in_the_second_pass_takes_the_step_back():
     model = mlp(4, 5, 3)
-    opt = KBFGS(model)
+    opt = newton(model)
     x = rows(8, 4)
     good = closure_of(model, opt, x, x[:, :3])
     opt.step(good)
@@ -203,7 +203,7 @@ class NonFinite:
 
 @pytest.mark.parametrize("kind", ["input", "loss", "gradient"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+@METHODS
 @pytest.mark.parametrize("action", ["ema", "minibatch"])
 def test_non_finite_is_skipped_and_counted(kind, value, method, action):
     torch.manual_seed(0)
@@ -229,7 +229,7 @@ def test_non_finite_is_skipped_and_counted(kind, value, method, action):
 
 def test_second_pass_non_finite_keeps_pairs_and_takes_the_step_back():
     model = mlp(4, 5, 3)
-    opt = KBFGS(model)
+    opt = newton(model)
     x = rows(8, 4)
     good = closure_of(model, opt, x, x[:, :3])
     opt.step(good)

@@ -8,14 +8,14 @@ from torch import nn
 
 from kbfgs_ext import KBFGS, KBFGSL
 from tests.helpers.storage import StorageMeter
-from tests.optim.models import METHODS, assert_same, mlp, rows, snapshot
+from tests.optim.models import DEFAULTS, assert_same, mlp, rows, snapshot
 from tests.optim.test_blocks import ACTIONS, PLAIN, build
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 def test_what_is_kept_and_counted(method, action):
-    _, opt, closure = build(method, hessian_action=action)
+    _, opt, closure = build(method, hessian_action=action, pair_every=1)
     predicted = opt.memory_usage()
     opt.warm_start([rows(12, 5), rows(4, 5)])
     for _ in range(4):
@@ -38,7 +38,7 @@ def test_what_is_kept_and_counted(method, action):
     ]  # fmt: skip
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 def test_a_restart_is_that_of_a_block(method, action):
     """A block that has refused its pairs starts again; its neighbour goes on."""
@@ -63,7 +63,7 @@ def test_a_restart_is_that_of_a_block(method, action):
     assert layer.started
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 @pytest.mark.parametrize("block_size", [1, 10])
 def test_training_and_resuming(method, action, block_size):
@@ -79,7 +79,7 @@ def test_training_and_resuming(method, action, block_size):
     assert_same(snapshot(model, opt), snapshot(copy, resumed))
 
 
-@METHODS
+@DEFAULTS
 def test_checkpoints_know_their_blocks(method):
     _, opt, closure = build(method, 10)
     opt.step(closure)
@@ -91,7 +91,7 @@ def test_checkpoints_know_their_blocks(method):
     build(method, None)[1].load_state_dict(opt.state_dict())  # the same blocks
 
 
-@METHODS
+@DEFAULTS
 def test_checkpoints_of_the_format_before(method):
     """They load where every side is one block; what had no factor is refused by name."""
     _, opt, closure = build(method, 50)
@@ -115,7 +115,7 @@ def test_checkpoints_of_the_format_before(method):
 # ------------------------------------------------------------------ memory
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 def test_the_head_of_a_language_model_in_stated_memory(method, action):
     """32,000 tokens: constructor and first step take what `memory_usage` says, and no surprise."""

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kbfgs_ext import KBFGS, KBFGSL, presets
 from kbfgs_ext.optim.blocks import cut
 from tests.helpers.block_oracle import BlockLayer, step
-from tests.optim.models import METHODS, assert_same, closure_of, four_calls, mlp, rows, snapshot
+from tests.optim.models import DEFAULTS, assert_same, closure_of, four_calls, mlp, rows, snapshot
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -21,6 +21,13 @@ PLAIN = {
     "damping": 0.3, "momentum": 0.9, "stat_decay": 0.9, "pair_decay": 0.9, "powell": 0.2,
     "safeguard": False, "restart_after": None, "initial_scale": 1.0, "relative_damping": False,
     "direction": "newton", "step_length": "direction", "nesterov": False, "pair_every": 1,
+}  # fmt: skip
+
+# The polar direction.
+DEFAULT = {
+    "lr": 0.07, "damping_a": 1.0, "damping_g": 0.3, "relative_damping": True,
+    "direction": "spectral", "nesterov": True, "step_length": "layer", "pair_every": 3,
+    "safeguard": True, "restart_after": 10,
 }  # fmt: skip
 
 # n_a, n_g: layer 0 is 6, 20 and layer 2 is 21, 20 and layer 4 is 21, 3.
@@ -69,7 +76,7 @@ class Halves(nn.Module):
         return self.head(torch.tanh(h[..., :4]) * h[..., 4:])
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 @BACKENDS
 @pytest.mark.parametrize("bias", [True, False])
@@ -107,7 +114,7 @@ def test_half_a_side_of_outputs_is_two_layers_that_share_an_input(
 
 
 @ACTIONS
-@METHODS
+@DEFAULTS
 @BACKENDS
 @pytest.mark.parametrize("bias", [True, False])
 def test_half_a_side_of_inputs_is_two_layers_that_share_an_output(method, action, backend, bias):
@@ -150,7 +157,7 @@ def test_half_a_side_of_inputs_is_two_layers_that_share_an_output(method, action
     assert int(opt.diagnostics()["Linear"]["accepted"]) == 0
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 @BACKENDS
 @pytest.mark.parametrize("bias", [True, False])
@@ -204,12 +211,12 @@ def test_steps_are_those_of_dense_block_diagonal_factors(method, action, backend
     assert sum(c[2] + c[3] for one in dense for c in one.counts_g) > 0  # both dampings' business
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 def test_kernels_and_reference_agree_on_every_option(method, action):
     """With all that a step can be made of beside the paper's."""
     options = [
-        presets.SPECTRAL,
+        DEFAULT,
         presets.TUNED,
         {"relative_damping": True, "step_length": "balanced", "restart_after": 1, "pair_every": 2},
         {"factor_every": 3, "weight_decay": 0.01, "max_grad_norm": 0.5, "initial_scale": 3.0},
@@ -227,7 +234,7 @@ def test_kernels_and_reference_agree_on_every_option(method, action):
             torch.testing.assert_close(tensor, runs[1][name], rtol=1e-7, atol=1e-9)
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 def test_a_block_as_large_as_all_sides_changes_nothing(method, action):
     a, opt, closure = build(method, 21, hessian_action=action)
@@ -238,7 +245,7 @@ def test_a_block_as_large_as_all_sides_changes_nothing(method, action):
     assert_same(snapshot(a, opt), snapshot(b, whole))
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 @BACKENDS
 def test_no_host_read(method, action, backend):

@@ -14,13 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS, KBFGSL, CapturedStep
+from kbfgs_ext import KBFGS, CapturedStep
 from kbfgs_ext.optim import graph, hyper
 from tests.helpers.tape import Tape
 from tests.optim.captured import CapturedRun
-from tests.optim.models import assert_same, mlp, rows, snapshot
+from tests.optim.models import METHODS, assert_same, mlp, newton, newton_l, rows, snapshot
 
-METHODS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
 BATCHES = [(rows(16, 5, seed=i), rows(16, 3, seed=100 + i)) for i in range(8)]
 
 
@@ -40,7 +39,7 @@ def scalars_too(as_if_cuda, monkeypatch):
     monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda **_: ["cpu"])
 
 
-def made(method=KBFGS, model=None, **options):
+def made(method=newton, model=None, **options):
     torch.manual_seed(0)
     model = model or mlp(5, 7, 3)
     opt = method(model, **options)
@@ -201,7 +200,7 @@ def test_bad_arguments():
 @pytest.mark.parametrize("at", [2, 3, 6], ids=["in the warm-up", "before the capture", "after it"])
 def test_resume(method, fallback, at, scalars_too):
     """Saved anywhere, a run goes on bit for bit in a new optimizer and a new CapturedStep."""
-    options = {"memory": 3} if method is KBFGSL else {"hessian_action": "ema"}
+    options = {"memory": 3} if method is newton_l else {"hessian_action": "ema"}
     through = CapturedRun(method, fallback, **options)
     through(range(at))
     assert through.step.captured == (at > graph.WARM_UP)

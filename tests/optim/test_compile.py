@@ -5,11 +5,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS, KBFGSL
-from tests.optim.models import assert_same, mlp, rows, snapshot
+from kbfgs_ext import KBFGS
+from tests.optim.models import METHODS, assert_same, mlp, rows, snapshot
 
 STEPS = 5
-METHODS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from kbfgs_ext import KBFGS, KBFGSL
-from tests.optim.models import METHODS, assert_same, problem, snapshot
+from tests.optim.models import METHODS, assert_same, newton, newton_l, problem, snapshot
 
 SCALES = pytest.mark.parametrize("gamma", ["damping", 3.0, 0.25])
 
@@ -35,12 +34,12 @@ def test_first_step_is_gamma_times_as_long(method, gamma, backend):
 def test_ring_and_matrix_are_the_same_factor(gamma):
     """As long as the ring holds every pair."""
     steps = 12
-    model, opt = trained(KBFGS, steps, initial_scale=gamma)
-    other, ring = trained(KBFGSL, steps, initial_scale=gamma, memory=steps)
+    model, opt = trained(newton, steps, initial_scale=gamma)
+    other, ring = trained(newton_l, steps, initial_scale=gamma, memory=steps)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
     assert str(opt.diagnostics()) == str(ring.diagnostics())
-    plain, _ = trained(KBFGS, steps)
+    plain, _ = trained(newton, steps)
     assert not torch.allclose(plain[0].weight, model[0].weight, rtol=1e-3)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 import kbfgs_ext
 from kbfgs_ext import KBFGS
 from kbfgs_ext.optim import inputs, layers
-from kbfgs_ext.optim.wrappers import check_ranks
 from tests.optim.loops import TIGHT
 from tests.optim.models import METHODS, assert_same, closure_of, mlp, rows, snapshot
 
@@ -250,15 +248,3 @@ def test_a_hook_that_goes_in_the_middle_of_a_call():
     model[0].register_forward_hook(lambda *_: opt.close(), prepend=True)
     assert model(rows(2, 4)).shape == (2, 3)
     assert opt.closed
-
-
-def test_what_several_ranks_cannot_share_yet_is_refused_by_name():
-    ranks, alone = SimpleNamespace(alone=False), SimpleNamespace(alone=True)
-    conv = KBFGS(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2)))
-    with pytest.raises(NotImplementedError, match=r"convolutions on several processes.*\['0'\]"):
-        check_ranks(ranks, conv.settings, conv.layers)
-    relative = KBFGS(nn.Linear(3, 2), relative_damping=True)
-    with pytest.raises(NotImplementedError, match="relative_damping=True on several processes"):
-        check_ranks(ranks, relative.settings, relative.layers)
-    for opt in (conv, relative):
-        check_ranks(alone, opt.settings, opt.layers)

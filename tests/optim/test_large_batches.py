@@ -18,6 +18,7 @@ from tests.optim.models import (
     closure_of,
     four_calls,
     mlp,
+    newton,
     problem,
     rows,
     snapshot,
@@ -109,7 +110,7 @@ def test_micro_batches_in_a_plain_loop_with_a_scaler_under_autocast():
     for plain in (False, True):
         torch.manual_seed(0)
         model = mlp(5, 7, 3, dtype=torch.float32)
-        opt = KBFGS(model)
+        opt = newton(model)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         x, target = rows(12, 5, torch.float32), rows(12, 3, torch.float32, seed=1)
 

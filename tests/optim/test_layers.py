@@ -8,10 +8,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS, KBFGSL
-from tests.optim.models import assert_same, closure_of, mlp, rows, snapshot
+from kbfgs_ext import KBFGS
+from tests.optim.models import (
+    METHODS,
+    assert_same,
+    closure_of,
+    mlp,
+    newton,
+    newton_l,
+    rows,
+    snapshot,
+)
 
-METHODS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 
 
@@ -32,7 +40,7 @@ def test_trains_and_factors_change(method, action, dtype, bias):
     x, target = rows(32, 6, dtype), rows(32, 4, dtype, seed=1)
     opt = (
         method(model, lr=0.3, hessian_action=action, memory=5)
-        if method is KBFGSL
+        if method is newton_l
         else method(model, lr=0.3, hessian_action=action)
     )
     opt.step(closure_of(model, opt, rows(32, 6, dtype, seed=2), target))  # A is X'X of another X
@@ -178,7 +186,7 @@ def test_explicit_fallback_and_its_group_share_with_schedulers():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opt = KBFGS(model, fallback=lambda ps: torch.optim.SGD(ps, lr=0.5, momentum=0.9))
+        opt = newton(model, fallback=lambda ps: torch.optim.SGD(ps, lr=0.5, momentum=0.9))
     assert opt.param_groups[1] is opt.steps.fallback.optimizer.param_groups[0]
     schedule = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
     x = rows(8, 4, torch.float32)

@@ -1,9 +1,7 @@
-"""How a closure runs its model: with hooks, torch.func, compiled, on nested, sparse or empty
-inputs, beside other modules and with buffers of every kind."""
+"""How a closure runs its model: torch.func, compiled, on nested, sparse or empty inputs, beside
+other modules and with buffers of every kind."""
 
 import copy
-import gc
-import pickle
 
 import pytest
 import torch
@@ -20,122 +18,6 @@ from tests.optim.loops import (
 )
 from tests.optim.models import METHODS, assert_same_weights, rows
 from tests.optim.test_closures import BIAS, PLAIN, error_of, net, x_of
-
-# ---------------------------------------------------------------------- hooks of users
-
-
-def doubles(m):
-    m[0].register_forward_hook(lambda module, args, out: 2 * out)
-    return lambda m: m(x_of())
-
-
-def halves_the_input(m):
-    m[0].register_forward_pre_hook(lambda module, args: (args[0] / 2,))
-    return lambda m: m(x_of())
-
-
-def reads_gradients(m):
-    m[0].register_full_backward_hook(lambda module, grad_in, grad_out: None)
-    return lambda m: m(x_of())
-
-
-def doubled(m):
-    return m[2](torch.tanh(2 * m[0](x_of())))
-
-
-HOOKS = {
-    "replace the output": (doubles, doubled),
-    "change the input": (halves_the_input, lambda m: m(x_of() / 2)),
-    "full backward": (reads_gradients, lambda m: m(x_of())),
-}
-
-
-@METHODS
-@BIAS
-@pytest.mark.parametrize("how", list(HOOKS))
-@pytest.mark.parametrize("first", [True, False], ids=["theirs first", "ours first"])
-def test_hooks_of_users(method, bias, how, first):
-    register, plainly = HOOKS[how]
-    model, twin = net(bias), net(bias)
-    run = register(model) if first else None
-    opt, other = method(model), method(twin)
-    run = run or register(model)
-    train(model, opt, backward_of(lambda m: error_of(run(m))))
-    train(twin, other, backward_of(lambda m: error_of(plainly(m))))
-    assert_one_run((model, opt), (twin, other))
-
-
-@METHODS
-@BIAS
-@pytest.mark.parametrize("first", [True, False], ids=["theirs first", "ours first"])
-def test_a_hook_that_penalises_outputs(method, bias, first):
-    """The penalty is in g_bar, that of a virtual bias too."""
-    seen = []
-
-    def register(m):
-        m[0].register_forward_hook(lambda module, args, out: seen.append(out))
-
-    def hooked(m):
-        seen.clear()
-        out = m(x_of())
-        return error_of(out) + 0.1 * seen[0].square().mean()
-
-    def plainly(m):
-        h = m[0](x_of())
-        return error_of(m[2](torch.tanh(h))) + 0.1 * h.square().mean()
-
-    model, twin = net(bias), net(bias)
-    if first:
-        register(model)
-    opt, other = method(model), method(twin)
-    if not first:
-        register(model)
-    train(model, opt, backward_of(hooked))
-    train(twin, other, backward_of(plainly))
-    assert_one_run((model, opt), (twin, other))
-
-
-@BIAS
-@pytest.mark.parametrize("how", ["del", "close"])
-def test_nothing_is_left_on_a_model(bias, how):
-    model = net(bias)
-    for k in range(3):
-        opt = KBFGS(model)
-        train(model, opt, PLAIN, 1)
-        if k == 2 and how == "close":
-            opt.close()
-            opt.close()
-            assert opt.closed
-            with pytest.raises(RuntimeError, match="this optimizer is closed"):
-                train(model, opt, PLAIN, 1)
-            assert opt.state_dict()["state"]
-        else:
-            del opt
-            gc.collect()
-    for module in model.modules():
-        assert not module._forward_hooks and not module._forward_hooks_with_kwargs
-        assert not module._forward_pre_hooks and not module._backward_hooks
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
-    expected = model(x_of())
-    torch.testing.assert_close(torch.jit.script(model)(x_of()), expected)
-    torch.testing.assert_close(copy.deepcopy(model)(x_of()), expected)
-    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x_of()), expected)
-
-
-@METHODS
-@BIAS
-def test_optimizers_that_follow_each_other(method, bias):
-    """Each is as one on a model that never had another."""
-    model, twin = net(bias), net(bias)
-    for _ in range(3):
-        opt = method(model)
-        train(model, opt, PLAIN, 2)
-        fresh = net(bias)
-        fresh.load_state_dict(twin.state_dict())
-        twin, other = fresh, method(fresh)
-        train(twin, other, PLAIN, 2)
-        assert_one_run((model, opt), (twin, other))
-
 
 # ---------------------------------------------------------------------- torch.compile
 
@@ -215,6 +97,40 @@ FUNC = {
 def test_torch_func(method, bias, how):
     work, plainly = FUNC[how]
     assert_trains_as(net(bias), backward_of(work), backward_of(plainly), method)
+
+
+# ---------------------------------------------------------------------- modules of torch's own
+
+
+class Encoder(nn.Module):
+    """Attention, whose projections are used by hand, between layers that are called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.head = nn.Embedding(9, 8), nn.Linear(8, 3)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, tokens, pad):
+        return self.head(self.encoder(self.tokens(tokens), src_key_padding_mask=pad)[:, 0])
+
+
+@METHODS
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_in_eval_mode_with_padding(method):
+    """Torch's inference path, which skips the layers' hooks, does not switch on in either pass: a
+    run in eval mode is that in training mode, without dropout the same function."""
+    tokens, pad = torch.arange(84).view(12, 7) % 9, torch.zeros(12, 7, dtype=torch.bool)
+    pad[:4, 5:] = True
+    runs = []
+    for training in (True, False):
+        model = Encoder().double().train(training)
+        opt = method(model, fallback=lambda ps: torch.optim.AdamW(ps, lr=1e-3))
+        train(model, opt, backward_of(lambda m: error_of(m(tokens, pad))))
+        assert all(int(d["accepted"]) for d in opt.diagnostics().values())
+        runs.append((model, opt))
+    assert_one_run(*runs)
 
 
 # ---------------------------------------------------------------------- layouts

@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS
 from kbfgs_ext.optim.direction import Direction
 from tests.helpers import backends
 from tests.optim.models import (
@@ -18,6 +18,8 @@ from tests.optim.models import (
     assert_same_weights,
     closure_of,
     mlp,
+    newton,
+    newton_l,
     problem,
     rows,
     snapshot,
@@ -27,7 +29,7 @@ ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
-def network(method=KBFGS, seed=0, **options):
+def network(method=newton, seed=0, **options):
     """A float32 model with a norm for the fallback, its optimizer, and a batch."""
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -295,7 +297,7 @@ def test_no_op_of_a_16_bit_step_is_on_the_reference(method, action, half, how):
         taken |= {line.split("/")[1].split(":")[0] for line in report.splitlines()[1:]}
     assert taken >= {
         "curvature_update_",
-        "descend_" if method is KBFGSL else "kron_step_",
+        "descend_" if method is newton_l else "kron_step_",
         "slope_",
     }
     assert "factor_ema_" in taken and "output_change_" in taken and "restart_" in taken

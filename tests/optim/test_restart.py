@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kbfgs_ext import KBFGSL
 from kbfgs_ext.optim.checkpoint import FORMAT
 from kbfgs_ext.optim.parts import Part
 from kbfgs_ext.optim.safeguard import SafeguardRule
 from kbfgs_ext.optim.updates import restart
-from tests.optim.models import METHODS, assert_same, mlp, problem, rows, snapshot
+from tests.optim.models import METHODS, assert_same, mlp, newton_l, problem, rows, snapshot
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -108,7 +107,7 @@ def test_an_indefinite_factor_is_refused_and_restarts():
 
 def test_an_indefinite_ring_restarts_when_no_step_is_kept():
     """Its gate has no H y to see it by, and accepts every pair. H = I - 1000 I."""
-    _, opt, closure = problem(KBFGSL, restart_after=3, safeguard=SafeguardRule(smallest=0.25))
+    _, opt, closure = problem(newton_l, restart_after=3, safeguard=SafeguardRule(smallest=0.25))
     opt.step(closure)
     for layer in opt.layers:
         n = layer.n_g
@@ -310,7 +309,7 @@ def test_started_anew_it_is_a_new_optimizer(method, action):
     opt.steps.guard.scale.fill_(0.25)
     opt.restart()
     assert opt.counters()["scale"] == 1.0 and int(opt.counters()["steps"]) == 5
-    fresh = type(opt)(model, **options)
+    fresh = method(model, **options)
     start = copy.deepcopy(model.state_dict())
     ends = []
     for one in (opt, fresh):

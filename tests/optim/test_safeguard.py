@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS
 from kbfgs_ext.optim.safeguard import Safeguard, SafeguardRule, resolution
-from tests.optim.models import closure_of, mlp, rows
+from tests.optim.models import METHODS, closure_of, mlp, rows
 
 
 def scalar(value: float) -> torch.Tensor:
@@ -96,7 +96,7 @@ class Mixed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("largest", [None, 1e-3])
-@pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+@METHODS
 def test_slope_is_that_of_the_whole_step(method, largest):
     """Of all parameters that have moved, with the gradients that the loss has, clipped or not."""
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def test_slope_is_that_of_the_whole_step(method, largest):
         opt.finish(loss)
 
 
-@pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+@METHODS
 def test_steps_stay_off_the_edge(method):
     """A learning rate a little too large: without the slope, steps are kept that bring next to
     nothing, and the loss ends higher."""
@@ -205,7 +205,7 @@ def test_rule_out_of_range(name, value):
         SafeguardRule(**{name: value})
 
 
-@pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+@METHODS
 def test_undone_step_restores_weights_exactly(method):
     torch.manual_seed(0)
     model = mlp(6, 9, 4, dtype=torch.float32)
@@ -219,7 +219,7 @@ def test_undone_step_restores_weights_exactly(method):
     assert all(int(d["accepted"]) + int(d["rejected"]) == 1 for d in opt.diagnostics().values())
 
 
-@pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
+@METHODS
 def test_no_lock(method):
     """A learning rate far too large does not bring training to a standstill."""
     torch.manual_seed(0)

@@ -1,6 +1,5 @@
-"""State in torch's own form for the tools that look there, and errors that leave it as it was."""
+"""State in torch's own form, for the tools that look there, and what an optimizer reports."""
 
-import contextlib
 import json
 import warnings
 
@@ -9,15 +8,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.nn.utils import clip_grad_value_
 
 from kbfgs_ext import KBFGS
 from tests.optim.loops import backward_of, everything, train
-from tests.optim.models import METHODS, assert_same, closure_of, four_calls, mlp, rows
-from tests.optim.test_closures import PLAIN, net
+from tests.optim.models import METHODS, assert_same, mlp, newton, rows
 
 FALLBACKS = {
     "AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.01),
@@ -44,23 +42,34 @@ def run(model, opt, steps):
 # ---------------------------------------------------------------------- ways to save
 
 
-def by_state_dict_tools(model, opt, other_model, other, folder):
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def by_state_dict_tools(model, opt, other_model, other, folder, options=None):
     other_model.load_state_dict(model.state_dict())
-    set_optimizer_state_dict(other_model, other, get_optimizer_state_dict(model, opt))
+    state = get_optimizer_state_dict(model, opt, options=options)
+    set_optimizer_state_dict(other_model, other, state, options=options)
 
 
-def by_dcp(model, opt, other_model, other, folder):
-    saved = {"model": model.state_dict(), "opt": get_optimizer_state_dict(model, opt)}
-    template = {
-        "model": other_model.state_dict(),
-        "opt": get_optimizer_state_dict(other_model, other),
-    }
+def by_flat_tools(*given):
+    by_state_dict_tools(*given, FLAT)
+
+
+def by_dcp(model, opt, other_model, other, folder, options=None):
+    def state_of(m, o):
+        return {"model": m.state_dict(), "opt": get_optimizer_state_dict(m, o, options=options)}
+
+    saved, template = state_of(model, opt), state_of(other_model, other)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no process group is there
         dcp.save(saved, checkpoint_id=folder)
         dcp.load(template, checkpoint_id=folder)
     other_model.load_state_dict(template["model"])
-    set_optimizer_state_dict(other_model, other, template["opt"])
+    set_optimizer_state_dict(other_model, other, template["opt"], options=options)
+
+
+def by_flat_dcp(*given):
+    by_dcp(*given, FLAT)
 
 
 def tensors_and_json(model, opt, other_model, other, folder):
@@ -82,6 +91,7 @@ def tensors_and_json(model, opt, other_model, other, folder):
 
 
 WAYS = [(by_state_dict_tools, 2), (by_dcp, 0), (by_dcp, 2), (tensors_and_json, 2)]
+WAYS += [(by_flat_tools, 2), (by_flat_dcp, 0), (by_flat_dcp, 2)]
 
 
 @METHODS
@@ -92,12 +102,42 @@ def test_a_resumed_run_goes_on_bit_for_bit(method, way, fallback, stepped, tmp_p
     run(model, opt, range(stepped))
     other_model, other = build(method, fallback, action="ema" if stepped else "minibatch")
     run(other_model, other, range(7, 8))  # what is loaded replaces what was there
-    if way is by_dcp:
+    if way in (by_dcp, by_flat_dcp):
         other_model, other = build(method, fallback, action="ema" if stepped else "minibatch")
     way(model, opt, other_model, other, tmp_path)
     for m, o in ((model, opt), (other_model, other)):
         run(m, o, range(2, 5))
     assert_same(everything(model, opt), everything(other_model, other))
+
+
+def test_flat_state_of_several_groups():
+    """Each parameter has the options of its group; torch's tools put the groups together again."""
+    runs = []
+    for lr in (0.1, 0.4):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+        groups = [{"params": model[2], "lr": lr, "damping": torch.tensor(lr)}]
+        runs.append((model, KBFGS(model, groups=groups, fallback=torch.optim.AdamW)))
+        run(*runs[-1], range(2))
+    (model, opt), (twin, other) = runs
+    by_flat_tools(model, opt, twin, other, None)
+    assert [group["lr"] for group in other.param_groups] == [0.07, 0.1, 0.001]
+    for m, o in runs:
+        run(m, o, range(2, 5))
+    assert_same(everything(model, opt), everything(twin, other))
+
+
+def test_the_live_state_is_what_a_checkpoint_has():
+    model, opt = build(KBFGS)
+    run(model, opt, range(2))
+    saved, parameters = opt.state_dict(), [p for g in opt.param_groups for p in g["params"]]
+    assert [*opt.state] == [parameters[i] for i in saved["state"]]
+    for i, entry in saved["state"].items():
+        live = opt.state[parameters[i]]
+        assert live.keys() == entry.keys()
+        assert all(torch.equal(live[name], value) for name, value in entry.items())
+    assert opt.state[model[0].weight]["H_a"] is opt.layers[0]["H_a"]
+    assert opt.state[torch.zeros(1)] == {}
 
 
 def test_a_checkpoint_of_the_old_format_is_refused_by_name():
@@ -111,178 +151,18 @@ def test_a_checkpoint_of_the_old_format_is_refused_by_name():
         opt.load_state_dict(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0).state_dict())
 
 
-# ---------------------------------------------------------------------- errors
-
-
-def raises_in(which):
-    def closure_with(model, opt, good):
-        calls = []
-
-        def closure():
-            loss = good()
-            calls.append(1)
-            if len(calls) == which:
-                raise KeyError("the user's own")
-            return loss
-
-        return closure
-
-    return closure_with
-
-
-def stale(model, opt, good):
-    good()
-
-    def closure():
-        loss = (model(rows(12, 4)) - 1).square().mean()
-        loss.backward()
-        return loss
-
-    return closure
-
-
-def reads_weight_gradients(model, opt, good):
-    def closure():
-        loss = good()
-        assert model[0].weight.grad.norm() >= 0
-        return loss
-
-    return closure
-
-
-def bad_damping(model, opt, good):
-    opt.param_groups[0]["damping"] = -1.0
-    return good
-
-
-def empty_batch(model, opt, good):
-    return closure_of(model, opt, rows(0, 4), rows(0, 3))
-
-
-def failing_fallback(model, opt, good):
-    def fail(*args, **kwargs):
-        with torch.no_grad():
-            model[1].weight.add_(1.0)  # half of its work is done
-        raise OSError("the fallback's own")
-
-    opt.steps.fallback.optimizer.step = fail
-    return good
-
-
-def no_scalar(model, opt, good):
-    return lambda: good().expand(3)
-
-
-def in_the_dark(model, opt, good):
-    def closure():
-        with torch.no_grad():
-            return good()
-
-    return closure
-
-
-ERRORS = {
-    "first pass": (raises_in(1), KeyError, "the user's own"),
-    "second pass": (raises_in(2), KeyError, "the user's own"),
-    "stale": (stale, RuntimeError, "gradients from before the step"),
-    "weight gradients": (reads_weight_gradients, RuntimeError, "freeze_second_pass=False"),
-    "hyperparameter": (bad_damping, ValueError, "damping must be in"),
-    "empty": (empty_batch, ValueError, "is empty: shape"),
-    "fallback": (failing_fallback, OSError, "the fallback's own"),
-    "no scalar": (no_scalar, TypeError, "real scalar"),
-    "no gradients": (in_the_dark, RuntimeError, r"ran under torch.no_grad\(\)"),
-    "no closure": (lambda *_: None, TypeError, "closure must be a function"),
-}
-LATE = ("second pass", "weight gradients")  # the step is taken back; its momentum and counts stay
-
-
-@METHODS
-@pytest.mark.parametrize("which", list(ERRORS))
-@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "later"])
-def test_an_error_leaves_everything_as_it_was(method, which, steps):
-    model, opt = build(method, "momentum", "ema" if steps else "minibatch")
-    model.append(nn.BatchNorm1d(3, affine=False).double())
-    run(model, opt, range(steps))
-    make, error, message = ERRORS[which]
-    good = closure_of(model, opt, rows(12, 4), rows(12, 3, seed=1))
-    opt.state_dict()  # makes the tensors
-    before = everything(model, opt)
-    damping, step = opt.param_groups[0]["damping"], opt.steps.fallback.optimizer.step
-    closure = make(model, opt, good)
-    with pytest.raises(error, match=message):
-        opt.step(closure)
-    kept = [n for n in before if n.startswith(("param", "wanted")) or which not in LATE]
-    if which not in ("hyperparameter", "no closure"):  # a forward pass has run
-        kept = [name for name in kept if not name.startswith("buffer")]
-    after = everything(model, opt)
-    assert_same({name: before[name] for name in kept}, after)
-    opt.param_groups[0]["damping"], opt.steps.fallback.optimizer.step = damping, step
-    weights = model[0].weight.detach().clone()
-    assert torch.isfinite(opt.step(good))
-    assert not torch.equal(weights, model[0].weight)
-
-
-@METHODS
-def test_a_sparse_gradient_that_the_fallback_cannot_take(method):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Linear(4, 3)).double()
-    with pytest.warns(UserWarning, match="go to torch.optim.AdamW"):
-        opt = method(model)
-    tokens = torch.arange(12) % 7
-    before = everything(model, opt)
-    with pytest.raises(RuntimeError, match="sparse gradients of 0.weight.*sparse=False"):
-        train(model, opt, backward_of(lambda m: m(tokens).square().mean()), 1)
-    assert_same(before, everything(model, opt))
-    train(model, opt, backward_of(lambda m: m[1](rows(12, 4)).square().mean()), 1)
-
-
-@pytest.mark.parametrize("which", ["first pass", "second pass"])
-def test_an_error_in_the_plain_loop(which):
-    model, opt = build(KBFGS)
-    run(model, opt, range(2))
-    good = closure_of(model, opt, rows(12, 4), rows(12, 3, seed=1))
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    with contextlib.suppress(KeyError):
-        four_calls(opt, ERRORS[which][0](model, opt, good))
-    assert_same(before, model.state_dict())
-    four_calls(opt, good)
-
-
-@METHODS
-def test_an_empty_list_of_gradients_in_the_second_pass(method):
-    """A model without biases has none there: what chokes on that is told what to do."""
-    chokes = {
-        "clip": lambda m: clip_grad_value_(m.parameters(), 1.0),
-        "stack": lambda m: torch.stack(
-            [p.grad.norm() for p in m.parameters() if p.grad is not None]
-        ),
-        "max": lambda m: max(p.grad.norm() for p in m.parameters() if p.grad is not None),
-    }
-    for choke in chokes.values():
-
-        def work(m, choke=choke):
-            loss = PLAIN(m)
-            choke(m)
-            return loss
-
-        model = net(bias=False)
-        with pytest.raises(RuntimeError, match="freeze_second_pass=False"):
-            train(model, method(model), work, 1)
-        train(model, method(model, freeze_second_pass=False), work)
-
-
 # ---------------------------------------------------------------------- reports
 
 
 def test_explain_names_every_op_that_is_on_the_reference(monkeypatch):
-    model, opt = build(KBFGS, None, backend="reference")
+    model, opt = build(newton, None, backend="reference")
     run(model, opt, range(2))
     first, *rest = opt.explain().splitlines()
     ops = {line.split("/")[1].split(":")[0] for line in rest}
     named = set(first.split("on the reference: ")[1].split(", "))
     assert named == ops >= {"kron_step_", "factor_ema_", "curvature_update_", "output_change_"}
     monkeypatch.setenv("KBFGS_BACKEND", "reference")
-    model, opt = build(KBFGS, None)
+    model, opt = build(newton, None)
     assert "KBFGS_BACKEND=reference" in opt.explain()
     run(model, opt, range(2))
     assert opt.explain().splitlines()[0] == first

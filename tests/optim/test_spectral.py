@@ -1,4 +1,4 @@
-"""direction="spectral", Nesterov's momentum, relative dampings, and the preset made of them."""
+"""The constructor's defaults: polar directions, Nesterov's momentum, relative dampings."""
 
 import io
 import itertools
@@ -8,11 +8,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS, KBFGSL, presets
+from kbfgs_ext import KBFGS
 from kbfgs_ext.ops.spectral import COEFFICIENTS
 from kbfgs_ext.ops.spectral.reference import polar
 from kbfgs_ext.optim import factors
-from tests.optim.models import METHODS, assert_same, closure_of, mlp, rows, snapshot
+from tests.optim.models import (
+    DEFAULTS,
+    METHODS,
+    assert_same,
+    closure_of,
+    mlp,
+    rows,
+    snapshot,
+)
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 
@@ -69,7 +77,7 @@ def inputs():
     return seen
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 def test_a_run_does_not_know_the_scale_of_the_loss(method, action):
     losses = []
@@ -77,7 +85,7 @@ def test_a_run_does_not_know_the_scale_of_the_loss(method, action):
         torch.manual_seed(0)
         model = mlp(6, 9, 3, dtype=torch.float64)
         x, target = rows(32, 6, torch.float64), rows(32, 3, torch.float64, seed=1)
-        opt = method(model, **{**presets.SPECTRAL, "pair_every": 1, "hessian_action": action})
+        opt = method(model, pair_every=1, hessian_action=action)
 
         def closure(model=model, opt=opt, x=x, target=target, scale=scale):
             opt.zero_grad()
@@ -115,7 +123,7 @@ def test_nesterov_looks_a_gradient_ahead(method):
         torch.testing.assert_close(a - start, 1.75 * (p - start), rtol=1e-10, atol=1e-14)
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 @pytest.mark.parametrize("largest", [None, 6, 1])
 def test_kernels_and_reference_agree(method, action, largest):
@@ -123,7 +131,8 @@ def test_kernels_and_reference_agree(method, action, largest):
     for backend in ("reference", "auto"):
         model, opt, closure = problem(
             method,
-            **{**presets.SPECTRAL, "pair_every": 2, "hessian_action": action},
+            pair_every=2,
+            hessian_action=action,
             block_size=largest,
             backend=backend,
         )
@@ -134,16 +143,16 @@ def test_kernels_and_reference_agree(method, action, largest):
         torch.testing.assert_close(mine, other, rtol=1e-7, atol=1e-9)
 
 
-@METHODS
+@DEFAULTS
 def test_a_resumed_run_goes_on_bit_for_bit(method):
-    model, opt, closure = problem(method, **{**presets.SPECTRAL, "pair_every": 3})
+    model, opt, closure = problem(method, pair_every=3)
     for _ in range(5):
         opt.step(closure)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file)
-    model_2, opt_2, closure_2 = problem(method, **{**presets.SPECTRAL, "pair_every": 3})
+    model_2, opt_2, closure_2 = problem(method, pair_every=3)
     model_2.load_state_dict(saved["model"])
     opt_2.load_state_dict(saved["opt"])
     for _ in range(4):
@@ -151,10 +160,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(method):
     assert_same(snapshot(model, opt), snapshot(model_2, opt_2))
 
 
-@METHODS
+@DEFAULTS
 def test_a_gradient_of_zero_and_one_that_is_not_finite_move_nothing(method):
     model = mlp(5, 7, 3)
-    opt = method(model, **presets.SPECTRAL)
+    opt = method(model)
     x, target = rows(8, 5), rows(8, 3)
     opt.step(closure_of(model, opt, x, target))
     before = snapshot(model, opt)
@@ -164,7 +173,7 @@ def test_a_gradient_of_zero_and_one_that_is_not_finite_move_nothing(method):
     assert int(opt.counters()["skipped"]) == 1
     with torch.no_grad():
         model[0].bias.fill_(-1e3)  # every unit is dead
-    opt = method(model, **presets.SPECTRAL)
+    opt = method(model)
     still = joined(model)[0]
     opt.step(closure_of(model, opt, x, target))
     assert torch.equal(joined(model)[0], still)
@@ -177,8 +186,8 @@ def test_what_it_is_not():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-@pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
-def test_the_preset_learns_digits_whatever_the_scale_of_the_loss(method, scale):
+@DEFAULTS
+def test_it_learns_digits_whatever_the_scale_of_the_loss(method, scale):
     datasets = pytest.importorskip("sklearn.datasets")
     x, y = (torch.as_tensor(a) for a in datasets.load_digits(return_X_y=True))
     x = x.float() / 16
@@ -186,7 +195,7 @@ def test_the_preset_learns_digits_whatever_the_scale_of_the_loss(method, scale):
     sizes = (64, 128, 128, 128, 10)
     layers = [[nn.Linear(n, k), nn.ReLU()] for n, k in itertools.pairwise(sizes)]
     model = nn.Sequential(*[m for pair in layers for m in pair][:-1])
-    opt = method(model, **presets.SPECTRAL)
+    opt = method(model)
     for _ in range(60):
         batch = torch.randint(len(x), (300,))
 
@@ -200,7 +209,7 @@ def test_the_preset_learns_digits_whatever_the_scale_of_the_loss(method, scale):
     assert loss < 0.1
 
 
-@METHODS
+@DEFAULTS
 @pytest.mark.parametrize("largest", [None, 6, 1])
 def test_no_product_is_written_over_what_it_reads(method, largest, monkeypatch):
     """Kernels have many blocks at work on a layer at once: P must not share memory with M."""
@@ -213,7 +222,7 @@ def test_no_product_is_written_over_what_it_reads(method, largest, monkeypatch):
             return op(*args)
 
         monkeypatch.setattr(factors.ops, name, watched)
-    _, opt, closure = problem(method, **presets.SPECTRAL, block_size=largest)
+    _, opt, closure = problem(method, block_size=largest)
     for _ in range(2):
         opt.step(closure)
     assert seen

@@ -18,9 +18,8 @@ from kbfgs_ext import KBFGS, KBFGSL, presets
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim import gradients
 from tests.helpers.storage import StorageMeter
-from tests.optim.models import closure_of, mlp, rows
+from tests.optim.models import METHODS, closure_of, mlp, newton_l, rows
 
-METHODS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 
 
@@ -63,7 +62,7 @@ def test_memory_is_what_was_predicted(method, action, block_size):
     """Live bytes that the optimizer adds, and its peak in a step, within 5% of memory_usage()."""
     model = mlp(150, 200, 120, dtype=torch.float32)
     x, target = rows(2, 150, torch.float32), rows(2, 120, torch.float32)
-    options = {"memory": 20} if method is KBFGSL else {}
+    options = {"memory": 20} if method is newton_l else {}
     with StorageMeter() as meter:
         opt = method(model, hessian_action=action, block_size=block_size, **options)
         predicted = opt.memory_usage()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS, KBFGSL, presets
 from kbfgs_ext.ops import registry
 from tests.optim.models import closure_of, mlp
 
@@ -37,11 +37,10 @@ def replay(run: dict, **options) -> tuple[list[float], list[float], object]:
     """Losses, final weight sums and the optimizer of a run."""
     model, batches = regenerate(run)
     options = {
+        **presets.PUBLISHED,
         "lr": run["lr"],
         "damping": run["lam"],
         "weight_decay": run["wd"],
-        "hessian_action": "ema",
-        "safeguard": False,
         **options,
     }
     if run["alg"] == "K-BFGS":

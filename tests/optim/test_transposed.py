@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS
+from kbfgs_ext import KBFGS, presets
 from tests.optim.loops import TIGHT
-from tests.optim.models import METHODS, assert_same, closure_of, snapshot
+from tests.optim.models import DEFAULTS, assert_same, closure_of, snapshot
 from tests.optim.test_convolutions import images
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
@@ -87,17 +87,14 @@ def build(case):
     return Net(TYPES[n](shape[1], 4, dtype=torch.float64, **options), x, size), x
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 @pytest.mark.parametrize("case", GEOMETRIES)
 def test_it_is_linear_on_patches(method, action, case):
     model, x = build(case)
     twin = copy.deepcopy(model)
     twin.conv = OnPatches(model.conv)
-    options = {
-        "lr": 0.1, "hessian_action": action, "direction": "newton", "step_length": "direction",
-        "nesterov": False, "relative_damping": False, "pair_every": 1, "safeguard": False,
-    }  # fmt: skip
+    options = {**presets.PUBLISHED, "lr": 0.1, "hessian_action": action}
     opt, other = method(model, **options), method(twin, **options)
     assert opt.coverage().share == 1.0
     target = images(len(x), 3, seed=1)
@@ -113,7 +110,7 @@ def test_it_is_linear_on_patches(method, action, case):
             torch.testing.assert_close(tensor, two.kept[name], **TIGHT)
 
 
-@METHODS
+@DEFAULTS
 @ACTIONS
 def test_checkpoints_blocks_and_restarts(method, action):
     def made():

@@ -1,0 +1,1 @@
+"""One setting for many tasks: ``python -m benchmarks.tasks``, by steps."""

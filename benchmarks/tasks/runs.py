@@ -1,0 +1,126 @@
+"""A run of a task as a row, and what rows of a task say."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import environment
+from benchmarks.summary import Row, Spread, point_text
+from benchmarks.tasks import problems
+from benchmarks.tasks.optimizers import GRIDS, Point, build
+from benchmarks.tasks.problems import Task
+from benchmarks.tasks.reinforcement import PointMass
+from benchmarks.training import counters
+
+TASKS: dict[str, type[Task]] = {
+    "autoencoder": problems.Autoencoder,
+    "classifier": problems.Classifier,
+    "convolutions": problems.Convolutions,
+    "characters": problems.Characters,
+    "characters-128": problems.MoreCharacters,
+    "regression": problems.Regression,
+    "ppo": PointMass,
+    "poisson": problems.Equation,
+}
+IDENTITY = ("task", "optimizer", "setting", "seed", "steps", "loss_scale")
+PARTS = 8  # evaluations of a run, evenly over its steps
+
+
+def run(
+    name: str,
+    optimizer: str,
+    point: Point,
+    seed: int,
+    steps: int | None = None,
+    loss_scale: float = 1.0,
+) -> Row:
+    """Train with a cosine from the learning rate to 0 and return the row; ``loss_scale`` multiplies
+    the loss that the optimizer sees."""
+    task = TASKS[name](seed)
+    opt = build(optimizer, task.model, point)
+    steps = TASKS[name].steps if steps is None else steps
+    rates = [group["lr"] for group in opt.param_groups]
+    batches, seconds = task.batches(), 0.0
+    curve = [[0, *task.reached(), 0.0]]
+    for step in range(steps):
+        for group, rate in zip(opt.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        batch = next(batches)
+        begun = time.perf_counter()
+        loss = opt.step(_closure(opt, batch, loss_scale))
+        seconds += time.perf_counter() - begun
+        if not torch.isfinite(loss.detach()) and optimizer not in ("kbfgs", "tuned"):
+            curve.append([step + 1, math.nan, math.nan, seconds])
+            break
+        if (step + 1) * PARTS % steps < PARTS:
+            curve.append([step + 1, *task.reached(), round(seconds, 3)])
+    finite = all(map(math.isfinite, curve[-1]))
+    return {
+        "kind": "task",
+        "task": name,
+        "optimizer": optimizer,
+        "point": point,
+        "setting": point_text(point),
+        "seed": seed,
+        "steps": steps,
+        "loss_scale": loss_scale,
+        **environment("cpu"),
+        "status": "complete" if finite else "diverged",
+        "curve": [[x if math.isfinite(x) else None for x in place] for place in curve],
+        "counters": counters(opt),
+    }
+
+
+def _closure(opt: Any, batch: Callable[[], Tensor], scale: float) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = batch() * scale
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def final(row: Row, key: str = "train") -> float:
+    """What the run ended with; infinite where it diverged."""
+    value = row["curve"][-1][1 if key == "train" else 2]
+    return math.inf if row["status"] == "diverged" or value is None else value
+
+
+def of(rows: Sequence[Row], task: str, optimizer: str) -> list[Row]:
+    """The whole runs of an optimizer's grid on the task."""
+    grid = [point_text(point) for point in GRIDS[optimizer]]
+    return [
+        row
+        for row in rows
+        if (row["task"], row["optimizer"]) == (task, optimizer)
+        and row["steps"] == TASKS[task].steps
+        and row["loss_scale"] == 1.0
+        and row["setting"] in grid
+    ]
+
+
+def best(rows: Sequence[Row]) -> list[Row]:
+    """The runs of the setting with the lowest training loss for seed 0, all seeds."""
+    first = [row for row in rows if row["seed"] == 0]
+    if not first:
+        return []
+    chosen = min(first, key=final)["setting"]
+    return [row for row in rows if row["setting"] == chosen]
+
+
+def spread(rows: Sequence[Row], key: str = "train") -> Spread:
+    """Over the seeds."""
+    return Spread.of([final(row, key) for row in rows])
+
+
+def seconds(rows: Sequence[Row]) -> float:
+    """Of all steps, evaluation excluded; the median of the seeds."""
+    return statistics.median(row["curve"][-1][3] for row in rows)

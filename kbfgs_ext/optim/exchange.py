@@ -1,0 +1,126 @@
+"""What processes that train together tell each other: one all-reduce of one flat vector.
+
+It is of float64, the same in every exchange:
+
+    kind, step, failed, weight, loss
+    per layer       rows, blind (seen, but without a bias gradient)
+    per parameter   whether the pass has left it a gradient
+    per block       squares (see `Exchange`), of the blocks of the activation sides
+    per layer       a_bar (n_a), g_bar (n_g), y = A s (n_a)
+
+A rank that fails takes part in the exchange that comes next with ``failed`` set, and all raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.factors import Tensors
+from kbfgs_ext.optim.process import Alone
+
+FIRST, SECOND, ACTION, WARM = 1, 2, 3, 4  # kinds of exchanges
+KIND, STEP, FAILED, WEIGHT, LOSS, HEAD = range(6)
+
+
+class RankError(RuntimeError):
+    """Another rank has failed, or is somewhere else."""
+
+
+class Exchange(Alone):
+    """The processes of ``group``, and the vector that they sum.
+
+    ``squares`` of a block are the mean square of its inputs in the first exchange of a step, and
+    the trace of its A, but for the bias, in the one that carries y.
+
+    Args:
+        group: of `torch.distributed`.
+        wrappers: the `DistributedDataParallel` that the closure runs.
+        device: of the covered layers.
+    """
+
+    alone = False
+
+    def __init__(self, group: Any, wrappers: Sequence[DDP], device: torch.device) -> None:
+        super().__init__(wrappers)
+        self.group, self.device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._weight = 1.0  # of this rank
+        self._kind = 0  # of the last exchange of this step
+        self._layers: list[CoveredLayer] = []
+        self._parameters: Tensors = []
+        self._moved: set[int] = set()  # of them, those that this rank has a gradient of
+        self._number = 0
+        self._passed = False  # a backward of this pass has gone through DDP
+
+    def _lay_out(self, layers: list[CoveredLayer], parameters: Tensors) -> None:
+        """Make the vector for these."""
+        self._layers, self._parameters = list(layers), list(parameters)
+        blocks = sum(len(layer.activations) for layer in layers)
+        sizes = [HEAD, len(layers), len(layers), len(parameters), blocks]
+        sizes += [n for layer in layers for n in (layer.n_a, layer.n_g, layer.n_a)]
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self.vector = torch.zeros(sum(sizes), dtype=wide, device=self.device)
+        _, _, _, _, squares, *vectors = self.vector.split(sizes)
+        self._a, self._g, y = vectors[0::3], vectors[1::3], vectors[2::3]
+        self._told = sum(sizes[:4])  # what the host looks at
+        # By the block.
+        factors = [(f, v) for layer, v in zip(layers, y, strict=True) for f in layer.activations]
+        self._y = {id(f): v[f.rows] for f, v in factors}
+        self._squares = {id(f): v for (f, _), v in zip(factors, squares.unbind(), strict=True)}
+
+    def _exchange(self, kind: int, rows: Sequence[float], blind: Sequence[bool]) -> list[float]:
+        """Sum the vector over the ranks; its sums of numbers, on the host. RankError if not all
+        ranks are here, or one has failed."""
+        layers, moves = len(self._layers), [float(id(p) in self._moved) for p in self._parameters]
+        head = [kind, self._number, 0.0, self._weight]
+        self.vector[:LOSS].copy_(torch.tensor(head, dtype=self.vector.dtype))
+        counts = torch.tensor([*rows, *map(float, blind)], dtype=self.vector.dtype)
+        self.vector[HEAD : HEAD + 2 * layers].copy_(counts)
+        self.vector[HEAD + 2 * layers : self._told].copy_(torch.tensor(moves))
+        self._kind = kind
+        try:
+            with torch.profiler.record_function("kbfgs_ext: exchange"):
+                dist.all_reduce(self.vector, group=self.group)
+        except RuntimeError as error:
+            raise RankError(
+                f"rank {self.rank} waits for the others in step {self._number}, and not all of"
+                f" them come: one has ended, or hangs. {error}"
+            ) from error
+        said = self.vector[: self._told].tolist()
+        if said[FAILED]:
+            raise RankError(self._failures(None))
+        if said[KIND] != kind * self.size or said[STEP] != self._number * self.size:
+            raise RankError(
+                f"the ranks are not in the same place: this one, rank {self.rank}, is in step"
+                f" {self._number}. All ranks make the same calls, and load the same checkpoint"
+            )
+        return said
+
+    def fail(self, error: BaseException, inside: bool = False) -> None:
+        """Tell the others, in the exchange that they wait in or come to. Not where they wait
+        inside DDP for gradients that this rank will not send: they see it end."""
+        stuck = bool(self.wrappers) and inside and not self._passed
+        if stuck or not isinstance(error, Exception) or isinstance(error, RankError):
+            return
+        if self._layers:
+            # If they do not come, what has happened here says more than that.
+            with contextlib.suppress(Exception):
+                self.vector.zero_()
+                self.vector[FAILED] = 1.0
+                dist.all_reduce(self.vector, group=self.group)
+                self._failures(f"{type(error).__name__}: {error}")
+
+    def _failures(self, own: str | None) -> str:
+        said: list[str | None] = [None] * self.size
+        dist.all_gather_object(said, own, group=self.group)
+        return "; ".join(f"rank {r} failed with {s}" for r, s in enumerate(said) if s is not None)
+
+    def synced(self) -> None:
+        self._passed |= all(wrapper.require_backward_grad_sync for wrapper in self.wrappers)

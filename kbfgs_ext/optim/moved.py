@@ -1,0 +1,89 @@
+"""What the step under way has moved so far, and how an error takes it back.
+
+========================= ============================================================
+parameters                to the bit: the safeguard's copies are there anyway
+the fallback's state      to the bit, with what the step itself has made of it
+momentum                  to rounding, by its equation (2) the other way round
+counters, step number     by subtraction
+factors that just started back to before the start, unless a warm start has made them
+other factors             stay, with pairs and counts: nobody keeps a copy of a factor.
+                          What they have learned of the minibatch is true all the same
+========================= ============================================================
+
+A normal step pays nothing for it: it copies nothing, allocates nothing and reads nothing back.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kbfgs_ext.optim import direction, gradients
+from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.fallback import Fallback
+from kbfgs_ext.optim.parts import MOVED, STILL, Part
+from kbfgs_ext.optim.safeguard import Safeguard
+
+
+class Moved:
+    """What one step has moved so far.
+
+    Args:
+        number: of steps before it.
+    """
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+        self.ok: torch.Tensor | None = None  # once the step is counted; false on the device: void
+        self.fallback: Fallback | None = None  # if it has stepped
+        self.fresh: list[CoveredLayer] = []  # whose factors start in this step
+        self.parts: list[Part] = []
+        self.order_a: torch.Tensor | None = None  # the restart that was taken from the safeguard
+
+    def begin(self, part: Part) -> None:
+        """``part`` goes next."""
+        part.stage = STILL
+        self.parts.append(part)
+
+    def undo(self, where: torch.Tensor) -> None:
+        """Put every parameter back where ``where``: the step is not kept."""
+        for part in self.parts:
+            direction.undo(part, where)
+        if self.fallback is not None:
+            self.fallback.undo(where)
+
+    def take_back(self, guard: Safeguard) -> None:
+        """Undo all that was done: the step has failed."""
+        if self.fallback is not None:
+            self.fallback.take_back()
+        if self.ok is None:
+            return
+        guard.uncount(self.ok, self.order_a)
+        sound = gradients.known_true(self.ok)
+        for part in self.parts:
+            if part.stage == MOVED:
+                direction.undo(part, torch.ones_like(self.ok))
+            if part.stage != STILL and sound:
+                turn_back(part)
+        for layer in self.fresh:
+            if not layer.warm_batches:
+                for factor in (*layer.activations, *layer.gradients):
+                    factor.reset()
+                layer.started = False
+
+
+def turn_back(part: Part) -> None:
+    """(2) solved for the M of before, in place: M <- (M - (1-momentum)*D)/momentum, with [W, b] and
+    the gradients as the step had them. Without momentum the M of before has no say any more."""
+    momentum, decay = part.group["momentum"], part.group["weight_decay"]
+    if not momentum:
+        return
+    inside, share = (decay if part.halved else 0.0), momentum - 1
+    columns = zip(part["M"], part.W(), part.b(), part.dW(inside), part.db(inside), strict=True)
+    for M, W, b, dW, db in columns:
+        d_in = W.shape[1]
+        halves = [(M[:, :d_in], W, dW)] + ([(M[:, d_in], b, db)] if b.numel() else [])
+        for place, p, gradient in halves:
+            place.add_(gradient, alpha=share)
+            if decay != inside:
+                place.add_(p, alpha=share * decay)
+        M.div_(momentum)

@@ -1,0 +1,82 @@
+"""The comparison by steps on many tasks: its runs, its rows, and what they say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.summary import point_text, read_rows
+from benchmarks.tasks import __main__ as command
+from benchmarks.tasks import optimizers, runs
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The command sets torch's."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", runs.TASKS)
+def test_a_task_is_the_same_again_and_its_steps_reach_something(name: str) -> None:
+    row, again = (runs.run(name, "kbfgs", {}, seed=3, steps=4) for _ in range(2))
+    strip = [[place[:3] for place in one["curve"]] for one in (row, again)]
+    assert strip[0] == strip[1]
+    assert row["status"] == "complete" and row["curve"][0][0] == 0 and row["curve"][-1][0] == 4
+    assert row["curve"][-1][1] != row["curve"][0][1]
+    assert {"commit", "dirty", "device", "torch", "threads", "counters"} <= set(row)
+
+
+@pytest.mark.parametrize("name", optimizers.GRIDS)
+def test_every_optimizer_moves_every_parameter(name: str) -> None:
+    task = runs.TASKS["convolutions"](0)
+    opt = optimizers.build(name, task.model, optimizers.GRIDS[name][0])
+    before = [p.detach().clone() for p in task.model.parameters()]
+    batches = task.batches()
+    for _ in range(2):
+        opt.step(runs._closure(opt, next(batches), 1.0))
+    for old, new in zip(before, task.model.parameters(), strict=True):
+        assert not torch.equal(old, new)
+
+
+def test_muon_takes_linear_layers_and_convolutions_and_reaches_their_weights() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 2))
+    muon = optimizers.Muon(model, lr=0.1)
+    assert [tuple(m.shape) for m in muon.matrices] == [(3, 18), (2, 12)]
+    taken = muon.matrices[0].data_ptr()
+    assert taken == model[0].weight.data_ptr()
+
+
+def test_grids_are_of_one_size_but_for_the_setting_that_is_the_same_everywhere() -> None:
+    sizes = {name: len(grid) for name, grid in optimizers.GRIDS.items()}
+    assert sizes.pop("kbfgs") == 1 and set(sizes.values()) == {5}
+    assert set(optimizers.LABELS) == set(optimizers.GRIDS)
+
+
+def test_the_command_makes_every_run_once_and_the_best_setting_with_all_seeds(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    line = f"--tasks regression --optimizers adamw kbfgs --seeds 0 1 --out {path}"
+    assert command.main(line.split()) == 0
+    rows = read_rows(path)
+    adamw = [row for row in rows if row["optimizer"] == "adamw"]
+    first = [row for row in adamw if row["seed"] == 0]
+    assert [row["setting"] for row in first] == [point_text(p) for p in optimizers.GRIDS["adamw"]]
+    chosen = runs.best(runs.of(rows, "regression", "adamw"))
+    assert [row["seed"] for row in chosen] == [0, 1]
+    assert runs.final(chosen[0]) == min(map(runs.final, first))
+    assert len(rows) == 5 + 1 + 2
+    stamp = path.read_text()
+    assert command.main(line.split()) == 0
+    assert path.read_text() == stamp
+
+
+def test_a_run_that_diverged_has_reached_nothing() -> None:
+    row = {"status": "diverged", "curve": [[0, 1.0, 1.0, 0.0], [3, None, None, 0.1]]}
+    assert runs.final(row) == math.inf
