@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import coverage, summary
 from benchmarks import physics as physics_runs
-from benchmarks import summary
 from benchmarks.demo import TARGETS, seconds_to
 from benchmarks.grids import GRIDS
 from benchmarks.grids import TARGETS as TRAINING_TARGETS
@@ -366,6 +366,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuning": tuning,
     "sufficient": sufficient,
     "physics": physics,
+    "coverage": coverage.table,
 }
 
 

@@ -91,6 +91,15 @@ class Arguments {
     const Strided<Numbers<T>> found = rows(name, t, n);
     return {found.data.as_own(), found.m, found.columns, found.stride};
   }
+  // Used in place, as `state`, but with any row stride: a matrix inside a larger one.
+  Strided<T*> tile(const char* name, size_t i, int64_t m, int64_t columns) const {
+    const Tensor& t = tensor(name, i);
+    check<T>(name, t, m * columns);
+    const bool fits = t.dim() == 2 && (t.stride(1) == 1 || columns <= 1) &&
+                      (t.stride(0) >= columns || m <= 1);
+    if (!fits) throw Unsupported(std::string(name) + " is not contiguous by rows");
+    return {t.data_ptr<T>(), m, columns, m <= 1 ? columns : t.stride(0)};
+  }
   double* scalar(const char* name, size_t i) const { return scalars(name, i, 1); }
   double* scalars(const char* name, size_t i, int64_t elements) const {
     return in_place<double>(name, tensor(name, i), elements);

@@ -37,10 +37,11 @@ Parameters<T> gradient(CpuArguments<T>& args, size_t i, const Tensor& joined) {
 template <typename T>
 Precondition<T> precondition_of(CpuArguments<T>& args, size_t i) {
   const Tensor& M = args.tensor("M", i);
-  const int64_t n_g = M.size(0), n_a = M.size(1), N = n_g * n_a;
-  return {n_g, n_a, args.state("P", i, N),
-          args.given("H_g") ? args.state("H_g", i, n_g * n_g) : nullptr, args.state("M", i, N),
-          args.state("H_a", i, n_a * n_a), args.state("work", i, N)};
+  const int64_t n_g = M.size(0), n_a = M.size(1);
+  const auto tile = [&](const char* name) { return args.tile(name, i, n_g, n_a); };
+  const Strided<T*> P = tile("P"), m = tile("M"), work = tile("work");
+  return {n_g, n_a, P.data, args.given("H_g") ? args.state("H_g", i, n_g * n_g) : nullptr,
+          m.data, args.state("H_a", i, n_a * n_a), work.data, P.stride, m.stride, work.stride};
 }
 
 void kron_precondition_cpu(const Call& call) {

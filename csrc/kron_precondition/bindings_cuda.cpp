@@ -89,14 +89,15 @@ template <typename T>
 Directions<T> directions(CudaArguments<T>& args, const Tensors& M) {
   Directions<T> out;
   for (size_t i = 0; i < M.size(); ++i) {
-    const int64_t n_g = M[i].size(0), n_a = M[i].size(1), N = n_g * n_a;
-    T *p = args.state("P", i, N), *m = args.state("M", i, N);
+    const int64_t n_g = M[i].size(0), n_a = M[i].size(1);
+    const Strided<T*> p = args.tile("P", i, n_g, n_a), m = args.tile("M", i, n_g, n_a);
     T* a = args.state("H_a", i, n_a * n_a);
     T* g = args.given("H_g") ? args.state("H_g", i, n_g * n_g) : nullptr;
-    args.state("work", i, N);
-    if (small_step_fits(n_g, n_a, sizeof(T)))
+    args.tile("work", i, n_g, n_a);
+    const bool whole = p.stride == n_a && m.stride == n_a;  // not a tile of larger matrices
+    if (whole && small_step_fits(n_g, n_a, sizeof(T)))
       out.small.push_back(
-          {p, g, m, a, {}, {}, nullptr, int(n_g), int(n_a), int(n_a), 0});
+          {p.data, g, m.data, a, {}, {}, nullptr, int(n_g), int(n_a), int(n_a), 0});
     else
       out.large.push_back(i);
   }

@@ -35,6 +35,7 @@ struct Precondition {
   const T* M;    // n_g x n_a
   const T* H_a;  // n_a x n_a
   T* work;       // n_g x n_a
+  int64_t ld_P, ld_M, ld_work;  // row strides: a tile of larger matrices has theirs
 };
 
 template <typename T>

@@ -21,7 +21,8 @@ def follow(part: Part, parts: Parts, process: Alone, ok: torch.Tensor) -> None:
     old = [layer for layer in part.layers if layer.started]
     for one in parts.of(old, by_inputs=True):
         process.average_in(one, ok)
-    for layer, lam_a in zip(part.layers, part.lam_a(), strict=True):
-        if not layer.started:
-            layer.activation.start(lam_a)
+    for one in parts.of(cold, by_inputs=True):
+        for factor, lam_a in zip(one.a.factors, one.lam_a(), strict=True):
+            factor.start(lam_a)
+        for layer in one.layers:
             layer.started = True

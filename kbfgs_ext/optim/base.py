@@ -9,7 +9,7 @@ import copy
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -20,10 +20,11 @@ from kbfgs_ext.ops import registry
 from kbfgs_ext.optim import checkpoint, hyper, reports
 from kbfgs_ext.optim.coverage import Excluded, common_device, cover, divide
 from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.factors import Factor
 from kbfgs_ext.optim.fallback import Fallback, default_fallback
 from kbfgs_ext.optim.memory import memory_usage
 from kbfgs_ext.optim.parts import Group
-from kbfgs_ext.optim.passes import check_generators, joined
+from kbfgs_ext.optim.passes import check_generators, joined, once
 from kbfgs_ext.optim.settings import Settings
 from kbfgs_ext.optim.step import Step
 from kbfgs_ext.optim.wrappers import process_of, refuse_shards, unwrapped, wrappers_of
@@ -85,7 +86,6 @@ class CoveredOptimizer(torch.optim.Optimizer):
         )
         for group, (_, part) in zip(self.param_groups, divided, strict=True):
             self._cover(group, part)
-        reports.say_what_is_left_out(found.layers, settings.max_factor_dim)
         reports.say_what_is_large(found.layers, model)
         self.steps.fallback = self._make_fallback(found.rest, fallback)
         weakref.finalize(self, self.steps.recorder.close)
@@ -142,7 +142,6 @@ class CoveredOptimizer(torch.optim.Optimizer):
             super().add_param_group({**param_group, "params": _parameters(layers)})
             self.param_groups.insert(at, self.param_groups.pop())
             self._cover(self.param_groups[at], layers)
-            reports.say_what_is_left_out(layers, self.settings.max_factor_dim)
             reports.say_what_is_large(layers, self.model)
         if rest and self.steps.fallback is None:
             self.steps.fallback = Fallback(rest, default_fallback)
@@ -158,14 +157,14 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
         Keys: accepted, rejected, powell_damped, lm_damped of H_g; accepted_a, rejected_a of H_a;
         and restarts and restarts_a, unless ``restart_after`` is None.
-        Values are int64 scalars on the device; reading one waits for the device. A side larger than
-        ``max_factor_dim`` has no pairs: its counts stay zero.
+        Values are int64 scalars on the device; reading one waits for the device. A side in several
+        blocks has the sums over them.
         """
         report = {}
         for layer in self.layers:
             layer.allocate()
-            accepted, rejected, powell, lm = layer["counts_g"].clone().unbind()
-            accepted_a, rejected_a, _, _ = layer["counts_a"].clone().unbind()
+            accepted, rejected, powell, lm = _total(layer.gradients, "counts_g")
+            accepted_a, rejected_a, _, _ = _total(layer.activations, "counts_a")
             report[layer.name] = {
                 "accepted": accepted,
                 "rejected": rejected,
@@ -175,8 +174,10 @@ class CoveredOptimizer(torch.optim.Optimizer):
                 "rejected_a": rejected_a,
             }
             if self.settings.restart_after is not None:
-                restarts = {"restarts": layer["marks_g"][2], "restarts_a": layer["marks_a"][2]}
-                report[layer.name] |= {name: t.clone() for name, t in restarts.items()}
+                report[layer.name] |= {
+                    "restarts": _total(layer.gradients, "marks_g")[2],
+                    "restarts_a": _total(layer.activations, "marks_a")[2],
+                }
         return report
 
     def counters(self) -> dict[str, torch.Tensor]:
@@ -190,7 +191,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
         fallback's, which makes its state in its first step, and the copies of large buffers, which
         are made when a first pass writes them.
 
-        At a layer's start, once, three float64 matrices of its n_a x n_a come on top.
+        At a layer's start, once, three float64 matrices as large as its largest block of H_a come
+        on top.
         """
         return memory_usage(self.layers, self.settings, self.steps.fallback, self.steps.buffers)
 
@@ -349,5 +351,10 @@ class CoveredOptimizer(torch.optim.Optimizer):
         return self.steps.layers
 
 
-def _parameters(layers: list[CoveredLayer]) -> list[nn.Parameter]:
-    return [p for layer in layers for p in layer.parameters()]
+def _total(factors: Sequence[Factor], name: str) -> tuple[torch.Tensor, ...]:
+    """The entries of a vector of counts, summed over the blocks of a side."""
+    return torch.stack([factor[name] for factor in factors]).sum(0).unbind()
+
+
+def _parameters(layers: list[CoveredLayer]) -> list[torch.Tensor]:
+    return once(p for layer in layers for p in layer.parameters())

@@ -134,15 +134,12 @@ class Observer:
         if self._virtual is not None:
             self._virtual.grad = None
 
-    def with_virtual_bias(self, output: torch.Tensor) -> torch.Tensor | None:
-        """``output`` plus the virtual bias; None where the layer's own is trained."""
+    def gradient(self) -> torch.Tensor | None:
+        """The gradient of the layer's bias, real or virtual, as the backward pass has left it."""
         anchor = self.anchor()
-        if anchor is self.bias:
-            return None
-        bias = self.view.spread(anchor.to(output.dtype))
-        if output.is_nested and output.layout is torch.strided:  # it takes no sum with a vector
-            return torch.nested.as_nested_tensor([part + bias for part in output.unbind()])
-        return output + bias
+        if anchor.grad is None or anchor is not self.bias:
+            return anchor.grad
+        return self.view.vector(anchor.grad)
 
     # ------------------------------------------------------------------ uses
 
@@ -217,7 +214,7 @@ class Observer:
         self.uses = [use for use in self.uses if use.reached]
         if not self.filled:
             anchor = self.anchor()
-            gradient = None if self.averaged or self.is_stale(anchor) else anchor.grad
+            gradient = None if self.averaged or self.is_stale(anchor) else self.gradient()
             if gradient is not None:
                 self.g_bar.copy_(gradient)  # the closure has assigned it
             else:

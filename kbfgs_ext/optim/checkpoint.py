@@ -19,7 +19,7 @@ import torch
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.settings import Settings
 
-FORMAT = 5
+FORMAT = 6
 GLOBAL = "safeguard_"
 ABOUT = "kbfgs"
 
@@ -38,7 +38,12 @@ class Saved:
 def describe(settings: Settings, layers: list[CoveredLayer]) -> dict[str, Any]:
     """What a checkpoint must agree on with the optimizer that loads it."""
     sizes = {layer.name: [layer.n_g, layer.n_a] for layer in layers}
-    return {"format": FORMAT, **settings.about(), "layers": sizes}
+    blocks = {
+        layer.name: [[f.n for f in side] for side in (layer.gradients, layer.activations)]
+        for layer in layers
+        if not layer.whole
+    }
+    return {"format": FORMAT, **settings.about(), "layers": sizes, "blocks": blocks}
 
 
 def pack(
@@ -55,12 +60,14 @@ def pack(
         options = {key: value for key, value in group.items() if key != "params"}
         packed.append({**options, "params": list(range(at, at + len(group["params"])))})
         at += len(group["params"])
-    state: dict[int, dict[str, Any]] = {}
+    entries: dict[int, dict[str, Any]] = {}  # by the parameter, of which a layer may be a part
     for layer in layers:
         progress = torch.tensor([int(layer.started), layer.warm_batches])
-        state[len(state)] = {**layer.kept, "progress": progress}
-        if layer.bias is not None:
-            state[len(state)] = {"progress": progress.clone()}
+        for p in layer.parameters():
+            entries.setdefault(id(p), {"progress": progress.clone()})
+        kept = {layer.prefix + name: tensor for name, tensor in layer.kept.items()}
+        entries[id(layer.weight)] |= {**kept, layer.prefix + "progress": progress}
+    state: dict[int, dict[str, Any]] = dict(enumerate(entries.values()))
     state[0] |= {GLOBAL + name: tensor for name, tensor in whole.items()}
     if fallback is not None:
         covered = len(state)
@@ -88,10 +95,12 @@ def check(saved: Any, own: dict, groups: list[dict[str, Any]]) -> Saved:
             "state_dict was not made by KBFGS or KBFGSL: its first param group has no entry"
             f" {ABOUT!r}"
         )
-    about = theirs[0][ABOUT]
+    about = _upgraded(theirs[0][ABOUT])
     for key, value in own.items():
         if key == "layers" and about.get(key) != value:
             raise ValueError(_layer_difference(about[key], value))
+        if key == "blocks" and about.get(key) != value:
+            raise ValueError(_block_difference(about[key], value))
         if about.get(key) != value:
             raise ValueError(
                 f"state_dict has {key} = {about.get(key)!r}, this optimizer has {key} = {value!r}"
@@ -129,6 +138,37 @@ def check(saved: Any, own: dict, groups: list[dict[str, Any]]) -> Saved:
     )
 
 
+def _upgraded(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint of the format before says in this one's words, where it can be loaded: its
+    sides were one block, or had no factor where they were larger than its max_factor_dim."""
+    if about.get("format") != FORMAT - 1:
+        return about
+    about = {**about, "format": FORMAT, "blocks": {}}
+    largest = about.pop("max_factor_dim")
+    for name, sides in about["layers"].items():
+        ring = about["memory"] is not None
+        if largest is not None and max(sides[ring:]) > largest:
+            raise ValueError(
+                f"state_dict is of format {FORMAT - 1}, where max_factor_dim = {largest} left"
+                f" layer '{name}', (n_g, n_a) = {tuple(sides)}, without a factor that it has here:"
+                " exclude= gives the layer to the fallback, or train on with the version that"
+                " saved it"
+            )
+    return about
+
+
+def _block_difference(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    name = next(name for name in [*own, *theirs] if theirs.get(name) != own.get(name))
+    said = [
+        "one block each" if blocks is None else f"blocks of {blocks[0]} and {blocks[1]}"
+        for blocks in (theirs.get(name), own.get(name))
+    ]
+    return (
+        f"state_dict has n_g and n_a of layer '{name}' in {said[0]}, this optimizer in {said[1]}:"
+        " block_size= decides"
+    )
+
+
 def _numbered(options: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     numbered, at = [], 0
     for values, group in zip(options, groups, strict=True):
@@ -149,19 +189,18 @@ def _layer_difference(theirs: Mapping[str, list[int]], own: Mapping[str, list[in
 
 def load(layers: list[CoveredLayer], whole: Mapping[str, torch.Tensor], saved: Saved) -> None:
     """Copy the saved tensors into the own ones, which keep their place in memory."""
-    entries = iter(saved.state)
-    for at, layer in enumerate(layers):
-        entry = next(entries)
+    parameters = {id(p): p for layer in layers for p in layer.parameters()}
+    entries = dict(zip(parameters, saved.state, strict=True))
+    for layer in layers:
+        entry = entries[id(layer.weight)]
         for name, tensor in layer.kept.items():
-            if name in entry or not name.startswith("master_"):  # those follow the parameters
-                tensor.copy_(entry[name])
-        started, warm_batches = entry["progress"].tolist()
+            known = layer.prefix + name
+            if known in entry or not name.startswith("master_"):  # those follow the parameters
+                tensor.copy_(entry[known])
+        started, warm_batches = entry[layer.prefix + "progress"].tolist()
         layer.started, layer.warm_batches = bool(started), int(warm_batches)
-        if layer.bias is not None:
-            next(entries)
-        if at == 0:
-            for name, tensor in whole.items():
-                tensor.copy_(entry[GLOBAL + name])
+    for name, tensor in whole.items():
+        tensor.copy_(saved.state[0][GLOBAL + name])
 
 
 def keep_devices(group: dict[str, Any], own: Mapping[str, Any]) -> None:

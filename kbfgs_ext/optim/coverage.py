@@ -11,8 +11,13 @@ import torch
 from torch import nn
 
 from kbfgs_ext.optim.covered import CoveredLayer
-from kbfgs_ext.optim.layers import View, kind_of, why_not
+from kbfgs_ext.optim.layers import View, views, why_not
 from kbfgs_ext.optim.settings import Settings
+
+EXCLUDED, FROZEN = "excluded", "the weight of its layer is frozen"
+LEFT_OUT = (EXCLUDED, FROZEN)
+Place = tuple[int, int] | None  # some rows of a weight or a bias; None: all
+Use = tuple[str, nn.Module, View]
 
 
 class Excluded:
@@ -36,6 +41,9 @@ class Excluded:
             else:
                 raise TypeError(f"exclude must hold modules and names, got {one!r}")
         names = [name for name, _ in model.named_modules()]
+        names += [
+            _layer(name, view) for name, module in model.named_modules() for view in views(module)
+        ]
         for pattern in self._patterns:
             if not any(self._fits(pattern, _plain(name)) for name in names):
                 raise ValueError(f"exclude: no layer of the model has a name like {pattern!r}")
@@ -73,7 +81,7 @@ def cover(
 
     A layer is covered if its kind is known and its weight is trained. Modules that share weight and
     bias are one layer used several times; modules that share the weight alone, or the bias alone,
-    are left out.
+    are left out. Of a weight in parts all are covered, or none.
 
     Args:
         model: searched in the order of ``named_modules``.
@@ -85,56 +93,55 @@ def cover(
         TypeError: the weight of a known kind is not real floating point.
         ValueError: a weight is not initialised yet (lazy modules).
     """
-    users: dict[int, list[tuple[str, nn.Module, View]]] = {}  # by the weight
+    users: dict[int, dict[Place, list[Use]]] = {}  # by the weight, and by the rows of it
     why: dict[int, str] = {}  # parameter -> why it is not covered
-    biases: dict[int, set[int]] = {}  # bias -> the weights beside it
+    biases: dict[tuple[int, Place], set[int]] = {}  # some rows of a bias -> the weights beside it
     for name, module in model.named_modules():
         for p in module._parameters.values():
             if p is not None:
                 why.setdefault(id(p), why_not(module))
-        kind = kind_of(module)
-        for view in [] if kind is None or kind.refuses(module) else kind.views(module):
+        for view in views(module):
             weight, bias = view.weight, view.bias
             if not isinstance(weight, nn.Parameter):
                 continue
+            own = _layer(name, view)
             if not weight.is_floating_point():
                 raise TypeError(
-                    f"model: the weight of layer '{name}' is {weight.dtype};"
+                    f"model: the weight of layer '{own}' is {weight.dtype};"
                     " only real floating-point weights can be trained"
                 )
             if bias is not None:
-                biases.setdefault(id(bias), set()).add(id(weight))
+                place = id(bias), _place(view.bias_rows or view.rows)
+                biases.setdefault(place, set()).add(id(weight))
             reason = ""
-            if excluded(_plain(name), module):
-                reason = "excluded"
+            if excluded(_plain(own), module):
+                reason = EXCLUDED
             elif not weight.requires_grad:
-                reason = "the weight of its layer is frozen"
+                reason = FROZEN
             else:
-                users.setdefault(id(weight), []).append((name, module, view))
+                uses = users.setdefault(id(weight), {}).setdefault(_place(view.rows), [])
+                uses.append((own, module, view))
             if reason:
                 why.update({id(p): reason for p in (weight, bias) if p is not None})
 
     layers: list[CoveredLayer] = []
-    for uses in users.values():
-        name, module, view = uses[0]
-        weight, bias = view.weight, view.bias
-        if any(other.bias is not bias for _, _, other in uses):
-            reason = "its layers share the weight and not the bias"
-        elif bias is not None and len(biases[id(bias)]) > 1:
-            reason = "its layers share the bias and not the weight"
-        elif why[id(weight)] == "excluded":
-            reason = "excluded"  # under another name
-        else:
-            reason = ""
+    for places in users.values():
+        everyone = [use for uses in places.values() for use in uses]
+        weight = everyone[0][2].weight
+        both = {
+            id(p): p for _, _, view in everyone for p in (view.weight, view.bias) if p is not None
+        }
+        reason = _unfit(places, biases) or next((why[i] for i in both if why[i] in LEFT_OUT), "")
         if reason:
-            shared = [p for _, _, other in uses for p in (other.weight, other.bias)]
-            why.update({id(p): reason for p in shared if p is not None})
+            why.update(dict.fromkeys(both, reason))
         elif within is not None and id(weight) not in within:
-            if bias is not None:
-                why[id(bias)] = "its layer is covered without it"
+            del both[id(weight)]
+            why.update(dict.fromkeys(both, "its layer is covered without it"))
         else:
-            name = _plain(name) or type(module).__name__
-            layers.append(CoveredLayer(name, [use[1:] for use in uses], settings))
+            for uses in places.values():
+                name, module, _ = uses[0]
+                name = _plain(name) or type(module).__name__
+                layers.append(CoveredLayer(name, [use[1:] for use in uses], settings))
 
     covered = {id(p) for layer in layers for p in layer.parameters()}
     rest = {
@@ -148,6 +155,30 @@ def cover(
                 f"model: parameter '{name}' is not initialised yet; run one forward pass first"
             )
     return Found(layers, rest, {name: why[id(p)] for name, p in rest.items()})
+
+
+def _layer(module: str, view: View) -> str:
+    """The name of a layer in the module of this name."""
+    return ".".join(part for part in (module, view.name) if part)
+
+
+def _place(rows: slice | None) -> Place:
+    return None if rows is None else (rows.start, rows.stop)
+
+
+def _unfit(places: Mapping[Place, list[Use]], biases: Mapping[tuple[int, Place], set[int]]) -> str:
+    """Why the uses of one weight are no layers; empty if they are."""
+    if None in places and len(places) > 1:
+        return "its layers use the weight as a whole, and in parts"
+    for uses in places.values():
+        bias = uses[0][2].bias
+        if any(view.bias is not bias for _, _, view in uses):
+            return "its layers share the weight and not the bias"
+        for _, _, view in uses:
+            place = id(bias), _place(view.bias_rows or view.rows)
+            if len(biases.get(place, ())) > 1:
+                return "its layers share the bias and not the weight"
+    return ""
 
 
 def divide(

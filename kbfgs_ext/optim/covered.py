@@ -1,21 +1,18 @@
-"""A covered layer: its parameters, its two factors, and the tensors of a step."""
+"""A covered layer: its parameters, its factors, and the tensors of a step."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from kbfgs_ext.ops.bfgs_update.api import workspace_size
+from kbfgs_ext.optim.blocks import cut
 from kbfgs_ext.optim.capture import Observer
-from kbfgs_ext.optim.factors import (
-    ActivationMatrix,
-    Factor,
-    GradientMatrix,
-    Identity,
-    PairRing,
-    Shapes,
-)
-from kbfgs_ext.optim.layers import View
+from kbfgs_ext.optim.factors import ActivationMatrix, Factor, GradientMatrix, PairRing, Shapes
+from kbfgs_ext.optim.inputs import Inputs
+from kbfgs_ext.optim.layers import Transform, View
 from kbfgs_ext.optim.settings import Settings
 
 ACCUMULATION = torch.float32  # factors of 16-bit parameters are kept in this dtype
@@ -37,16 +34,19 @@ class CoveredLayer:
         n_g, d_in = view.shape
         self.n_g, self.d_in, self.n_a = n_g, d_in, d_in + (self.bias is not None)
         self.observer = Observer(name, view, self.bias)
-        a_kind: type[Factor] = ActivationMatrix if settings.fits(self.n_a) else Identity
-        g_kind: type[Factor] = GradientMatrix if settings.fits(n_g) else Identity
-        if settings.memory is not None:
-            g_kind = PairRing  # there is no matrix to be large
-        self.activation, self.gradient = a_kind("a", self.n_a, settings), g_kind("g", n_g, settings)
+        g_kind = GradientMatrix if settings.memory is None else PairRing
+        a_rows = cut(self.n_a, settings.block_size, view.unit, self.n_a - d_in)
+        g_rows = cut(n_g, settings.block_size)
+        # The blocks of both sides.
+        self.activations = [ActivationMatrix("a", rows, settings) for rows in a_rows]
+        self.gradients = [g_kind("g", rows, settings) for rows in g_rows]
         self.started = False  # H_a is the inverse factor, no longer the average
         self.warm_batches = 0  # averaged into the factor by warm_start so far
         self.moving: list[nn.Parameter] = []  # the parameters that this step moves
         self.bare = False  # this step goes without factors: the layer's input was never seen
         self.kept: dict[str, torch.Tensor] = {}
+        # Of the names of its tensors in a checkpoint, where the weight's other parts have theirs.
+        self.prefix = f"{view.name}." if view.rows is not None else ""
         self.scratch: dict[str, torch.Tensor] = {}
         self._no_bias = torch.empty(0)
         self._aside = False  # the weight lies so in memory that ops work on a copy
@@ -60,13 +60,15 @@ class CoveredLayer:
         return torch.promote_types(self.weight.dtype, ACCUMULATION)
 
     @property
-    def factors(self) -> tuple[Factor, Factor]:
-        """Of the activation and of the gradient side."""
-        return self.activation, self.gradient
+    def whole(self) -> bool:
+        """Whether both sides are one block."""
+        return len(self.activations) == len(self.gradients) == 1
 
-    def left_out(self) -> list[str]:
-        """The sides without a factor, for people."""
-        return [f"n_{factor.side} {factor.n}" for factor in self.factors if not factor.live]
+    def _blocks(self) -> Iterator[tuple[Factor, str]]:
+        """Every factor, and what the names of its tensors end in: nothing for a side's only one."""
+        for side in (self.activations, self.gradients):
+            for i, factor in enumerate(side):
+                yield factor, f".{i}" if len(side) > 1 else ""
 
     def kept_shapes(self) -> Shapes:
         """Shape and dtype of every kept tensor."""
@@ -75,22 +77,20 @@ class CoveredLayer:
             M["master_W"] = ((self.n_g, self.d_in), self.dtype)
             if self.bias is not None:
                 M["master_b"] = ((self.n_g,), self.dtype)
-        a, g = (factor.kept_shapes(self.dtype) for factor in self.factors)
-        return M | a | g
+        for factor, end in self._blocks():
+            M |= {name + end: shape for name, shape in factor.kept_shapes(self.dtype).items()}
+        return M
 
     def scratch_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every scratch tensor, but for the product scratch that all layers share."""
         n_a, n_g = self.n_a, self.n_g
-        shapes: dict[str, tuple[int, ...]] = {
-            "P": (n_g, n_a),
-            "work": (workspace_size(n_a, n_g),),
-        }
+        most = max(len(self.activations), len(self.gradients))
+        work = workspace_size(n_a, n_g) + (most - 1) * workspace_size(0, 0)
+        shapes: dict[str, tuple[int, ...]] = {"P": (n_g, n_a), "work": (work,)}
         if self._settings.nesterov:
             shapes["ahead"] = (n_g, n_a)  # what M would be after the same gradient once more
         shapes |= dict.fromkeys(("a_bar", "a_bar_next"), (n_a,))
-        g = ("slope", "h_change", "g_bar", "g_bar_next")
-        shapes |= dict.fromkeys(g, (n_g,))
-        return shapes | self.activation.scratch_shapes() | self.gradient.scratch_shapes()
+        return shapes | dict.fromkeys(("slope", *self.gradients[0].vectors), (n_g,))
 
     def allocate(self) -> None:
         """Make the tensors, on the weight's device; the ones that exist stay."""
@@ -98,8 +98,9 @@ class CoveredLayer:
         if not self.kept:
             for name, (shape, dtype) in self.kept_shapes().items():
                 self.kept[name] = torch.zeros(shape, dtype=dtype, device=device)
-            for factor in self.factors:
-                factor.kept = {name: self.kept[name] for name in factor.kept_shapes(self.dtype)}
+            for factor, end in self._blocks():
+                shapes = factor.kept_shapes(self.dtype)
+                factor.kept = {name: self.kept[name + end] for name in shapes}
                 factor.clear()
         if not self.scratch:
             for name, shape in self.scratch_shapes().items():
@@ -108,11 +109,25 @@ class CoveredLayer:
             for name in ("a_bar", "a_bar_next"):
                 self.scratch[name][self.d_in :] = 1.0  # the mean of the column of ones
             self._no_bias = torch.empty(0, dtype=self.weight.dtype, device=device)
+            self._share_scratch()
+
+    def _share_scratch(self) -> None:
+        """Give every factor its rows of the vectors, and work of its own."""
+        for side in (self.activations, self.gradients):
+            begin = 0
+            for factor in side:
+                size = workspace_size(factor.n, 0)
+                factor.scratch = {name: self.scratch[name][factor.rows] for name in factor.vectors}
+                factor.scratch["work"] = self.scratch["work"][begin : begin + size]
+                begin += size
+        if self.whole:  # one call for both
+            for (factor,) in (self.activations, self.gradients):
+                factor.scratch["work"] = self.scratch["work"]
 
     def reset(self) -> None:
         """Back to before the start; what is counted stays."""
         self.kept["M"].zero_()
-        for factor in self.factors:
+        for factor, _ in self._blocks():
             factor.reset()
         self.started, self.warm_batches = False, 0
 
@@ -134,7 +149,7 @@ class CoveredLayer:
     def W(self) -> torch.Tensor:
         """The weight, n_g x d_in, or its 32-bit copy; where it lies otherwise in memory a copy, for
         `put_back`."""
-        W = self.view.outputs_first(self.weight.detach())
+        W = self.view.place(self.weight.detach())
         self._aside = not W.is_contiguous()
         master = self.kept.get("master_W")
         if master is not None:
@@ -158,7 +173,7 @@ class CoveredLayer:
         master = self.kept.get("master_b")
         if master is not None:
             return master
-        return self._no_bias if self.bias is None else self.bias.detach()
+        return self._no_bias if self.bias is None else self.view.vector(self.bias.detach())
 
     def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The 16-bit parameters, each with its 32-bit copy; none where there are no copies."""
@@ -166,25 +181,26 @@ class CoveredLayer:
             return []
         found = [(self.view.matrix(self.weight.detach()), self.kept["master_W"])]
         if self.bias is not None:
-            found.append((self.bias.detach(), self.kept["master_b"]))
+            found.append((self.view.vector(self.bias.detach()), self.kept["master_b"]))
         return found
 
     def dW(self, decay: float = 0.0) -> torch.Tensor:
         """The weight's gradient plus ``decay*W``, n_g x d_in; zero where it is frozen."""
-        return self.view.matrix(self._gradient(self.weight, "no_dW", decay)).contiguous()
+        return self._gradient(self.weight, self.view.matrix, "no_dW", decay).contiguous()
 
     def db(self, decay: float = 0.0) -> torch.Tensor:
         """The bias's gradient, as the weight's; or an empty tensor."""
         if self.bias is None:
             return self._no_bias
-        return self._gradient(self.bias, "no_db", decay)
+        return self._gradient(self.bias, self.view.vector, "no_db", decay)
 
-    def _gradient(self, p: nn.Parameter, zero: str, decay: float) -> torch.Tensor:
+    def _gradient(self, p: nn.Parameter, own: Transform, zero: str, decay: float) -> torch.Tensor:
         if any(p is moved for moved in self.moving):
             assert p.grad is not None
-            return p.grad.add(p.detach(), alpha=decay) if decay else p.grad
+            gradient = own(p.grad)
+            return gradient.add(own(p.detach()), alpha=decay) if decay else gradient
         if zero not in self.scratch or self.scratch[zero].dtype != p.dtype:
-            self.scratch[zero] = torch.zeros_like(p, requires_grad=False)
+            self.scratch[zero] = torch.zeros_like(own(p.detach()))
         return self.scratch[zero]
 
     # ------------------------------------------------------------------ in a step
@@ -202,8 +218,20 @@ class CoveredLayer:
 
     @property
     def has_shown_inputs(self) -> bool:
-        """Whether the inputs are at hand, if there is a factor for them."""
-        return self.bare or not self.activation.live or self.observer.has_inputs()
+        """Whether the inputs are at hand, if the step is one with factors."""
+        return self.bare or self.observer.has_inputs()
+
+    def inputs(self) -> list[Inputs]:
+        """What the observer has kept, by the blocks of the activation side."""
+        inputs = self.observer.inputs()
+        if len(self.activations) == 1:
+            return [inputs]
+        return [inputs.columns(columns) for columns in self.columns()]
+
+    def columns(self) -> list[slice]:
+        """The inputs of each block of the activation side, without the bias."""
+        ends = [(a.rows.start, min(a.rows.stop, self.d_in)) for a in self.activations]
+        return [slice(*block) for block in ends]
 
     @property
     def halved(self) -> bool:

@@ -17,20 +17,19 @@ class Direction:
 
     def __init__(self, settings: Settings) -> None:
         self._step_length, self._nesterov = settings.step_length, settings.nesterov
-        self._spectral = settings.direction == "spectral"
+        self._spectral, self._fused = settings.direction == "spectral", settings.fused
 
     def descend(self, part: Part, scratch: Tensors, ok: torch.Tensor) -> None:
         """M, P and the weights of a step; ``scratch`` is flat, and the same for all layers on the
         CPU."""
-        work = part.products(scratch) if part.activation.live else []
         decay = part.group["weight_decay"]
         # A frozen half of a layer has no gradient: the other's decay is then put in beforehand.
         inside = decay if part.halved else 0.0
         part.look()
         M, momentum = part["M"], part.group["momentum"]
         W, b, dW, db = part.W(), part.b(), part.dW(inside), part.db(inside)
-        fused = part.has("H_g") and part.activation.live and part.gradient.live
-        if fused and self._plain:
+        work = part.products(scratch)
+        if self._fused and part.g.has("H_g") and part.whole and not part.bare:
             ops.kron_step_(
                 W=W,
                 b=b,
@@ -39,8 +38,8 @@ class Direction:
                 work=work,
                 dW=dW,
                 db=db,
-                H_g=part["H_g"],
-                H_a=part["H_a"],
+                H_g=part.g["H_g"],
+                H_a=part.a["H_a"],
                 step_size=[part.scalars.step_size] * len(W),
                 momentum=momentum,
                 weight_decay=decay - inside,
@@ -55,7 +54,10 @@ class Direction:
                 torch._foreach_copy_(part["ahead"], M)
                 M = part["ahead"]
                 ops.momentum_(M, *gradient)
-            part.gradient.precondition(part, M, work)
+            if part.bare:
+                torch._foreach_copy_(part["P"], M)
+            else:
+                part.gradient.precondition(part, M, work)
             if self._spectral:
                 ops.polar_(part["P"], scratch, COEFFICIENTS, backend=part.backend)
             ops.descend_(W, b, part["P"], self._sizes(part), ok, part.backend)
@@ -64,11 +66,6 @@ class Direction:
             for layer in part.layers:
                 layer.hold()
         part.written()
-
-    @property
-    def _plain(self) -> bool:
-        """Whether one op does it all."""
-        return not (self._spectral or self._nesterov) and self._step_length == "direction"
 
     def _sizes(self, part: Part) -> Tensors:
         """What each layer's P is multiplied by."""
@@ -80,8 +77,9 @@ class Direction:
             shared = self._step_length == "balanced"
             ops.lengths_([whole], [norms], [roots], [size], shared, part.backend)
         scaled = self._spectral or self._step_length == "layer"  # what gamma is lost in
-        if part.gradient.live and part.has("gamma") and not scaled:
-            sizes = list(torch._foreach_mul(sizes, part["gamma"]))
+        if part.g.has("gamma") and not part.bare and not scaled:  # a layer's blocks have the same
+            gamma = [layer.gradients[0]["gamma"] for layer in part.layers]
+            sizes = list(torch._foreach_mul(sizes, gamma))
         return sizes
 
 

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from kbfgs_ext import ops
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.exchange import ACTION, FIRST, HEAD, LOSS, SECOND, WARM, WEIGHT, Exchange
-from kbfgs_ext.optim.factors import ActivationMatrix, Tensors
+from kbfgs_ext.optim.factors import Tensors
 from kbfgs_ext.optim.inputs import mean_square
 from kbfgs_ext.optim.parts import Part
 from kbfgs_ext.optim.updates import Verdict, restart
@@ -120,7 +120,7 @@ class Ranks(Exchange):
             id(layer): (rows, total)
             for layer, rows, total in zip(layers, here, said[HEAD:], strict=False)
         }
-        moves = said[HEAD + 3 * len(layers) :]
+        moves = said[HEAD + 2 * len(layers) :]
         moved = [p for p, n in zip(self._parameters, moves, strict=True) if n]
         self._average_gradients(moved)
         known = {id(p) for p in moved}
@@ -140,12 +140,14 @@ class Ranks(Exchange):
 
     def _look_at_inputs(self, here: list[int]) -> None:
         """a_bar and mean squares of the layers whose inputs are kept."""
-        for i, layer in enumerate(self._layers):
-            if layer.observer.keep_inputs and layer.observer.uses:
-                inputs = layer.observer.inputs()
-                inputs.average([], layer["a_bar"], 0.0, None, layer.activation.settings.backend)
-                if layer.activation.settings.relative_damping:
-                    self._squares[i] = here[i] * mean_square(inputs, layer["a_bar"])
+        for rows, layer in zip(here, self._layers, strict=True):
+            kept = layer.observer.keep_inputs and layer.observer.uses
+            blocks = zip(layer.activations, layer.inputs() if kept else (), strict=False)
+            for factor, inputs in blocks:
+                settings, a_bar = factor.settings, factor["a_bar"]
+                inputs.average([], a_bar, 0.0, None, settings.backend)
+                if settings.relative_damping:
+                    self._squares[id(factor)].copy_(rows * mean_square(inputs, a_bar))
 
     def _reduce(
         self, kind: int, suffix: str, rows: list[int], wanted: list[bool], loss: torch.Tensor
@@ -201,8 +203,11 @@ class Ranks(Exchange):
     # ------------------------------------------------------------------ the activation side
 
     def norms(self, part: Part) -> tuple[Tensors, list[float]]:
-        at = {id(layer): i for i, layer in enumerate(self._layers)}
-        means = [self._squares[at[id(x)]] / self._rows[id(x)][1] for x in part.layers]
+        means = [
+            self._squares[id(factor)] / self._rows[id(layer)][1]
+            for layer in part.layers
+            for factor in layer.activations
+        ]
         return [mean.sqrt() for mean in means], [1.0] * len(means)
 
     def _share(self, layer: CoveredLayer) -> float:
@@ -214,15 +219,11 @@ class Ranks(Exchange):
         """A_0 is a sum over the ranks of matrices: once in a run."""
         if decay is None:
             return  # the warm start's
-        assert isinstance(layer.activation, ActivationMatrix)
-        average, share = layer.activation.average, self._share(layer)
-        if share:
-            a_bar = torch.empty_like(layer["a_bar"])
-            layer.activation.average_one(a_bar, layer.observer.inputs(), decay, ok)
-            average.mul_(share)
-        else:
-            average.zero_()
-        dist.all_reduce(average, group=self.group)
+        share = self._share(layer)
+        for factor, inputs in zip(layer.activations, layer.inputs() if share else (), strict=False):
+            factor.average_one(torch.empty_like(factor["a_bar"]), inputs, decay, ok)
+        for average in [factor.average for factor in layer.activations]:
+            dist.all_reduce(average.mul_(share) if share else average.zero_(), group=self.group)
 
     def average_in(self, part: Part, ok: torch.Tensor) -> None:
         """A_r <- decay*A_r + (1-decay)*w X~_r'X~_r/m_r with w = r*m_r/m, so that A is the mean of
@@ -230,40 +231,45 @@ class Ranks(Exchange):
 
         The op knows decay' and 1 - decay' alone: what they lack to that is a factor afterwards.
         """
-        if not (part.settings.keep_A and part.activation.live):
+        if not part.settings.keep_A:
             return
         self.together = False
         decay = part.group["stat_decay"]
         for layer in part.layers:
             rows, total = self._rows[id(layer)]
-            w, A = self.size * rows / total if total else 0.0, layer["A"]
+            w = self.size * rows / total if total else 0.0
             c = (1 - decay) * w
-            if w:
-                unused = torch.empty_like(layer["a_bar"])
-                own = decay / (decay + c) if w != 1 else decay
-                layer.observer.inputs().average([A], unused, own, ok, part.backend)
-            if w != 1:
+            own = decay / (decay + c) if w != 1 else decay
+            for factor, inputs in zip(layer.activations, layer.inputs() if w else (), strict=False):
+                unused = torch.empty_like(factor["a_bar"])
+                inputs.average([factor["A"]], unused, own, ok, part.backend)
+            for A in [factor["A"] for factor in layer.activations] if w != 1 else ():
                 A.mul_(ok.to(A.dtype).mul_(decay + c - 1).add_(1))
 
     def follow(self, part: Part, verdict: Verdict, late: bool) -> None:
         """Step 9's s = H_a a_bar and this rank's share of y = A s + lam*s."""
-        s = [torch.mv(H_a, a) for H_a, a in zip(part["H_a"], part["a_bar"], strict=True)]
+        s = [torch.mv(H_a, a) for H_a, a in zip(part.a["H_a"], part.a["a_bar"], strict=True)]
         self._asked.append((part, s))
-        at = {id(layer): i for i, layer in enumerate(self._layers)}
         wide, everyone = self.vector.dtype, 1 / self.size
-        for layer, v, lam in zip(part.layers, s, part.lam_a(), strict=True):
-            i, share = at[id(layer)], everyone if part.settings.keep_A else self._share(layer)
-            if not share:
-                continue
-            if part.settings.keep_A:
-                y = layer["A"] @ v
-                trace = layer["A"].diagonal()[: layer.d_in].sum(dtype=wide)
-            else:
-                inputs, y = layer.observer.inputs(), torch.empty_like(v)
-                inputs.action(v, y, part.backend)
-                trace = mean_square(inputs, v) * layer.d_in
-            self._y[i].copy_(y.add_(v * lam.to(v.dtype))).mul_(share)
-            self._squares[i] = trace * share
+        damped = iter(zip(s, part.lam_a(), strict=True))
+        for layer in part.layers:
+            share = everyone if part.settings.keep_A else self._share(layer)
+            X = layer.inputs() if share and not part.settings.keep_A else []
+            for i, (factor, columns) in enumerate(
+                zip(layer.activations, layer.columns(), strict=True)
+            ):
+                (v, lam), d_in = next(damped), columns.stop - columns.start
+                if not share:
+                    continue
+                if part.settings.keep_A:
+                    y = factor["A"] @ v
+                    trace = factor["A"].diagonal()[:d_in].sum(dtype=wide)
+                else:
+                    y = torch.empty_like(v)
+                    X[i].action(v, y, part.backend)
+                    trace = mean_square(X[i], v) * d_in
+                self._y[id(factor)].copy_(y.add_(v * lam.to(v.dtype))).mul_(share)
+                self._squares[id(factor)].copy_(trace * share)
 
     def followed(self, verdict: Verdict) -> None:
         """The rest of step 9. Where no second pass has carried y, it goes by itself."""
@@ -271,17 +277,15 @@ class Ranks(Exchange):
             return
         if self._kind != SECOND:
             self._exchange(ACTION, [0] * len(self._layers), [False] * len(self._layers))
-        at = {id(layer): i for i, layer in enumerate(self._layers)}
         for part, s in self._asked:
-            places = [at[id(layer)] for layer in part.layers]
-            y = [self._y[i].to(v.dtype) for i, v in zip(places, s, strict=True)]
-            ops.bfgs_update_(
-                part["H_a"], part["counts_a"], s, y, [], part["a_bar"], verdict.ok, part.backend
-            )
+            y = [self._y[id(f)].to(v.dtype) for f, v in zip(part.a.factors, s, strict=True)]
+            H_a, counts, a_bar = (part.a[name] for name in ("H_a", "counts_a", "a_bar"))
+            ops.bfgs_update_(H_a, counts, s, y, [], a_bar, verdict.ok, part.backend)
             # One row with the trace of all: tr A = |row|^2 and 1 for the bias.
-            rows = [layer["a_bar"].new_zeros(1, layer.d_in) for layer in part.layers]
-            for row, i in zip(rows, places, strict=True):
-                row[0, 0] = self._squares[i].sqrt()
+            ends = [c.stop - c.start for layer in part.layers for c in layer.columns()]
+            rows = [a.new_zeros(1, n) for a, n in zip(a_bar, ends, strict=True)]
+            for row, factor in zip(rows, part.a.factors, strict=True):
+                row[0, 0] = self._squares[id(factor)].sqrt()
             restart(part, {"a": verdict.order_a}, rows)
         self._asked.clear()
 
@@ -294,16 +298,15 @@ class Ranks(Exchange):
         here = [layer.warm_batches for layer in layers]
         said = self._exchange(WARM, here, [bad] * len(layers))
         for layer, k, total in zip(layers, here, said[HEAD:], strict=False):
-            if total and isinstance(layer.activation, ActivationMatrix):
-                average = layer.activation.average
+            for average in [factor.average for factor in layer.activations] if total else []:
                 dist.all_reduce(average.mul_(k / total) if k else average.zero_(), group=self.group)
                 layer.warm_batches = int(total)
         return bool(said[HEAD + len(layers)]), int(said[LOSS])
 
     def consolidate(self, layers: list[CoveredLayer]) -> None:
-        for layer in layers:
-            if layer.has("A"):
-                dist.all_reduce(layer["A"].div_(self.size), group=self.group)
+        for factor in [factor for layer in layers for factor in layer.activations]:
+            if "A" in factor.kept:
+                dist.all_reduce(factor["A"].div_(self.size), group=self.group)
         self.together = True
 
 

@@ -3,8 +3,9 @@
 It is of float64, the same in every exchange:
 
     kind, step, failed, weight, loss
-    per layer       rows, blind (seen, but without a bias gradient), squares (see `Exchange`)
+    per layer       rows, blind (seen, but without a bias gradient)
     per parameter   whether the pass has left it a gradient
+    per block       squares (see `Exchange`), of the blocks of the activation sides
     per layer       a_bar (n_a), g_bar (n_g), y = A s (n_a)
 
 A rank that fails takes part in the exchange that comes next with ``failed`` set, and all raise.
@@ -35,8 +36,8 @@ class RankError(RuntimeError):
 class Exchange(Alone):
     """The processes of ``group``, and the vector that they sum.
 
-    ``squares`` of a layer are the mean square of its inputs in the first exchange of a step, and
-    the trace of A, but for the bias, in the one that carries y.
+    ``squares`` of a block are the mean square of its inputs in the first exchange of a step, and
+    the trace of its A, but for the bias, in the one that carries y.
 
     Args:
         group: of `torch.distributed`.
@@ -61,13 +62,18 @@ class Exchange(Alone):
     def _lay_out(self, layers: list[CoveredLayer], parameters: Tensors) -> None:
         """Make the vector for these."""
         self._layers, self._parameters = list(layers), list(parameters)
-        sizes = [HEAD, *[len(layers)] * 3, len(parameters)]
+        blocks = sum(len(layer.activations) for layer in layers)
+        sizes = [HEAD, len(layers), len(layers), len(parameters), blocks]
         sizes += [n for layer in layers for n in (layer.n_a, layer.n_g, layer.n_a)]
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.vector = torch.zeros(sum(sizes), dtype=wide, device=self.device)
-        _, _, _, self._squares, _, *vectors = self.vector.split(sizes)
-        self._a, self._g, self._y = vectors[0::3], vectors[1::3], vectors[2::3]
-        self._told = sum(sizes[:5])  # what the host looks at
+        _, _, _, _, squares, *vectors = self.vector.split(sizes)
+        self._a, self._g, y = vectors[0::3], vectors[1::3], vectors[2::3]
+        self._told = sum(sizes[:4])  # what the host looks at
+        # By the block.
+        factors = [(f, v) for layer, v in zip(layers, y, strict=True) for f in layer.activations]
+        self._y = {id(f): v[f.rows] for f, v in factors}
+        self._squares = {id(f): v for (f, _), v in zip(factors, squares.unbind(), strict=True)}
 
     def _exchange(self, kind: int, rows: Sequence[float], blind: Sequence[bool]) -> list[float]:
         """Sum the vector over the ranks; its sums of numbers, on the host. RankError if not all
@@ -77,7 +83,7 @@ class Exchange(Alone):
         self.vector[:LOSS].copy_(torch.tensor(head, dtype=self.vector.dtype))
         counts = torch.tensor([*rows, *map(float, blind)], dtype=self.vector.dtype)
         self.vector[HEAD : HEAD + 2 * layers].copy_(counts)
-        self.vector[HEAD + 3 * layers : self._told].copy_(torch.tensor(moves))
+        self.vector[HEAD + 2 * layers : self._told].copy_(torch.tensor(moves))
         self._kind = kind
         try:
             with torch.profiler.record_function("kbfgs_ext: exchange"):

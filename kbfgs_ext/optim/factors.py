@@ -1,4 +1,4 @@
-"""The factors: one side of a layer each, with the mathematics that is its own.
+"""The factors: one block of a side of a layer each, with the mathematics that is its own.
 
 ================== ====== ==============================================================
 class              side   the inverse factor H
@@ -6,12 +6,14 @@ class              side   the inverse factor H
 `ActivationMatrix` a      H_a, n_a x n_a; it follows A (hessian_action="ema") or the minibatch
 `GradientMatrix`   g      H_g, n_g x n_g, and the averaged pair that updates it
 `PairRing`         g      the last p pairs: H_g is applied and never formed (K-BFGS(L))
-`Identity`         either none: the side is larger than ``max_factor_dim``
 ================== ====== ==============================================================
 
+A side is one block, or several where it is longer than ``block_size``: H is then block-diagonal,
+and each block has a pair, a gate and counts of its own. n_a, n_g below are the block's rows.
+
 A factor owns its tensors, their start and their checkpoint. What it does in a step is a static
-method on a `Part`, since an op takes all layers in one call: the kinds of a part's two sides decide
-which ops a step is made of. Step numbers are those of docs/algorithm.md.
+method on a `Part`, since an op takes the blocks of all layers in one call: the kinds of a part's
+two sides decide which ops a step is made of. Step numbers are those of docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from kbfgs_ext import ops
 from kbfgs_ext.optim.inputs import Inputs
 from kbfgs_ext.optim.settings import Settings
-from kbfgs_ext.optim.updates import Verdict, restart, update_matrices
+from kbfgs_ext.optim.updates import Verdict, restart, update_activations, update_matrices
 
 if TYPE_CHECKING:
     from kbfgs_ext.optim.parts import Part
@@ -33,19 +35,25 @@ Tensors = list[torch.Tensor]
 
 
 class Factor:
-    """One side of one layer.
+    """One block of one side of one layer.
 
     Args:
         side: "a" (activations) or "g" (gradients).
-        n: its size.
+        rows: of the side.
         settings: of the whole optimizer.
     """
 
-    live = True  # false: the identity
+    vectors: tuple[str, ...] = ()  # of the layer's scratch, over a side, those that a factor uses
 
-    def __init__(self, side: str, n: int, settings: Settings) -> None:
-        self.side, self.n, self.settings = side, n, settings
+    def __init__(self, side: str, rows: slice, settings: Settings) -> None:
+        self.side, self.rows, self.settings = side, rows, settings
+        self.n = rows.stop - rows.start
         self.kept: dict[str, torch.Tensor] = {}
+        self.scratch: dict[str, torch.Tensor] = {}  # its rows of the layer's
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.kept.get(name)
+        return self.scratch[name] if tensor is None else tensor
 
     def kept_shapes(self, real: torch.dtype) -> Shapes:
         """Shape and dtype of every tensor of a checkpoint; ``real`` is the factor's dtype."""
@@ -53,10 +61,6 @@ class Factor:
         if self.settings.restart_after is not None:
             shapes[f"marks_{self.side}"] = ((3,), torch.int64)
         return shapes
-
-    def scratch_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of what lives from one half of a step to the other."""
-        return {}
 
     def clear(self) -> None:
         """As before the first step."""
@@ -80,36 +84,18 @@ class Factor:
         names = ("ss", "yy") if self.settings.relative_damping else ()
         return dict.fromkeys(names, ((), torch.float64))
 
-    # A step's, on all layers of a part. Those of the gradient side also do what is left to do for
+    # A step's, on all blocks of a part. Those of the gradient side also do what is left to do for
     # the activation side, because the ops take both sides at once.
 
     @staticmethod
     def precondition(part: Part, M: Tensors, work: Tensors) -> None:
-        """Step 4: P = H_g M H_a; ``work`` is the product scratch, as far as there is an H_a."""
+        """Step 4: P = H_g M H_a; ``work`` is the product scratch."""
         raise NotImplementedError
 
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
         """Steps 6 to 8, and step 9 in the same call if ``with_activations`` (for "ema" alone)."""
         raise NotImplementedError
-
-
-class Identity(Factor):
-    """A side without a factor: its counts stay zero."""
-
-    live = False
-
-    @staticmethod
-    def precondition(part: Part, M: Tensors, work: Tensors) -> None:
-        if part.activation.live:
-            ops.kron_precondition_(part["P"], [], M, part["H_a"], work, part.backend)
-        else:
-            torch._foreach_copy_(part["P"], M)
-
-    @staticmethod
-    def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
-        if with_activations and part.activation.live:
-            ActivationMatrix.follow(part, verdict)
 
 
 class ActivationMatrix(Factor):
@@ -121,6 +107,8 @@ class ActivationMatrix(Factor):
     v, lam_a  scalar    mean square input, and the damping made of it (relative_damping)
     ========= ========= ===============================
     """
+
+    vectors = ("a_bar",)
 
     def kept_shapes(self, real: torch.dtype) -> Shapes:
         names = ("H_a", "A") if self.settings.keep_A else ("H_a",)
@@ -159,8 +147,8 @@ class ActivationMatrix(Factor):
     @staticmethod
     def average_in(part: Part, ok: torch.Tensor) -> None:
         """Step 3: the minibatch enters A, and a_bar is its mean."""
-        A = part["A"] if part.settings.keep_A and part.activation.live else []
-        a_bar, decay = part["a_bar"], part.group["stat_decay"]
+        A = part.a["A"] if part.settings.keep_A else []
+        a_bar, decay = part.a["a_bar"], part.group["stat_decay"]
         if part.in_rows:
             ops.factor_ema_(A, a_bar, part.X(), decay, ok, part.backend)
             return
@@ -171,21 +159,21 @@ class ActivationMatrix(Factor):
     def follow(part: Part, verdict: Verdict) -> None:
         """Step 9 by itself, with A's action from the minibatch, or from A if that is kept."""
         if part.settings.keep_A:
-            update_matrices(part, True, False, [], verdict)
+            update_activations(part, [], verdict)
         elif part.in_rows:
-            update_matrices(part, True, False, part.X(), verdict)
+            update_activations(part, part.X(), verdict)
         else:
             ActivationMatrix._follow_patches(part, verdict)
 
     @staticmethod
     def _follow_patches(part: Part, verdict: Verdict) -> None:
-        H_a, a_bar, inputs, lam_a = part["H_a"], part["a_bar"], part.inputs(), part.lam_a()
+        H_a, a_bar, inputs, lam_a = part.a["H_a"], part.a["a_bar"], part.inputs(), part.lam_a()
         s, y = [torch.empty_like(a) for a in a_bar], [torch.empty_like(a) for a in a_bar]
         for i, patches in enumerate(inputs):
             torch.mv(H_a[i], a_bar[i], out=s[i])
             patches.action(s[i], y[i], part.backend)
             y[i].add_(s[i] * lam_a[i].to(s[i].dtype))
-        ops.bfgs_update_(H_a, part["counts_a"], s, y, [], a_bar, verdict.ok, part.backend)
+        ops.bfgs_update_(H_a, part.a["counts_a"], s, y, [], a_bar, verdict.ok, part.backend)
         if part.settings.restart_after is not None:
             rows = [x.of_the_same_square(a) for x, a in zip(inputs, a_bar, strict=True)]
             restart(part, {"a": verdict.order_a}, rows)
@@ -200,6 +188,8 @@ class GradientMatrix(Factor):
     ss, yy   scalar    moving averages of its squared changes (relative_damping)
     ======== ========= =====================
     """
+
+    vectors = ("h_change", "g_bar", "g_bar_next")
 
     def kept_shapes(self, real: torch.dtype) -> Shapes:
         own: Shapes = {"H_g": ((self.n, self.n), real), "s": ((self.n,), real)}
@@ -219,16 +209,13 @@ class GradientMatrix(Factor):
 
     @staticmethod
     def precondition(part: Part, M: Tensors, work: Tensors) -> None:
-        P, H_g = part["P"], part["H_g"]
-        if part.activation.live:
-            ops.kron_precondition_(P, H_g, M, part["H_a"], work, part.backend)
-        else:
-            for p, h, m in zip(P, H_g, M, strict=True):
-                torch.mm(h, m, out=p)
+        P, M, work = (part.tiles(matrices) for matrices in (part["P"], M, work))
+        H_g, H_a = part.tile_factors()
+        ops.kron_precondition_(P, H_g, M, H_a, work, part.backend)
 
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
-        update_matrices(part, with_activations and part.activation.live, True, [], verdict)
+        update_matrices(part, verdict, with_activations)
 
 
 class PairRing(Factor):
@@ -247,6 +234,9 @@ class PairRing(Factor):
     times what it says: gamma goes into H_g y and the size of the step, and no matrix is scaled.
     """
 
+    own_vectors = ("s_damped", "y_damped", "Hy")
+    vectors = ("h_change", "g_bar", "g_bar_next", *own_vectors)
+
     def kept_shapes(self, real: torch.dtype) -> Shapes:
         p = self.settings.memory
         assert p is not None
@@ -258,9 +248,6 @@ class PairRing(Factor):
             shapes["gamma"] = ((), real)
         return shapes | self._scales()
 
-    def scratch_shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(("s_damped", "y_damped", "Hy"), (self.n,))
-
     def start(self, lam: torch.Tensor) -> None:
         """gamma, where it is kept."""
         if "gamma" in self.kept:
@@ -269,53 +256,55 @@ class PairRing(Factor):
     @staticmethod
     def precondition(part: Part, M: Tensors, work: Tensors) -> None:
         """P = H_g (M H_a), layer after layer on the CPU, where all share the scratch."""
-        P = part["P"]
-        if not part.activation.live:
-            PairRing.apply(part, P, M)
-            return
-        step = 1 if work[0].device.type == "cpu" else len(M)
-        for i in range(0, len(M), step):
-            these = slice(i, i + step)
-            ops.kron_precondition_(
-                work[these], [], M[these], part["H_a"][these], P[these], part.backend
-            )
-            PairRing.apply(part, P[these], work[these], these)
+        if work[0].device.type == "cpu":
+            for one, m, w in zip(part.one_by_one(), M, work, strict=True):
+                PairRing._precondition(one, [m], [w])
+        else:
+            PairRing._precondition(part, M, work)
 
     @staticmethod
-    def apply(part: Part, out: Tensors, Q: Tensors, these: slice = slice(None)) -> None:
+    def _precondition(part: Part, M: Tensors, work: Tensors) -> None:
+        P = part["P"]
+        Q, M, unused = (part.columns(matrices) for matrices in (work, M, P))
+        ops.kron_precondition_(Q, [], M, part.a["H_a"], unused, part.backend)
+        PairRing.apply(part, part.rows(P), part.rows(work))
+
+    @staticmethod
+    def apply(part: Part, out: Tensors, Q: Tensors) -> None:
         """out = H_g Q, without gamma."""
-        S, Y = part["S"][these], part["Y"][these]
-        rho, pushed = part["rho"][these], part["pushed"][these]
+        S, Y, rho, pushed = (part.g[name] for name in ("S", "Y", "rho", "pushed"))
         ops.lbfgs_two_loop_(out, Q, S, Y, rho, pushed, "auto", part.backend)
 
     @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
-        if with_activations and part.activation.live:
+        if with_activations:
             ActivationMatrix.follow(part, verdict)
-        s, y, Hy, ok = part["s_damped"], part["y_damped"], part["Hy"], verdict.ok_pair
-        counts, c = part["counts_g"], part["g_bar"]
-        gamma = part["gamma"] if part.has("gamma") else []
+        g, ok = part.g, verdict.ok_pair
+        s, y, Hy, counts, c = (
+            g[name] for name in ("s_damped", "y_damped", "Hy", "counts_g", "g_bar")
+        )
+        gamma = g["gamma"] if g.has("gamma") else []
         ops.pair_ema_(
-            s=part["s"],
-            y=part["y"],
-            h_change=part["h_change"],
+            s=g["s"],
+            y=g["y"],
+            h_change=g["h_change"],
             g_bar=c,
-            g_bar_next=part["g_bar_next"],
+            g_bar_next=g["g_bar_next"],
             decay=part.group["pair_decay"],
             ok=ok,
             backend=part.backend,
         )
-        torch._foreach_copy_(s + y, part["s"] + part["y"])
+        torch._foreach_copy_(s + y, g["s"] + g["y"])
         PairRing.apply(part, Hy, y)
         if gamma:
             torch._foreach_mul_(Hy, gamma)
-        lam_g = [part.scalars.lam_g] * len(s)
+        lam_g = part.lam_g()
         ops.double_damping_(s, y, Hy, counts, [], lam_g, part.group["powell"], ok, part.backend)
         if gamma:  # c too, so that the gate is that of (s, y); Hy has done its duty
             torch._foreach_copy_(Hy, c)
             c = Hy
             torch._foreach_mul_(y + c, gamma + gamma)
-        S, Y, rho, pushed = part["S"], part["Y"], part["rho"], part["pushed"]
+        S, Y, rho, pushed = (g[name] for name in ("S", "Y", "rho", "pushed"))
         ops.lbfgs_push_(S, Y, rho, pushed, counts, s, y, c, ok, part.backend)
         restart(part, {"g": verdict.order_g})
 

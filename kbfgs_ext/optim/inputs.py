@@ -32,6 +32,9 @@ class Inputs(Protocol):
     def joined(self, others: Sequence[Any]) -> Inputs:
         """These rows, and those of the layer's other uses."""
 
+    def columns(self, these: slice) -> Inputs:
+        """Some columns of X."""
+
     def mean(self, out: torch.Tensor) -> None:
         """out = X'1/m, d_in."""
 
@@ -60,6 +63,9 @@ class Rows(Inputs):
 
     def joined(self, others: Sequence[Rows]) -> Rows:
         return Rows(torch.cat([self.X, *(other.X for other in others)])) if others else self
+
+    def columns(self, these: slice) -> Rows:
+        return Rows(self.X[:, these])
 
     def mean(self, out: torch.Tensor) -> None:
         torch.mean(self.X, 0, dtype=out.dtype, out=out)
@@ -98,10 +104,12 @@ class Window:
     padding: tuple[int, ...]  # in the order of F.pad: before and after, the last dimension first
     mode: str  # of F.pad
 
-    def images(self, x: torch.Tensor) -> Patches:
-        """An input (..., C, size): with several dimensions before the channels, or none."""
+    def images(self, x: torch.Tensor, channels: slice | None = None) -> Patches:
+        """An input (..., C, size): with several dimensions before the channels, or none; or some of
+        the channels."""
         x = plain(x)
-        return Patches([(x.reshape(-1, *x.shape[-len(self.kernel) - 1 :]), self)])
+        x = x.reshape(-1, *x.shape[-len(self.kernel) - 1 :])
+        return Patches([(x if channels is None else x[:, channels], self)])
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, size) with their edges."""
@@ -110,7 +118,8 @@ class Window:
     def zeros(self) -> tuple[int, ...]:
         """The padding as a convolution makes it by itself, one number per dimension; or none."""
         before, after = self.padding[::2], self.padding[1::2]
-        return before[::-1] if self.mode == "constant" and before == after else ()
+        plain = self.mode == "constant" and before == after and min(before) >= 0
+        return before[::-1] if plain else ()
 
     def places(self, x: torch.Tensor) -> int:
         """How many the kernel takes in one image of ``x``, not padded."""
@@ -131,6 +140,34 @@ class Window:
         return x.movedim(1, 1 + n)
 
 
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """The places of a transposed convolution's kernel: those of a convolution of stride 1 on the
+    image with zeros between its pixels. All of it is turned round, so that the kernel need not be.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+
+    def images(self, x: torch.Tensor, size: Sequence[int]) -> Patches:
+        """An input (..., C, size) whose output has this ``size``."""
+        x, n = plain(x), len(self.kernel)
+        x = x.reshape(-1, *x.shape[-n - 1 :])
+        places = zip(x.shape[2:], self.stride, strict=True)
+        wide = x.new_zeros(*x.shape[:2], *((length - 1) * step + 1 for length, step in places))
+        pixels: Any = (..., *(slice(None, None, step) for step in self.stride))
+        wide[pixels] = x.flip(*range(2, 2 + n))
+        padding: list[int] = []
+        for i in reversed(range(n)):
+            reach = self.dilation[i] * (self.kernel[i] - 1)
+            after = reach - self.padding[i]
+            padding += [size[i] + reach - wide.shape[2 + i] - after, after]
+        window = Window(self.kernel, (1,) * n, self.dilation, tuple(padding), "constant")
+        return Patches([(wide, window)])
+
+
 class Patches(Inputs):
     """The patches of images (B, C, size) under a kernel. Uses may differ in size and in all of the
     `Window` but its kernel.
@@ -149,6 +186,12 @@ class Patches(Inputs):
 
     def joined(self, others: Sequence[Patches]) -> Patches:
         return Patches([use for one in (self, *others) for use in one._uses])
+
+    def columns(self, these: slice) -> Patches:
+        """The patches of some channels, which begin and end with ``these``."""
+        unit = math.prod(self._kernel[2:])
+        channels = slice(these.start // unit, these.stop // unit)
+        return Patches([(x[:, channels], window) for x, window in self._uses])
 
     def mean(self, out: torch.Tensor) -> None:
         self._mean_patch([x.mean(0, dtype=out.dtype) for x, _ in self._uses], out)

@@ -14,7 +14,7 @@ from kbfgs_ext.optim import gradients, hyper
 from kbfgs_ext.optim.base import CoveredOptimizer
 from kbfgs_ext.optim.compiled import uncompiled
 from kbfgs_ext.optim.safeguard import SafeguardRule
-from kbfgs_ext.optim.settings import MAX_FACTOR_DIM, Settings
+from kbfgs_ext.optim.settings import BLOCK_SIZE, Settings
 from kbfgs_ext.optim.step import FINISH, SECOND
 from kbfgs_ext.optim.warm_start import warm_start
 
@@ -37,7 +37,8 @@ class KBFGS(CoveredOptimizer):
 
     Args:
         model: layers of a known kind with a trained weight are covered: `torch.nn.Linear`,
-            convolutions in one group, transformers' `Conv1D`, and what `register_kind` was given.
+            convolutions in up to 32 groups, `torch.nn.MultiheadAttention`, transformers' `Conv1D`,
+            and what `register_kind` was given.
             Every other trained parameter goes to ``fallback``, and a warning says so once.
         lr: learning rate, at least 0; a number or a scalar tensor. With step_length="layer" it is
             the length of a step in every layer: the root mean square over the rows of [W, b].
@@ -70,9 +71,9 @@ class KBFGS(CoveredOptimizer):
         pair_every: make the second pass, and with it the pair and the safeguard's judgement, in
             every pair_every-th step, beginning with the first. The steps between are not judged.
         factor_every: update the activation side (A and H_a) in every factor_every-th step.
-        max_factor_dim: a side of a layer (n_a or n_g) that is larger keeps no factor: the identity
-            takes its place, and a warning names it once. K-BFGS(L) keeps its pairs all the same.
-            None has no limit.
+        block_size: largest block of a factor. A side of a layer (n_a or n_g) that is longer has a
+            block-diagonal factor, of blocks of nearly equal size: its memory grows with the side,
+            not with the square of it. None makes one block of every side, however long.
         restart_after: put a factor back to its start, on the device, after so many rejected pairs
             in a row; and all of them after so many steps in a row that the safeguard has undone at
             its smallest scale, or when it sees the loss surge. None never does.
@@ -143,7 +144,7 @@ class KBFGS(CoveredOptimizer):
         matmul_precision: str | None = None,
         pair_every: int = 10,
         factor_every: int = 1,
-        max_factor_dim: int | None = MAX_FACTOR_DIM,
+        block_size: int | None = BLOCK_SIZE,
         restart_after: int | None = 10,
         initial_scale: float | str = 1.0,
         step_length: str = "layer",
@@ -181,7 +182,7 @@ class KBFGS(CoveredOptimizer):
             matmul_precision=matmul_precision,
             pair_every=pair_every,
             factor_every=factor_every,
-            max_factor_dim=max_factor_dim,
+            block_size=block_size,
             restart_after=restart_after,
             initial_scale=initial_scale,
             step_length=step_length,

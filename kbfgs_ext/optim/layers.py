@@ -8,13 +8,17 @@ outside this file asks a module for its weight.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from kbfgs_ext.optim.inputs import Inputs, Window, features_last
+from kbfgs_ext.optim.inputs import Inputs, Spread, Window, features_last
+
+MOST_GROUPS = 32  # of a convolution
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,17 +36,29 @@ class View:
         weight: the parameter that holds W, unless something else computes it.
         bias: the parameter that holds b, if there is one. Without one that is trained h must be
             the module's output: a zero bias is added there.
-        inputs: the module's input as rows of d_in.
+        inputs: the input as rows of d_in.
         outputs_first: a view of a tensor of the weight's shape, itself or a gradient, with the n_g
             outputs as the first dimension and the d_in inputs in all others.
         trailing: dimensions of the module's output that come after its n_g features.
+        unit: inputs that stay in one block: what a kernel sees of a channel.
+        rows: the outputs, where several views share a weight; None: all of them.
+        bias_rows: those of a bias that several views share; None: as of the weight.
+        name: of the view in its module, where that has several.
+        sized: ``inputs`` takes the size of the output as well, its ``trailing`` dimensions.
+        by_hand: the module calls `F.linear` with the weight itself, and the input is seen there.
     """
 
     weight: Any
     bias: nn.Parameter | None
-    inputs: Callable[[torch.Tensor], Inputs] = features_last
+    inputs: Callable[..., Inputs] = features_last
     outputs_first: Transform = whole
     trailing: int = 0
+    unit: int = 1
+    rows: slice | None = None
+    bias_rows: slice | None = None
+    name: str = ""
+    sized: bool = False
+    by_hand: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -52,19 +68,33 @@ class View:
     @property
     def in_place(self) -> bool:
         """Whether writes to the weight's `matrix` reach the weight: it lies there row by row."""
-        return self.outputs_first(self.weight.detach()).is_contiguous()
+        return self.place(self.weight.detach()).is_contiguous()
+
+    def place(self, t: torch.Tensor) -> torch.Tensor:
+        """Where the matrix lies in a tensor of the weight's shape, outputs first."""
+        t = self.outputs_first(t)
+        return t if self.rows is None else t[self.rows]
 
     def matrix(self, t: torch.Tensor) -> torch.Tensor:
         """A tensor of the weight's shape as n_g x d_in."""
-        return self.outputs_first(t).flatten(1)
+        return self.place(t).flatten(1)
+
+    def vector(self, t: torch.Tensor) -> torch.Tensor:
+        """A tensor of the bias's shape as n_g."""
+        rows = self.bias_rows or self.rows
+        return t if rows is None else t[rows]
 
     def write(self, t: torch.Tensor, matrix: torch.Tensor) -> None:
         """Put ``matrix``, n_g x d_in, into a tensor of the weight's shape."""
-        place = self.outputs_first(t)
+        place = self.place(t)
         place.copy_(matrix.reshape(place.shape))
 
+    def see(self, x: torch.Tensor, output: torch.Tensor) -> Inputs:
+        """The rows of one use."""
+        return self.inputs(x, output.shape[-self.trailing :]) if self.sized else self.inputs(x)
+
     def spread(self, b: torch.Tensor) -> torch.Tensor:
-        """A vector of n_g as it is added to the module's output."""
+        """A vector over the outputs as it is added to the module's output."""
         return b.view(-1, *[1] * self.trailing) if self.trailing else b
 
 
@@ -117,13 +147,18 @@ class TransposedLinear(Kind):
 
 class Convolution(Kind):
     """`torch.nn.Conv2d`, with any stride, padding and dilation, on (B, C, H, W) or (C, H, W): the
-    rows are patches, one per position of the kernel."""
+    rows are patches, one per position of the kernel. Every group is a view."""
 
     module_type: type[nn.Module] | str = nn.Conv2d
 
     @classmethod
     def refuses(cls, module: Any) -> str:
-        return "a convolution in several groups" if module.groups > 1 else ""
+        if module.groups > MOST_GROUPS:
+            return (
+                f"a convolution in {module.groups} groups: each is a layer of its own, and of more"
+                f" than {MOST_GROUPS} the step takes longer than they are worth"
+            )
+        return ""
 
     @classmethod
     def views(cls, module: Any) -> list[View]:
@@ -142,7 +177,27 @@ class Convolution(Kind):
             padding=tuple(p for pair in reversed(padding) for p in pair),
             mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
         )
-        return [View(module.weight, module.bias, window.images, trailing=len(sizes))]
+        view = View(
+            module.weight,
+            module.bias,
+            window.images,
+            trailing=len(sizes),
+            unit=math.prod(module.kernel_size),
+        )
+        if module.groups == 1:
+            return [view]
+        n_g, channels = (n // module.groups for n in (module.out_channels, module.in_channels))
+        return [
+            dataclasses.replace(
+                view,
+                inputs=functools.partial(
+                    window.images, channels=slice(i * channels, (i + 1) * channels)
+                ),
+                rows=slice(i * n_g, (i + 1) * n_g),
+                name=str(i),
+            )
+            for i in range(module.groups)
+        ]
 
 
 class Convolution1d(Convolution):
@@ -157,7 +212,79 @@ class Convolution3d(Convolution):
     module_type = nn.Conv3d
 
 
-KINDS: list[type[Kind]] = [Linear, TransposedLinear, Convolution1d, Convolution, Convolution3d]
+class TransposedConvolution(Kind):
+    """`torch.nn.ConvTranspose2d`, in one group."""
+
+    module_type: type[nn.Module] | str = nn.ConvTranspose2d
+
+    @classmethod
+    def refuses(cls, module: Any) -> str:
+        return "a transposed convolution in several groups" if module.groups > 1 else ""
+
+    @classmethod
+    def views(cls, module: Any) -> list[View]:
+        places = Spread(module.kernel_size, module.stride, module.dilation, module.padding)
+        return [
+            View(
+                module.weight,
+                module.bias,
+                places.images,
+                outputs_first=_swapped,
+                trailing=len(module.kernel_size),
+                unit=math.prod(module.kernel_size),
+                sized=True,
+            )
+        ]
+
+
+class TransposedConvolution1d(TransposedConvolution):
+    """`torch.nn.ConvTranspose1d`."""
+
+    module_type = nn.ConvTranspose1d
+
+
+class TransposedConvolution3d(TransposedConvolution):
+    """`torch.nn.ConvTranspose3d`."""
+
+    module_type = nn.ConvTranspose3d
+
+
+def _swapped(t: torch.Tensor) -> torch.Tensor:
+    return t.transpose(0, 1)
+
+
+class MultiheadAttention(Kind):
+    """`torch.nn.MultiheadAttention`: the projections of queries, keys and values, in one weight or
+    in three, and that of the output."""
+
+    module_type = nn.MultiheadAttention
+
+    @classmethod
+    def views(cls, module: Any) -> list[View]:
+        E, bias = module.embed_dim, module.in_proj_bias
+        found = []
+        for i, name in enumerate("qkv"):
+            rows, weight = slice(i * E, (i + 1) * E), module.in_proj_weight
+            if weight is not None:
+                found.append(View(weight, bias, rows=rows, name=name, by_hand=True))
+            else:
+                weight = getattr(module, f"{name}_proj_weight")
+                found.append(View(weight, bias, bias_rows=rows, name=name, by_hand=True))
+        out = module.out_proj
+        return [*found, View(out.weight, out.bias, name="out_proj", by_hand=True)]
+
+
+KINDS: list[type[Kind]] = [
+    Linear,
+    TransposedLinear,
+    Convolution1d,
+    Convolution,
+    Convolution3d,
+    TransposedConvolution1d,
+    TransposedConvolution,
+    TransposedConvolution3d,
+    MultiheadAttention,
+]
 
 
 def register_kind(kind: type[Kind]) -> type[Kind]:
@@ -181,13 +308,19 @@ def kind_of(module: nn.Module) -> type[Kind] | None:
     return next((kind for kind in KINDS if kind.covers(module)), None)
 
 
+def views(module: nn.Module) -> list[View]:
+    """The matrices of a module of a known kind; of any other none."""
+    kind = kind_of(module)
+    return [] if kind is None or kind.refuses(module) else kind.views(module)
+
+
 def why_not(module: nn.Module) -> str:
     """Why a module is not covered."""
     name, kind = type(module).__name__, kind_of(module)
     if kind is not None:
-        return kind.refuses(module)
+        return kind.refuses(module) or f"it is no matrix of its {name}"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention uses it without calling it"  # its hooks never fire
+        return "its nn.MultiheadAttention is not covered"
     for kind in KINDS:
         if isinstance(kind.module_type, type) and isinstance(module, kind.module_type):
             return f"{name} is a subclass of {kind.module_type.__name__}: register_kind covers it"

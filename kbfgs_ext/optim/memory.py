@@ -32,7 +32,8 @@ def memory_usage(
 
     for layer in layers:
         for name, (shape, dtype) in layer.kept_shapes().items():
-            add(name if len(shape) == 2 else "vectors", math.prod(shape), dtype)
+            kind = name.partition(".")[0]  # of a block
+            add(kind if len(shape) == 2 else "vectors", math.prod(shape), dtype)
         for name, shape in layer.scratch_shapes().items():
             add(name if len(shape) == 2 else "vectors", math.prod(shape), layer.dtype)
         if not layer.view.in_place:

@@ -65,7 +65,7 @@ class Moved:
                 turn_back(part)
         for layer in self.fresh:
             if not layer.warm_batches:
-                for factor in layer.factors:
+                for factor in (*layer.activations, *layer.gradients):
                     factor.reset()
                 layer.started = False
 

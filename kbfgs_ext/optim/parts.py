@@ -10,7 +10,7 @@ import torch
 
 from kbfgs_ext.ops.spectral.api import workspace_size as polar_workspace
 from kbfgs_ext.optim.covered import CoveredLayer
-from kbfgs_ext.optim.factors import Factor, Identity, Tensors
+from kbfgs_ext.optim.factors import Factor, Tensors
 from kbfgs_ext.optim.hyper import DeviceScalars
 from kbfgs_ext.optim.settings import Settings
 
@@ -27,10 +27,33 @@ class Group:
     scalars: DeviceScalars
 
 
+class Blocks:
+    """The factors of one side of a part's layers: ``blocks["H_g"]`` is the list of their tensors,
+    made once."""
+
+    def __init__(self, factors: list[Factor]) -> None:
+        self.factors = factors
+        self._each: dict[str, Tensors] = {}
+
+    def __getitem__(self, name: str) -> Tensors:
+        tensors = self._each.get(name)
+        if tensors is None:
+            tensors = self._each[name] = [factor[name] for factor in self.factors]
+        return tensors
+
+    def __len__(self) -> int:
+        return len(self.factors)
+
+    def has(self, name: str) -> bool:
+        """Whether they keep such a tensor."""
+        return name in self.factors[0].kept
+
+
 class Part:
     """Layers that one call of an op takes: of one param group, and alike in this step.
 
-    ``part["H_g"]`` is the list of their tensors, made once.
+    ``part["P"]`` is the list of their tensors, made once; ``part.a["H_a"]``, ``part.g["H_g"]`` are
+    those of the blocks of their sides.
 
     Args:
         group, layers, settings: theirs.
@@ -40,17 +63,21 @@ class Part:
     def __init__(
         self, group: Group, layers: list[CoveredLayer], settings: Settings, in_rows: bool = True
     ) -> None:
+        self._group = group
         self.group, self.scalars = group.options, group.scalars
         self.layers, self.settings, self.backend = layers, settings, settings.backend
         self.in_rows = in_rows
         first = layers[0]
         self.bare, self.halved = first.bare, first.halved
-        self.activation: type[Factor] = Identity if self.bare else type(first.activation)
-        self.gradient: type[Factor] = Identity if self.bare else type(first.gradient)
+        self.whole = all(layer.whole for layer in layers)  # no side is in several blocks
+        self.gradient = type(first.gradients[0])
+        self.a = Blocks([factor for layer in layers for factor in layer.activations])
+        self.g = Blocks([factor for layer in layers for factor in layer.gradients])
         self.stage = STILL
         self.scratch: Tensors = []  # of `Parts.scratch`, once it was asked for
         self._each: dict[str, Tensors] = {}
         self._lengths: tuple[torch.Tensor, torch.Tensor, Tensors] | None = None
+        self._singles: list[Part] = []
 
     def __getitem__(self, name: str) -> Tensors:
         tensors = self._each.get(name)
@@ -58,9 +85,12 @@ class Part:
             tensors = self._each[name] = [layer[name] for layer in self.layers]
         return tensors
 
-    def has(self, name: str) -> bool:
-        """Whether the layers keep such a tensor."""
-        return self.layers[0].has(name)
+    def one_by_one(self) -> list[Part]:
+        """A part of each layer alone."""
+        if not self._singles:
+            alone = [Part(self._group, [x], self.settings, self.in_rows) for x in self.layers]
+            self._singles = alone if len(alone) > 1 else [self]
+        return self._singles
 
     def W(self) -> Tensors:
         """Their weights, n_g x d_in each."""
@@ -83,10 +113,59 @@ class Part:
         shapes = [(layer.n_g, layer.n_a) for layer in self.layers]
         return [t[: n * k].view(n, k) for t, (n, k) in zip(scratch, shapes, strict=True)]
 
+    # ------------------------------------------------------------------ blocks
+
+    def rows(self, matrices: Tensors) -> Tensors:
+        """Matrices as large as the weights by the blocks of the gradient side."""
+        if self.whole:
+            return matrices
+        return [
+            m[g.rows]
+            for layer, m in zip(self.layers, matrices, strict=True)
+            for g in layer.gradients
+        ]
+
+    def columns(self, matrices: Tensors) -> Tensors:
+        """The same by the blocks of the activation side."""
+        if self.whole:
+            return matrices
+        return [
+            m[:, a.rows]
+            for layer, m in zip(self.layers, matrices, strict=True)
+            for a in layer.activations
+        ]
+
+    def tiles(self, matrices: Tensors) -> Tensors:
+        """The same by both: one tile for every pair of blocks of a layer."""
+        if self.whole:
+            return matrices
+        return [
+            m[g.rows, a.rows]
+            for layer, m in zip(self.layers, matrices, strict=True)
+            for g in layer.gradients
+            for a in layer.activations
+        ]
+
+    def tile_factors(self) -> tuple[Tensors, Tensors]:
+        """H_g and H_a of every tile."""
+        if self.whole:
+            return self.g["H_g"], self.a["H_a"]
+        pairs = [
+            (g["H_g"], a["H_a"])
+            for layer in self.layers
+            for g in layer.gradients
+            for a in layer.activations
+        ]
+        return [H_g for H_g, _ in pairs], [H_a for _, H_a in pairs]
+
     def lam_a(self) -> Tensors:
-        """Their dampings of the activation side: scalars on the device."""
+        """The dampings of the activation side's blocks: scalars on the device."""
         relative = self.settings.relative_damping
-        return self["lam_a"] if relative else [self.scalars.lam_a] * len(self.layers)
+        return self.a["lam_a"] if relative else [self.scalars.lam_a] * len(self.a)
+
+    def lam_g(self) -> Tensors:
+        """Those of the gradient side's."""
+        return [self.scalars.lam_g] * len(self.g)
 
     def lengths(self) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
         """The sizes of their steps in one vector, the roots of their rows, and the sizes each."""
@@ -98,8 +177,8 @@ class Part:
         return self._lengths
 
     def inputs(self) -> list[Any]:
-        """What their observers have kept."""
-        return [layer.observer.inputs() for layer in self.layers]
+        """What their observers have kept, by the blocks of the activation side."""
+        return [inputs for layer in self.layers for inputs in layer.inputs()]
 
     def X(self) -> Tensors:
         """The same as matrices, where the part is ``in_rows``."""
@@ -158,7 +237,7 @@ class Parts:
         self._made = len(self.layers)
 
     def of(self, layers: list[CoveredLayer], by_inputs: bool = False) -> list[Part]:
-        """``layers`` by param group, and within one by the factors that their step has;
+        """``layers`` by param group, and within one by what their step is made of;
         ``by_inputs``: and by whether their inputs are rows."""
         rows = [not by_inputs or x.observer.in_rows for x in layers]
         key = tuple([(id(x), x.bare, x.halved, r) for x, r in zip(layers, rows, strict=True)])
@@ -175,8 +254,8 @@ class Parts:
             alike: dict[tuple, list[CoveredLayer]] = {}
             for layer in group.layers:
                 if id(layer) in rows:
-                    kinds = tuple(type(factor) for factor in layer.factors)
-                    key = rows[id(layer)], kinds, layer.bare, layer.halved
+                    fusible = layer.whole or not self._settings.fused
+                    key = rows[id(layer)], fusible, layer.bare, layer.halved
                     alike.setdefault(key, []).append(layer)
             for (in_rows, *_), layers in alike.items():
                 yield Part(group, layers, self._settings, in_rows)
@@ -193,8 +272,8 @@ class Parts:
 
 def direction_elements(layer: CoveredLayer, settings: Settings) -> int:
     """Elements of scratch that a layer's direction needs: a matrix as large as P for the product
-    H_g M H_a, if there is an H_a, and what the polar factor is made in."""
-    product = layer.n_g * layer.n_a if layer.activation.live else 0
+    H_g M H_a, and what the polar factor is made in."""
+    product = layer.n_g * layer.n_a
     if settings.direction == "spectral":
         product = max(product, polar_workspace(layer.n_g, layer.n_a))
     return product

@@ -167,7 +167,7 @@ class SecondPass:
         buffers: Buffers,
         freeze: bool,
     ) -> None:
-        self._parameters = list({id(p): p for p in parameters}.values())
+        self._parameters = once(parameters)
         self._anchors = {id(p) for p in anchors}
         self._random = random
         self._buffers = buffers
@@ -219,6 +219,11 @@ def _misses_weight_gradients(error: BaseException, empty: bool) -> bool:
         return "NoneType" in said
     asked = ("does not require grad", "not to require grad", "requires_grad=False", "NoneType")
     return isinstance(error, RuntimeError) and any(part in said for part in asked)
+
+
+def once(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Each of ``tensors`` once, in their order: several layers may be parts of a parameter."""
+    return list({id(t): t for t in tensors}.values())
 
 
 @contextlib.contextmanager

@@ -82,16 +82,17 @@ class Alone:
         return loss
 
     def norms(self, part: Part) -> tuple[Tensors, list[float]]:
-        """Of the inputs of this step, by layer, and of how many elements."""
-        pairs = zip(part.inputs(), part["a_bar"], strict=True)
+        """Of the inputs of this step, by the blocks of the activation side, and of how many
+        elements."""
+        pairs = zip(part.inputs(), part.a["a_bar"], strict=True)
         X = [inputs.of_the_same_square(a_bar) for inputs, a_bar in pairs]
         norms = torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))
         return list(norms), [float(x.numel()) for x in X]
 
     def average(self, layer: CoveredLayer, decay: float | None, ok: torch.Tensor) -> None:
         """Step 3 before the layer's start: `ActivationMatrix.average_one`."""
-        assert isinstance(layer.activation, ActivationMatrix)
-        layer.activation.average_one(layer["a_bar"], layer.observer.inputs(), decay, ok)
+        for factor, inputs in zip(layer.activations, layer.inputs(), strict=True):
+            factor.average_one(factor["a_bar"], inputs, decay, ok)
 
     def average_in(self, part: Part, ok: torch.Tensor) -> None:
         """Step 3: `ActivationMatrix.average_in`."""

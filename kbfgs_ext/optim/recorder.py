@@ -1,9 +1,8 @@
-"""The hooks that let observers see a pass: of modules' forwards, and of biases' gradients."""
+"""The recorder: what a model's hooks report in a pass goes to the observers of its layers."""
 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,38 +12,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext.optim.capture import Observer, Pass
 from kbfgs_ext.optim.compiled import uncompiled
+from kbfgs_ext.optim.hooks import CallsByHand, GradientHook, ModuleHook
 from kbfgs_ext.optim.layers import View
 
 if TYPE_CHECKING:
     from kbfgs_ext.optim.process import Alone
 
 
-class Hook:
-    """A module's forward hook. A copy of the module (deepcopy, pickle) carries a dead hook."""
-
-    def __init__(self, recorder: Recorder | None, observer: Any, view: Any) -> None:
-        self._recorder = weakref.ref(recorder) if recorder is not None else lambda: None
-        self._observer, self._view = observer, view
-
-    def __call__(self, module: nn.Module, args: tuple, *rest: Any):
-        recorder = self._recorder()
-        if recorder is None or recorder.at is Pass.OFF:
-            return None  # rest is without kwargs where garbage collection has just removed the hook
-        kwargs, output = rest
-        x = args[0] if args else next(iter(kwargs.values()))
-        replaced = recorder.record(self._observer, self._view, x, output)
-        if replaced is not None and next(iter(module._forward_hooks.values())) is not self:
-            raise RuntimeError(
-                f"a hook that the closure has put before ours (prepend=True) on layer"
-                f" '{self._observer.name}' may change its output: register it before the step"
-            )
-        return replaced
-
-    def __deepcopy__(self, memo: dict) -> Hook:
-        return Hook(None, None, None)
-
-    def __reduce__(self) -> tuple:
-        return Hook, (None, None, None)
+Seen = list[tuple[Observer, View]]  # the layers that one call is of, by their places in its output
 
 
 class Recorder:
@@ -59,6 +34,7 @@ class Recorder:
         # Whose bias gradient a backward has filled, by its number: backwards may be nested.
         self._noted: dict[int, list[Observer]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks: dict[int, ModuleHook] = {}  # by the module
         self._places: list[
             tuple[OrderedDict[int, Any], int]
         ] = []  # hooks of a module, and which is ours
@@ -67,14 +43,27 @@ class Recorder:
         """Let modules, with their views, and the bias report to ``observer``; before the hooks of
         others, which see the output as the layer has made it, virtual bias and all."""
         for module, view in uses:
-            hook = Hook(self, observer, view)
-            handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
-            self._handles.append(handle)
-            self._places.append((cast(Any, module._forward_hooks), handle.id))
+            hook = self._hooks.get(id(module))
+            if hook is None:
+                hook = self._hooks[id(module)] = (CallsByHand if view.by_hand else ModuleHook)(self)
+                *_, handle = handles = hook.register(module)
+                self._handles += handles
+                self._places.append((cast(Any, module._forward_hooks), handle.id))
+            hook.seen.append((observer, view))
         observer.gradient_hook = GradientHook(self, observer)
         if observer.bias is not None:
             handle = observer.bias.register_post_accumulate_grad_hook(observer.gradient_hook)
             self._handles.append(handle)
+
+    @property
+    def live(self) -> bool:
+        """Whether a pass is under way."""
+        return self.at is not Pass.OFF
+
+    @property
+    def records_gradients(self) -> bool:
+        """Whether it is one with a backward."""
+        return self.at in (Pass.FIRST, Pass.SECOND)
 
     def begin(self, which: Pass) -> None:
         """The hooks do what ``which`` asks for. Ours come first again, where others have been put
@@ -100,7 +89,7 @@ class Recorder:
 
     @staticmethod
     def _keep(noted: list[Observer]) -> None:
-        gradients = [g for one in noted if (g := one.anchor().grad) is not None]
+        gradients = [g for one in noted if (g := one.gradient()) is not None]
         with torch.no_grad():
             torch._foreach_copy_([one.g_bar for one in noted], gradients)
 
@@ -118,40 +107,62 @@ class Recorder:
             handle.remove()
         self._handles.clear()
         self._places.clear()
+        self._hooks.clear()
         self.closed = True
 
     @uncompiled
-    def record(self, observer: Observer, view: View, x: torch.Tensor, output: torch.Tensor):
-        """Note one use of a layer; returns what the layer shall return instead, or None."""
+    def record(self, seen: Seen, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
+        """Note one use of the layers that see ``x`` and make ``output`` side by side; returns what
+        takes the output's place, or None."""
         wrapper = DDP._active_ddp_module
         if wrapper is not None and not any(wrapper is known for known in self.process.wrappers):
             self.process.meet(wrapper)
+        observers = [observer for observer, _ in seen]
         if x.numel() == 0:
-            observer.empty = observer.empty or tuple(x.shape)
+            for observer in observers:
+                observer.empty = observer.empty or tuple(x.shape)
             return None
         if self.at is Pass.WARM:
-            if observer.keep_inputs:
-                observer.add(view.inputs(x)).reached = True
+            for observer, view in seen:
+                if observer.keep_inputs:
+                    observer.add(view.see(x, output)).reached = True
             return None
         if not torch.is_grad_enabled():
-            self.in_the_dark = observer.dark = True
-            return None  # a forward on the side, with no part in the loss
-        replaced = observer.with_virtual_bias(output)
+            self.in_the_dark = True  # a forward on the side, with no part in the loss
+            for observer in observers:
+                observer.dark = True
+            return None
+        replaced = with_virtual_bias(seen, output)
         if torch._C._current_graph_task_id() != -1:
-            observer.recomputed = True  # activation checkpointing: the same use again
+            for observer in observers:
+                observer.recomputed = True  # activation checkpointing: the same use again
             return replaced
         inside = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
         if inside:
             with torch.no_grad(), torch._C._DisableFuncTorch():
-                use = observer.add(view.inputs(x))
+                uses = [(observer, observer.add(view.see(x, output))) for observer, view in seen]
         else:
-            use = observer.add(view.inputs(x.detach()))
+            x, out = x.detach(), output.detach()
+            uses = [(observer, observer.add(view.see(x, out))) for observer, view in seen]
         node = _origin(output if replaced is None else replaced)
-        if node is None or inside:
-            use.reached = True  # nothing tells
-        else:
-            node.register_prehook(functools.partial(observer.reach, use))
+        for observer, use in uses:
+            if node is None or inside:
+                use.reached = True  # nothing tells
+            else:
+                node.register_prehook(functools.partial(observer.reach, use))
         return replaced
+
+
+def with_virtual_bias(seen: Seen, output: torch.Tensor) -> torch.Tensor | None:
+    """``output`` plus the virtual biases of the layers; None where their own are trained."""
+    biases = [observer.anchor() for observer, _ in seen]
+    if all(bias is observer.bias for bias, (observer, _) in zip(biases, seen, strict=True)):
+        return None
+    bias = biases[0] if len(biases) == 1 else torch.cat(biases)
+    bias = seen[0][1].spread(bias.to(output.dtype))
+    if output.is_nested and output.layout is torch.strided:  # it takes no sum with a vector
+        return torch.nested.as_nested_tensor([part + bias for part in output.unbind()])
+    return output + bias
 
 
 def _origin(output: torch.Tensor) -> Any:
@@ -162,17 +173,3 @@ def _origin(output: torch.Tensor) -> Any:
     """
     base = output._base
     return output.grad_fn if base is None or base.grad_fn is None else base.grad_fn
-
-
-class GradientHook:
-    """The hook of a bias's gradient, real or virtual."""
-
-    def __init__(self, recorder: Recorder, observer: Observer) -> None:
-        self._recorder, self._observer = weakref.ref(recorder), weakref.ref(observer)
-
-    def __call__(self, bias: torch.Tensor) -> None:
-        recorder, observer = self._recorder(), self._observer()
-        if recorder is None or observer is None or bias is not observer.anchor():
-            return
-        if recorder.at in (Pass.FIRST, Pass.SECOND):
-            recorder.note_gradient(observer)

@@ -25,7 +25,7 @@ class CoverageRow:
     n_g: int = 0
     n_a: int = 0
     factor_bytes: int = 0  # of A, H_a, H_g and the ring of pairs
-    reason: str = ""  # why it is not covered, or what it goes without
+    reason: str = ""  # why it is not covered, or the blocks of its factors
 
 
 class Coverage(list[CoverageRow]):
@@ -72,18 +72,15 @@ def coverage(
     """The report of ``layers``, and of the parameters in ``rest`` with their ``reasons``."""
     report = Coverage()
     for layer in layers:
-        shapes = layer.kept_shapes()
-        sizes = [_bytes(*shapes[name]) for name in FACTORS if name in shapes]
-        left_out = layer.left_out()
         report.append(
             CoverageRow(
                 layer.name,
                 True,
-                sum(p.numel() for p in layer.parameters()),
+                layer.n_g * layer.n_a,
                 layer.n_g,
                 layer.n_a,
-                sum(sizes),
-                f"no factor for {', '.join(left_out)}" if left_out else "",
+                sum(_factor_bytes(layer).values()),
+                _blocks(layer),
             )
         )
     for name, p in rest.items():
@@ -91,34 +88,36 @@ def coverage(
     return report
 
 
-def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
+def _factor_bytes(layer: CoveredLayer) -> dict[str, int]:
+    """Bytes of a layer's factors by their names, of all blocks together."""
+    sizes: dict[str, int] = {}
+    for name, (shape, dtype) in layer.kept_shapes().items():
+        factor = name.partition(".")[0]
+        if factor in FACTORS:
+            sizes[factor] = sizes.get(factor, 0) + math.prod(shape) * dtype.itemsize
+    return sizes
 
 
-def say_what_is_left_out(layers: list[CoveredLayer], largest: int | None) -> None:
-    """Warn of the sides that have no factor: they are larger than ``largest``."""
-    left_out = [(layer.name, layer.left_out()) for layer in layers]
-    said = _few([f"{name}: {', '.join(sides)}" for name, sides in left_out if sides], "; ")
-    if said:
-        _warn(
-            f"max_factor_dim={largest}: these sides are larger and have no"
-            f" factor, which leaves the identity in its place: {said}"
-        )
+def _blocks(layer: CoveredLayer) -> str:
+    """What is in several blocks, for people."""
+    sides = (("n_g", layer.gradients), ("n_a", layer.activations))
+    several = [f"{n} in {len(blocks)} blocks" for n, blocks in sides if len(blocks) > 1]
+    return ", ".join(several)
 
 
 def say_what_is_large(layers: list[CoveredLayer], model: nn.Module) -> None:
     """Warn of the factors that take more memory than the model."""
     least = max(LARGE, sum(p.numel() * p.element_size() for p in model.parameters()))
     large = [
-        f"{layer.name}: {name} {_bytes(*shape) / 2**20:.0f} MiB"
+        f"{layer.name}: {name} {size / 2**20:.0f} MiB"
         for layer in layers
-        for name, shape in layer.kept_shapes().items()
-        if name in FACTORS and _bytes(*shape) > least
+        for name, size in _factor_bytes(layer).items()
+        if size > least
     ]
     if large:
         _warn(
-            "these factors take more memory than the model, each of them (max_factor_dim= leaves"
-            f" out larger ones): {_few(large)}"
+            "these factors take more memory than the model, each of them (a smaller block_size="
+            f" makes them smaller, exclude= leaves a layer out): {_few(large)}"
         )
 
 

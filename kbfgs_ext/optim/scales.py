@@ -1,9 +1,9 @@
-"""The scales that relative dampings are in: a layer's own, measured on the device.
+"""The scales that relative dampings are in: a block's own, measured on the device.
 
-    lam_a <- damping_a * v      v follows the mean square of the layer's inputs, tr(A)/d_in
+    lam_a <- damping_a * v      v follows the mean square of the block's inputs, tr(A)/d_in
     y     <- sqrt(ss/yy) * y    ss, yy follow |h_bar+ - h_bar|^2 and |g_bar+ - g_bar|^2
 
-With y in units of s, lam_g = damping_g is a share of the layer's curvature. Both make a setting
+With y in units of s, lam_g = damping_g is a share of the block's curvature. Both make a setting
 independent of the scale of inputs and loss.
 """
 
@@ -29,8 +29,8 @@ def measure_inputs(part: Part, norms_of: NormsOf, ok: torch.Tensor) -> None:
         return
     norms, elements = norms_of(part)
     ops.measure_inputs_(
-        v=part["v"],
-        lam_a=part["lam_a"],
+        v=part.a["v"],
+        lam_a=part.a["lam_a"],
         norms=norms,
         elements=elements,
         damping=[part.scalars.lam_a] * len(norms),
@@ -42,14 +42,14 @@ def measure_inputs(part: Part, norms_of: NormsOf, ok: torch.Tensor) -> None:
 
 def measure_pairs(part: Part, ok: torch.Tensor) -> None:
     """Let ss and yy follow the pair of this step, and put its gradients in units of s."""
-    if not part.settings.relative_damping or not part.gradient.live:
+    if not part.settings.relative_damping:
         return
     ops.measure_pair_(
-        ss=part["ss"],
-        yy=part["yy"],
-        g_bar=part["g_bar"],
-        g_bar_next=part["g_bar_next"],
-        h_change=part["h_change"],
+        ss=part.g["ss"],
+        yy=part.g["yy"],
+        g_bar=part.g["g_bar"],
+        g_bar_next=part.g["g_bar_next"],
+        h_change=part.g["h_change"],
         share=FOLLOW_PAIRS,
         ok=ok,
         backend=part.backend,

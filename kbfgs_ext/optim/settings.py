@@ -14,7 +14,7 @@ HESSIAN_ACTIONS = ("ema", "minibatch")
 STEP_LENGTHS = ("direction", "balanced", "layer")
 DIRECTIONS = ("newton", "spectral")
 PRECISIONS = ("highest", "high", "medium")
-MAX_FACTOR_DIM = 8192  # 256 MiB of float32
+BLOCK_SIZE = 2048  # a block is 16 MiB of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Settings:
     matmul_precision: str | None = None
     pair_every: int = 10
     factor_every: int = 1
-    max_factor_dim: int | None = MAX_FACTOR_DIM
+    block_size: int | None = BLOCK_SIZE
     restart_after: int | None = 10
     initial_scale: float | str = 1.0
     step_length: str = "layer"
@@ -60,7 +60,7 @@ class Settings:
             )
         check_count("pair_every", self.pair_every)
         check_count("factor_every", self.factor_every)
-        for name in ("max_factor_dim", "restart_after"):
+        for name in ("block_size", "restart_after"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         if self.step_length not in STEP_LENGTHS:
@@ -91,9 +91,11 @@ class Settings:
             return None
         return FINITE if self.direction == "spectral" else SafeguardRule()
 
-    def fits(self, n: int) -> bool:
-        """Whether a side of ``n`` may have a matrix factor."""
-        return self.max_factor_dim is None or n <= self.max_factor_dim
+    @property
+    def fused(self) -> bool:
+        """Whether one op takes a step from the gradient to the weights."""
+        plain = self.direction == "newton" and self.step_length == "direction"
+        return plain and not self.nesterov
 
     def about(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the optimizer that loads it."""
@@ -101,7 +103,6 @@ class Settings:
             "method": "K-BFGS" if self.memory is None else "K-BFGS(L)",
             "hessian_action": self.hessian_action,
             "memory": self.memory,
-            "max_factor_dim": self.max_factor_dim,
             "restart_after": self.restart_after,
             "initial_scale": self.initial_scale,
             "relative_damping": self.relative_damping,

@@ -29,6 +29,7 @@ from kbfgs_ext.optim.passes import (
     Buffers,
     RandomState,
     SecondPass,
+    once,
     own_work,
     parameters_of,
     profiled,
@@ -237,8 +238,8 @@ class Step:
                 scalars.refresh(part.group)
             scalars.set_step_size(self.guard.scale)
             for layer in layers:
-                if not layer.started and not layer.bare:
-                    layer.gradient.start(scalars.lam_g)
+                for factor in () if layer.started or layer.bare else layer.gradients:
+                    factor.start(scalars.lam_g)
             seen = [layer for layer in layers if layer.observer.has_inputs()]
             parts = self.parts.of(seen, by_inputs=True)
             for one in parts:
@@ -321,8 +322,7 @@ class Step:
         paired, fresh = self.kind
         paired = paired or which is Pass.SECOND
         for layer in self.layers:
-            wanted = layer.activation.live and (fresh or not layer.started)
-            keep_inputs = which is not Pass.SECOND and wanted
+            keep_inputs = which is not Pass.SECOND and (fresh or not layer.started)
             a_bar = layer["a_bar" + suffix] if paired else None
             layer.observer.begin(a_bar, layer["g_bar" + suffix], keep_inputs)
             if which is Pass.FIRST:
@@ -378,10 +378,10 @@ class Step:
         return self.parts.layers
 
     def parameters(self, covered: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """All that a step may move; or of the layers those that are given."""
+        """All that a step may move; or of the layers those that are given. Each of them once."""
         if covered is None:
             covered = [p for layer in self.layers for p in layer.parameters()]
-        return covered + (self.fallback.parameters() if self.fallback is not None else [])
+        return once(covered) + (self.fallback.parameters() if self.fallback is not None else [])
 
     def copies(self) -> list[torch.Tensor]:
         """What a step keeps to put buffers and the fallback's parameters back."""

@@ -26,40 +26,57 @@ class Verdict:
     order_g: torch.Tensor | None = None  # all gradient sides do
 
 
-def update_matrices(
+def update_activations(part: Part, X: Tensors, verdict: Verdict) -> None:
+    """Step 9, with A's action from ``X``, or from A where that is empty."""
+    curvature_update(part, True, False, X, verdict)
+    restart(part, {"a": verdict.order_a}, X)
+
+
+def update_matrices(part: Part, verdict: Verdict, with_activations: bool) -> None:
+    """Steps 6 to 8, and step 9 by A in the same call if ``with_activations``.
+
+    The op takes one block of either side at a time: where a layer has several, it goes twice.
+    """
+    if with_activations and not part.whole:
+        curvature_update(part, True, False, [], verdict)
+    curvature_update(part, with_activations and part.whole, True, [], verdict)
+    orders = {"a": verdict.order_a} if with_activations else {}
+    restart(part, orders | {"g": verdict.order_g})
+
+
+def curvature_update(
     part: Part, activations: bool, gradients: bool, X: Tensors, verdict: Verdict
 ) -> None:
-    """Steps 6 to 9 on the matrix factors of both sides, or of one."""
+    """`ops.curvature_update_` on the blocks of both sides, or of one."""
 
-    def of(side: bool, name: str) -> Tensors:
-        return part[name] if side else []
+    def a(name: str) -> Tensors:
+        return part.a[name] if activations else []
 
-    n = len(part.layers)
-    if activations or gradients:
-        ops.curvature_update_(
-            H_a=of(activations, "H_a"),
-            H_g=of(gradients, "H_g"),
-            s=of(gradients, "s"),
-            y=of(gradients, "y"),
-            counts_a=of(activations, "counts_a"),
-            counts_g=of(gradients, "counts_g"),
-            work=part["work"],
-            A=of(activations and not X, "A"),
-            X=X,
-            a_bar=of(activations, "a_bar"),
-            h_change=of(gradients, "h_change"),
-            g_bar=of(gradients, "g_bar"),
-            g_bar_next=of(gradients, "g_bar_next"),
-            lam_a=part.lam_a() if activations else [],
-            lam_g=[part.scalars.lam_g] * n if gradients else [],
-            pair_decay=part.group["pair_decay"],
-            mu1=part.group["powell"],
-            ok=verdict.ok,
-            ok_pair=verdict.ok_pair,
-            backend=part.backend,
-        )
-    orders = {"a": verdict.order_a} if activations else {}
-    restart(part, orders | ({"g": verdict.order_g} if gradients else {}), X)
+    def g(name: str) -> Tensors:
+        return part.g[name] if gradients else []
+
+    ops.curvature_update_(
+        H_a=a("H_a"),
+        H_g=g("H_g"),
+        s=g("s"),
+        y=g("y"),
+        counts_a=a("counts_a"),
+        counts_g=g("counts_g"),
+        work=(part.g if gradients else part.a)["work"],
+        A=[] if X else a("A"),
+        X=X,
+        a_bar=a("a_bar"),
+        h_change=g("h_change"),
+        g_bar=g("g_bar"),
+        g_bar_next=g("g_bar_next"),
+        lam_a=part.lam_a() if activations else [],
+        lam_g=part.lam_g() if gradients else [],
+        pair_decay=part.group["pair_decay"],
+        mu1=part.group["powell"],
+        ok=verdict.ok,
+        ok_pair=verdict.ok_pair,
+        backend=part.backend,
+    )
 
 
 def restart(
@@ -76,23 +93,24 @@ def restart(
     after = part.settings.restart_after
     if after is None or not orders:
         return
-    n, of_a = len(part.layers), "a" in orders
-    matrices = of_a or part.has("H_g")
+    sides = {"a": part.a, "g": part.g}
+    matrices = "a" in orders or part.g.has("H_g")
 
     def both(name: str) -> Tensors:
-        return [t for side in orders for t in part[name + side]]
+        return [t for side in orders for t in sides[side][name + side]]
 
-    known = [order for order in orders.values() if order is not None]
+    known = [(side, order) for side, order in orders.items() if order is not None]
     assert len(known) in (0, len(orders))
+    of_a = "a" in orders
     ops.restart_(
         H=both("H_") if matrices else [],
-        pushed=[] if matrices else part["pushed"],
+        pushed=[] if matrices else part.g["pushed"],
         marks=both("marks_"),
         counts=both("counts_"),
         lam=part.lam_a() if of_a else [],
-        A=part["A"] if of_a and not X else [],
+        A=part.a["A"] if of_a and not X else [],
         X=list(X) if of_a else [],
-        force=[order for order in known for _ in range(n)],
+        force=[order for side, order in known for _ in range(len(sides[side]))],
         after=after,
         backend=part.backend,
     )

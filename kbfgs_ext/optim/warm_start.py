@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from kbfgs_ext.optim.capture import Pass
-from kbfgs_ext.optim.factors import ActivationMatrix
 from kbfgs_ext.optim.passes import RandomState
 from kbfgs_ext.optim.step import Step
 
@@ -38,8 +37,8 @@ def warm_start(model: nn.Module, steps: Step, batches: Iterable[Any]) -> None:
         elsewhere, number = steps.process.warm(steps.layers, bool(bad), len(finite))
     if elsewhere or not number:
         for layer in steps.layers:
-            if isinstance(layer.activation, ActivationMatrix):
-                layer.activation.average.zero_()
+            for factor in layer.activations:
+                factor.average.zero_()
             layer.warm_batches = 0
         raise ValueError(
             f"batches: batch {bad[0] if bad else 'of another rank'} gives non-finite activations"
@@ -51,7 +50,7 @@ def warm_start(model: nn.Module, steps: Step, batches: Iterable[Any]) -> None:
 def _average(model: nn.Module, steps: Step, batch: Any) -> torch.Tensor:
     """Average one batch into the factors; whether its activations are finite."""
     for layer in steps.layers:
-        layer.observer.begin(None, layer["g_bar"], keep_inputs=layer.activation.live)
+        layer.observer.begin(None, layer["g_bar"], keep_inputs=True)
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, (tuple, list)):
@@ -60,12 +59,12 @@ def _average(model: nn.Module, steps: Step, batch: Any) -> torch.Tensor:
         model(batch)
     fine = torch.ones((), dtype=torch.bool, device=steps.device)
     for layer in steps.layers:
-        if layer.observer.has_inputs() and isinstance(layer.activation, ActivationMatrix):
-            k, a_bar = layer.warm_batches, layer["a_bar"]
+        if layer.observer.has_inputs():
+            k = layer.warm_batches
             with steps.own_work():
-                inputs = layer.observer.inputs()
-                layer.activation.average_one(a_bar, inputs, k / (k + 1), None)
+                for factor, inputs in zip(layer.activations, layer.inputs(), strict=True):
+                    factor.average_one(factor["a_bar"], inputs, k / (k + 1), None)
             layer.warm_batches = k + 1
             layer.observer.forget_inputs()
-            fine &= torch.isfinite(a_bar).all()
+            fine &= torch.isfinite(layer["a_bar"]).all()
     return fine

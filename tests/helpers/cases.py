@@ -327,6 +327,12 @@ ALL = [
     Case("kron_precondition_", ":layers", kron_precondition(LAYERS)),
     Case("kron_precondition_", ":wide-no-bias", kron_precondition(WIDE, bias=False)),
     Case("kron_precondition_", ":identity", kron_precondition(LAYERS, identity=True)),
+    Case("kron_precondition_", ":tiles", kron_precondition(LAYERS, layout=row_strided)),
+    Case(
+        "kron_precondition_",
+        ":tiles-identity",
+        kron_precondition(LAYERS, identity=True, layout=row_strided),
+    ),
     Case("kron_precondition_", ":condition-1e6", kron_precondition([(63, 32)], condition=1e6)),
     Case("momentum_", ":layers", momentum(LAYERS)),
     Case("momentum_", ":wide-no-bias", momentum(WIDE, bias=False)),

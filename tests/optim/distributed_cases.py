@@ -88,26 +88,6 @@ def without_bias(world: World) -> None:
     compare(world, net(bias=False), ema, plain=True, but=(" A",), number=15)
 
 
-class Images(nn.Sequential):
-    """A small network of convolutions on rows of 5, as images of 1 x 5."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3, padding=1), nn.Tanh(),
-            nn.Conv1d(4, 3, 2, stride=2, bias=False), nn.Flatten(), nn.Linear(6, 3),
-        )  # fmt: skip
-        self.double()
-
-
-def convolutions(world: World) -> None:
-    for make in (of(), of(KBFGS), of(newton_l, memory=4)):
-        compare(world, Images(), make, number=20, loss_of=huber)
-    ema = of(KBFGS, hessian_action="ema", pair_every=3)
-    compare(world, Images(), ema, plain=True, but=(" A",), number=15, loss_of=huber)
-    rows = {"unequal": True, "plain": True, "mean_over": "rows"}
-    compare(world, Images(), of(), **rows, number=15, loss_of=huber)
-
-
 def norms_in_the_fallback(world: World) -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)).double()
     fallback = {"fallback": lambda p: torch.optim.AdamW(p, lr=0.02)}
@@ -167,7 +147,7 @@ def fewer_passes(world: World) -> None:
 
 
 def other_factors(world: World) -> None:
-    compare(world, net(), of(max_factor_dim=6, step_length="layer", lr=0.05))
+    compare(world, net(), of(block_size=6, step_length="layer", lr=0.05))
     groups = lambda model: [{"params": list(model.modules())[1], "lr": 0.1}]  # noqa: E731
     inside = lambda model: model.module if isinstance(model, DDP) else model  # noqa: E731
     compare(world, net(), lambda model, **o: newton(model, groups=groups(inside(model)), **o))

@@ -145,9 +145,11 @@ def main(rank: int, directory: Path, plan: list[tuple[int, list[str]]]) -> None:
 
     What each rank has to say of each case is "" or a traceback.
     """
-    from tests.optim import distributed_cases, distributed_states
+    from tests.optim import distributed_cases, distributed_kinds, distributed_states
 
-    cases = {**vars(distributed_cases), **vars(distributed_states)}
+    cases = {}
+    for module in (distributed_cases, distributed_kinds, distributed_states):
+        cases |= vars(module)
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -75,6 +75,33 @@ def test_compiled_model_takes_the_eager_steps(method, order, counter):
     assert counter.frame_count == frames
 
 
+@METHODS
+def test_compiled_attention(method, counter):
+    """Its calls of F.linear are seen inside a compiled model too."""
+    x, target = rows(12, 8, torch.float32).view(3, 4, 8), rows(12, 8, torch.float32, seed=1)
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.MultiheadAttention(8, 2, batch_first=True, bias=False)
+        opt = method(model, lr=0.1, direction="newton", step_length="direction")
+        called = torch.compile(model, backend=counter) if compiled else model
+
+        def closure(opt=opt, called=called):
+            opt.zero_grad()
+            loss = F.mse_loss(called(x, x, x)[0].flatten(0, 1), target)
+            loss.backward()
+            return loss
+
+        losses = [opt.step(closure).item() for _ in range(STEPS)]
+        assert all(int(counts["accepted_a"]) for counts in opt.diagnostics().values())
+        runs.append((losses, snapshot(model, opt)))
+        frames = counter.frame_count
+    for _ in range(2):
+        opt.step(closure)
+    assert counter.frame_count == frames > 0
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5)
+
+
 def test_compiled_loss(counter):
     losses, _, _ = eager(KBFGS)
     model = small()

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 OF_TWO = (
-    "defaults", "paper", "convolutions", "ema", "published", "tuned", "ring_of_pairs",
-    "steps_undone", "restarts", "without_bias", "norms_in_the_fallback",
+    "defaults", "paper", "convolutions", "parts_of_a_weight", "blocks", "ema", "published", "tuned",
+    "ring_of_pairs", "steps_undone", "restarts", "without_bias", "norms_in_the_fallback",
     "accumulation", "clipping", "fewer_passes",
     "other_factors", "full_second_pass", "kinds_of_ddp", "other_loops", "narrow_dtypes",
     "weights_used_by_hand", "plain_model", "unequal_batches", "empty_batch",

@@ -74,7 +74,7 @@ OPTIONS = st.fixed_dictionaries(
         "pair_every": st.integers(1, 2),
         "factor_every": st.integers(1, 2),
         "max_grad_norm": st.sampled_from([None, 1.0]),
-        "max_factor_dim": st.sampled_from([None, None, 1, 20]),
+        "block_size": st.sampled_from([None, None, 1, 20]),
         "restart_after": st.sampled_from([None, 1]),
         "initial_scale": st.sampled_from([1.0, 1.0, "damping", 30.0]),
         "step_length": st.sampled_from(["direction", "balanced", "layer"]),

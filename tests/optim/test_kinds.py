@@ -132,16 +132,17 @@ class Own(nn.Conv2d):
 
 def test_what_is_not_covered_and_why():
     model = nn.Sequential(
-        nn.Conv2d(4, 4, 3, groups=2), Own(4, 4, 1), nn.ConvTranspose2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        nn.Conv2d(40, 40, 3, groups=40), Own(4, 4, 1), nn.Bilinear(4, 4, 1), nn.Conv2d(4, 4, 1)
     )
     with pytest.warns(UserWarning, match="KBFGS covers 1 layer") as said:
         opt = KBFGS(model)
     assert len(said) == 1
     reasons = {row.name: row.reason for row in opt.coverage() if not row.covered}
     for at, reason in enumerate((
-        "a convolution in several groups",
+        "a convolution in 40 groups: each is a layer of its own, and of more than 32 the step takes"
+        " longer than they are worth",
         "Own is a subclass of Conv2d: register_kind covers it",
-        "ConvTranspose2d is no kind of layer that is covered",
+        "Bilinear is no kind of layer that is covered",
     )):  # fmt: skip
         assert reasons[f"{at}.weight"] == reasons[f"{at}.bias"] == reason
     assert [layer.name for layer in opt.layers] == ["3"]
@@ -187,7 +188,7 @@ def test_no_step_forms_the_patches(method, action, monkeypatch):
     conv = nn.Conv2d(8, 4, 5, padding=2, stride=2)
     model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 3))
     x, target = torch.randn(32, 8, 12, 12), torch.randn(32, 3)
-    opt = method(model, hessian_action=action, max_factor_dim=1000)
+    opt = method(model, hessian_action=action, block_size=1000)
     closure = closure_of(model, opt, x, target)
     padded = 4 * 32 * 8 * 16 * 16
     assert padded < 4 * (32 * 36) * (8 * 25) / 3  # the patches

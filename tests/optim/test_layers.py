@@ -151,14 +151,18 @@ class Everything(nn.Module):
         return self.out(h)
 
 
+ONES = ["reused", "unused", "out"]
+
+
 @METHODS
 @ACTIONS
 def test_everything_at_once(method, action):
     torch.manual_seed(0)
     model = Everything()
-    with pytest.warns(UserWarning, match="go to torch.optim.AdamW.*attention.in_proj_weight"):
+    with pytest.warns(UserWarning, match="go to torch.optim.AdamW.*norm.weight"):
         opt = method(model, lr=0.1, hessian_action=action)
-    assert [layer.name for layer in opt.layers] == ["reused", "unused", "out"]
+    names = [layer.name for layer in opt.layers]
+    assert names == [*(f"attention.{x}" for x in ("q", "k", "v", "out_proj")), *ONES]
     tokens = torch.randint(0, 13, (6, 10))
     before = copy.deepcopy(model.state_dict())
 

@@ -248,8 +248,8 @@ def test_a_streak_outlives_a_checkpoint(method):
 def test_a_checkpoint_of_another_format_is_refused():
     _, opt, _ = problem()
     saved = opt.state_dict()
-    saved["param_groups"][0]["kbfgs"]["format"] = FORMAT - 1
-    wrong = f"has format = {FORMAT - 1}, this optimizer has format = {FORMAT}"
+    saved["param_groups"][0]["kbfgs"]["format"] = FORMAT + 1
+    wrong = f"has format = {FORMAT + 1}, this optimizer has format = {FORMAT}"
     with pytest.raises(ValueError, match=wrong):
         opt.load_state_dict(saved)
 

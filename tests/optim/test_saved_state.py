@@ -144,7 +144,7 @@ def test_a_checkpoint_of_the_old_format_is_refused_by_name():
     _, opt = build(KBFGS)
     old = {"kbfgs": {"about": {"format": 4}}, "state": {}, "param_groups": []}
     with pytest.raises(
-        ValueError, match=r"format 4, of an older version of kbfgs_ext; this one reads format 5"
+        ValueError, match=r"format 4, of an older version of kbfgs_ext; this one reads format 6"
     ):
         opt.load_state_dict(old)
     with pytest.raises(ValueError, match="was not made by KBFGS or KBFGSL"):

@@ -34,7 +34,7 @@ def changes(method, steps=1, **options):
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"initial_scale": 7.0}, {"max_factor_dim": 1}, {"max_factor_dim": 6}, {"momentum": 0.0}],
+    [{}, {"initial_scale": 7.0}, {"block_size": 1}, {"block_size": 4}, {"momentum": 0.0}],
     ids=str,
 )
 def test_a_layer_moves_by_lr_along_its_direction(method, backend, options):
@@ -50,7 +50,7 @@ def test_a_layer_moves_by_lr_along_its_direction(method, backend, options):
 
 @METHODS
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("options", [{}, {"initial_scale": 7.0}, {"max_factor_dim": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"initial_scale": 7.0}, {"block_size": 4}], ids=str)
 def test_balanced_layers_share_the_whole_length(method, backend, options):
     options = {**options, "backend": backend}
     moved = changes(method, 1, step_length="balanced", **options)

@@ -57,13 +57,14 @@ def test_the_one_look_is_at_the_start(method, monkeypatch):
 
 @METHODS
 @ACTIONS
-def test_memory_is_what_was_predicted(method, action):
+@pytest.mark.parametrize("block_size", [None, 64])
+def test_memory_is_what_was_predicted(method, action, block_size):
     """Live bytes that the optimizer adds, and its peak in a step, within 5% of memory_usage()."""
     model = mlp(150, 200, 120, dtype=torch.float32)
     x, target = rows(2, 150, torch.float32), rows(2, 120, torch.float32)
     options = {"memory": 20} if method is newton_l else {}
     with StorageMeter() as meter:
-        opt = method(model, hessian_action=action, **options)
+        opt = method(model, hessian_action=action, block_size=block_size, **options)
         predicted = opt.memory_usage()
         closure = closure_of(model, opt, x, target)
         for _ in range(2):

@@ -21,7 +21,8 @@ def kron_precondition_(
     (3)  P = H_g M H_a,  that is (H_a x H_g) vec(M)
 
     Args:
-        P: (n_g, n_a) each, written.
+        P: (n_g, n_a) each, written. P, M and work may be tiles of larger matrices, one for
+            every block of a block-diagonal H_g and of an H_a.
         H_g: (n_g, n_g) each, symmetric; an empty list is the identity: P = M H_a.
         M: (n_g, n_a) each.
         H_a: (n_a, n_a) each, symmetric.

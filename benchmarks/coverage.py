@@ -1,0 +1,227 @@
+"""What is covered of networks that people train: ``python -m benchmarks.coverage``.
+
+Networks of torchvision, timm and transformers, built without weights, with a batch of 16 random
+images of 32 x 32, or of 16 random sequences of 32 tokens. A row per network: the share of trained
+parameters in covered layers, the bytes of the factors, and seconds of a step of fused AdamW, of
+K-BFGS's first step, which starts the factors, and of a later one. A network whose package is not
+installed is left out with its name. ``pip install ".[networks]"`` has them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.environment import environment
+from benchmarks.micro.measure import load, store
+from kbfgs_ext import KBFGS
+
+OUT = Path(__file__).resolve().parent / "results" / "coverage.jsonl"
+BATCH, IMAGE, TOKENS, CLASSES = 16, 32, 32, 10
+Batch = tuple[Tensor, Tensor]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a package.
+
+    ``build`` takes the package; ``vocabulary`` is that of a language model, None of one for images.
+    """
+
+    name: str
+    package: str
+    build: Callable[[Any], nn.Module]
+    vocabulary: int | None = None
+
+    def batch(self) -> Batch:
+        """Random inputs and targets."""
+        if self.vocabulary is not None:
+            tokens = torch.randint(self.vocabulary, (BATCH, TOKENS))
+            return tokens, tokens
+        return torch.randn(BATCH, 3, IMAGE, IMAGE), torch.randint(CLASSES, (BATCH,))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy."""
+        x, target = batch
+        if self.vocabulary is not None:
+            return model(input_ids=x, labels=target).loss
+        return nn.functional.cross_entropy(model(x), target)
+
+
+def _gpt2(transformers: Any) -> nn.Module:
+    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _llama(transformers: Any) -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=32_000, hidden_size=64, intermediate_size=172, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def _bert(transformers: Any) -> nn.Module:
+    config = transformers.BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+def _torchvision(name: str) -> Callable[[Any], nn.Module]:
+    return lambda torchvision: getattr(torchvision.models, name)(num_classes=CLASSES)
+
+
+def _timm(name: str, **options: Any) -> Callable[[Any], nn.Module]:
+    return lambda timm: timm.create_model(name, num_classes=CLASSES, **options)
+
+
+NETWORKS = [
+    Network("resnet18", "torchvision", _torchvision("resnet18")),
+    Network("resnet50", "torchvision", _torchvision("resnet50")),
+    Network("convnext_tiny", "torchvision", _torchvision("convnext_tiny")),
+    Network("vit_tiny", "timm", _timm("vit_tiny_patch16_224", img_size=IMAGE, patch_size=4)),
+    Network("mixer_s16", "timm", _timm("mixer_s16_224", img_size=IMAGE)),
+    Network("GPT-2, 2 layers of 64", "transformers", _gpt2, 50_257),
+    Network("Llama, 2 layers of 64", "transformers", _llama, 32_000),
+    Network("BERT, 2 layers of 64", "transformers", _bert, 30_522),
+]
+
+
+def measure(network: Network, package: Any, steps: int) -> Row:
+    """The row of a network; AdamW takes ``steps`` steps, and K-BFGS as many after its first."""
+    torch.manual_seed(0)
+    batch = network.batch()
+    model = network.build(package).train()
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    plain = _seconds(network, model, adamw, batch, 1 + steps)
+    del adamw
+    torch.manual_seed(0)
+    model = network.build(package).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what it leaves to the fallback
+        opt = KBFGS(model)
+    report = opt.coverage()
+    row: Row = {
+        "network": network.name,
+        "package": f"{network.package} {importlib.metadata.version(network.package)}",
+        "batch": list(batch[0].shape),
+        "setting": "defaults",
+        "parameters": sum(row.parameters for row in report),
+        "layers": sum(row.covered for row in report),
+        "share": report.share,
+        "factor_bytes": report.factor_bytes,
+        "not_covered": _by_reason(report),
+        "bytes": opt.memory_usage()["total"],
+    }
+    seconds = _seconds(network, model, opt, batch, 1 + steps)
+    return row | {
+        "adamw_seconds": statistics.median(plain[1:]),
+        "first_seconds": seconds[0],
+        "later_seconds": statistics.fmean(seconds[1:]),
+        "steps": steps,
+        "load": os.getloadavg()[0],
+    }
+
+
+def _by_reason(report: Any) -> dict[str, float]:
+    """Shares of the parameters that are not covered, the largest first."""
+    total = sum(row.parameters for row in report)
+    shares: dict[str, float] = {}
+    for row in report:
+        if not row.covered:
+            shares[row.reason] = shares.get(row.reason, 0.0) + row.parameters / total
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _seconds(
+    network: Network, model: nn.Module, opt: torch.optim.Optimizer, batch: Batch, steps: int
+) -> list[float]:
+    """Of each step on one batch."""
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = network.loss(model, batch)
+        loss.backward()
+        return loss
+
+    taken = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        opt.step(closure)
+        taken.append(time.perf_counter() - begin)
+    return taken
+
+
+def table() -> str:
+    """The rows as Markdown."""
+    rows = load(OUT)
+    heads = ["network", "parameters", "layers", "covered", "factors, MiB", "AdamW, s", "first, s"]
+    lines = [[*heads, "later, s", "most of the rest"], ["---", *["---:"] * 7, "---"]]
+    for row in rows:
+        rest = next(iter(row["not_covered"].items()), None)
+        lines.append(
+            [
+                row["network"],
+                f"{row['parameters'] / 1e6:.1f} M",
+                str(row["layers"]),
+                f"{row['share']:.1%}",
+                f"{row['factor_bytes'] / 2**20:.0f}",
+                *(f"{row[name + '_seconds']:.2f}" for name in ("adamw", "first", "later")),
+                "–" if rest is None else f"{rest[1]:.1%}: {rest[0]}",
+            ]
+        )
+    text = "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+    places: dict[str, list[Row]] = {}
+    for row in rows:
+        where = f"{row['cpu']}, {row['threads']} threads, torch {row['torch']}"
+        places.setdefault(where, []).append(row)
+    for where, same in places.items():
+        packages = ", ".join(dict.fromkeys(row["package"] for row in same))
+        shared = any(row["shared_machine"] for row in same)
+        said = ". Timed on a machine with other work on it: rough numbers" if shared else ""
+        text += f"\n{where}; {packages}{said}.\n"
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
+    parser.add_argument("--networks", nargs="*", help="words in the names of those to measure")
+    parser.add_argument("--steps", type=int, default=10, help="later steps that are timed")
+    parser.add_argument("--shared", action="store_true", help="the machine has other work to do")
+    parser.add_argument("--json", type=Path, default=OUT, help="where the rows go")
+    args = parser.parse_args(arguments)
+    for network in NETWORKS:
+        if args.networks and not any(word in network.name for word in args.networks):
+            continue
+        try:
+            package = importlib.import_module(network.package)
+        except ImportError:
+            print(f"{network.name}: left out, {network.package} is not installed")
+            continue
+        row = measure(network, package, args.steps)
+        store(args.json, [row | {"shared_machine": args.shared} | environment()], ("network",))
+        print(
+            f"{network.name}: {row['share']:.1%} of {row['parameters'] / 1e6:.1f} M covered,"
+            f" {row['factor_bytes'] / 2**20:.0f} MiB of factors; a step of AdamW"
+            f" {row['adamw_seconds']:.2f} s, the first {row['first_seconds']:.2f}, later ones"
+            f" {row['later_seconds']:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

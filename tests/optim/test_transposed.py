@@ -1,0 +1,142 @@
+"""A transposed convolution is Linear on the patches of an image with zeros between its pixels."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kbfgs_ext import KBFGS, presets
+from tests.optim.loops import TIGHT
+from tests.optim.models import DEFAULTS, assert_same, closure_of, snapshot
+from tests.optim.test_convolutions import images
+
+ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
+TYPES = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+STEPS = 12
+
+
+class OnPatches(nn.Module):
+    """What a transposed convolution computes, by a Linear: place after place of the output, the
+    inputs that reach it, in the order of the kernel."""
+
+    def __init__(self, conv) -> None:
+        super().__init__()
+        self.conv = [conv]
+        W = conv.weight.detach().transpose(0, 1).flatten(1)
+        self.linear = nn.Linear(W.shape[1], W.shape[0], conv.bias is not None, dtype=W.dtype)
+        self.linear.weight.data.copy_(W)
+        if conv.bias is not None:
+            self.linear.bias.data.copy_(conv.bias.detach())
+
+    def forward(self, x, size):
+        (conv,) = self.conv
+        sizes = conv.kernel_size, conv.stride, conv.dilation, conv.padding
+        geometry = list(zip(*sizes, strict=True))
+        rows = []
+        for place in itertools.product(*map(range, size)):
+            taken = []
+            for taps in itertools.product(*(range(k) for k, *_ in geometry)):
+                # out[i*stride + tap*dilation - padding] += x[i] * W[tap]
+                at = [
+                    divmod(o + p - t * d, s)
+                    for o, t, (_, s, d, p) in zip(place, taps, geometry, strict=True)
+                ]
+                inside = all(
+                    rest == 0 and 0 <= i < n for (i, rest), n in zip(at, x.shape[2:], strict=True)
+                )
+                index = (slice(None), slice(None), *(i for i, _ in at))
+                taken.append(x[index] if inside else x.new_zeros(x.shape[:2]))
+            rows.append(torch.stack(taken, -1).flatten(1))
+        return self.linear(torch.stack(rows, 1)).mT.unflatten(-1, list(size))
+
+
+class Net(nn.Module):
+    """A transposed convolution, asked for a size or not, and a Linear."""
+
+    def __init__(self, conv, x, size) -> None:
+        super().__init__()
+        self.conv, self.size = conv, size
+        self.shape = conv(x, size).shape[2:]
+        self.last = nn.Linear(conv(x, size).flatten(1).shape[1], 3, dtype=torch.float64)
+
+    def forward(self, x):
+        given = (self.shape,) if isinstance(self.conv, OnPatches) else (self.size,)
+        return self.last(torch.tanh(self.conv(x, *given)).flatten(1))
+
+
+GEOMETRIES = {
+    "plain": (2, (3, 2, 3, 4), dict(kernel_size=3), None),
+    "strided": (2, (3, 2, 3, 2), dict(kernel_size=(3, 2), stride=2, padding=1), None),
+    "output padding": (2, (2, 3, 2, 3), dict(kernel_size=3, stride=3, output_padding=(2, 1)), None),
+    "asked for a size": (2, (3, 2, 3, 2), dict(kernel_size=3, stride=2, padding=1), (6, 4)),
+    "dilated": (2, (2, 2, 3, 3), dict(kernel_size=2, dilation=(2, 1), stride=(1, 2)), None),
+    "cropped": (2, (2, 2, 4, 4), dict(kernel_size=2, padding=(2, 1), stride=2), None),
+    "no bias": (2, (3, 2, 3, 3), dict(kernel_size=2, stride=2, bias=False), None),
+    "1d": (1, (3, 2, 5), dict(kernel_size=4, stride=2, padding=1), None),
+    "3d": (3, (2, 2, 2, 2, 2), dict(kernel_size=2, stride=2, padding=(1, 0, 0)), None),
+}  # fmt: skip
+
+
+def build(case):
+    torch.manual_seed(0)
+    n, shape, options, size = GEOMETRIES[case]
+    x = images(*shape)
+    return Net(TYPES[n](shape[1], 4, dtype=torch.float64, **options), x, size), x
+
+
+@DEFAULTS
+@ACTIONS
+@pytest.mark.parametrize("case", GEOMETRIES)
+def test_it_is_linear_on_patches(method, action, case):
+    model, x = build(case)
+    twin = copy.deepcopy(model)
+    twin.conv = OnPatches(model.conv)
+    options = {**presets.PUBLISHED, "lr": 0.1, "hessian_action": action}
+    opt, other = method(model, **options), method(twin, **options)
+    assert opt.coverage().share == 1.0
+    target = images(len(x), 3, seed=1)
+    closure, again = closure_of(model, opt, x, target), closure_of(twin, other, x, target)
+    losses = []
+    for _ in range(STEPS):
+        losses.append(opt.step(closure).item())
+        assert losses[-1] == pytest.approx(other.step(again).item(), rel=1e-10)
+    assert losses[-1] < losses[0]
+    for one, two in zip(opt.layers, other.layers, strict=True):
+        torch.testing.assert_close(one.W(), two.W(), **TIGHT)
+        for name, tensor in one.kept.items():
+            torch.testing.assert_close(tensor, two.kept[name], **TIGHT)
+
+
+@DEFAULTS
+@ACTIONS
+def test_checkpoints_blocks_and_restarts(method, action):
+    def made():
+        model, x = build("strided")
+        opt = method(
+            model, lr=0.1, hessian_action=action, block_size=7, restart_after=1,
+            relative_damping=True,
+        )  # fmt: skip
+        return model, opt, closure_of(model, opt, x, images(3, 3, seed=1))
+
+    model, opt, closure = made()
+    assert [f.n for f in opt.layers[0].activations] == [6, 7]  # a channel of six taps each
+    for _ in range(3):
+        opt.step(closure)
+    twin, resumed, again = made()
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for _ in range(3):
+        opt.step(closure)
+        resumed.step(again)
+    assert_same(snapshot(model, opt), snapshot(twin, resumed))
+
+
+def test_several_groups_go_to_the_fallback_by_name():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.Conv2d(4, 2, 1))
+    with pytest.warns(UserWarning, match="a transposed convolution in several groups"):
+        assert [layer.name for layer in KBFGS(model).layers] == ["1"]
+    x = torch.randn(1, 4, 3, 3)
+    assert F.relu(model(x)).shape == (1, 2, 4, 4)
