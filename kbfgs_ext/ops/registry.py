@@ -243,7 +243,7 @@ def explain_step(taken: Mapping[str, Taken]) -> str:
         how = taken[op]
         reasons = "".join(f"; not {reason}" for reason in how.declined)
         lines.append(f"  {ops()[op]}/{op}: {how.backend}{reasons}")
-    return "\n".join(lines)
+    return "\n".join([*lines, environment.versions()])
 
 
 def _wrong_device(backend: str, args: Iterable[Any]) -> str | None:
