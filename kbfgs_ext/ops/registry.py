@@ -237,13 +237,14 @@ def explain_step(taken: Mapping[str, Taken]) -> str:
     """What `watch` has noted, for people; ops on the reference first."""
     slow = [op for op, how in taken.items() if how.backend == "reference"]
     lines = [
-        f"backends of the last step; on the reference: {', '.join(sorted(slow)) or 'none'}",
+        f"backends of the last step ({environment.versions()});"
+        f" on the reference: {', '.join(sorted(slow)) or 'none'}",
     ]
     for op in sorted(taken, key=lambda op: (taken[op].backend != "reference", op)):
         how = taken[op]
         reasons = "".join(f"; not {reason}" for reason in how.declined)
         lines.append(f"  {ops()[op]}/{op}: {how.backend}{reasons}")
-    return "\n".join([*lines, environment.versions()])
+    return "\n".join(lines)
 
 
 def _wrong_device(backend: str, args: Iterable[Any]) -> str | None:
