@@ -161,6 +161,27 @@ def test_a_use_that_fails_leaves_torch_as_it_was():
     opt.step(closure_of(opt, lambda: model(q, q, q)[0], TARGET))
 
 
+def test_what_an_interrupt_leaves_behind():
+    model = attention()
+    opt = KBFGS(model, **PRESETS["published"])
+    handle = model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), opt.first_pass():
+        model(q, q, q)
+    assert F.linear is not LINEAR  # torch calls no hooks then
+    torch.testing.assert_close(F.linear(q, torch.eye(E, dtype=q.dtype)), q)
+    handle.remove()
+    opt.step(closure_of(opt, lambda: model(q, q, q)[0], TARGET))
+    assert F.linear is LINEAR
+    model.register_forward_hook(lambda *_: opt.close(), prepend=True)
+    with opt.first_pass():
+        model(q, q, q)
+    assert F.linear is LINEAR and opt.closed
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 @DEFAULTS
 def test_recomputed_in_backward(method):
     runs = []
