@@ -191,9 +191,13 @@ def table() -> str:
         places.setdefault(where, []).append(row)
     for where, same in places.items():
         packages = ", ".join(dict.fromkeys(row["package"] for row in same))
-        shared = any(row["shared_machine"] for row in same)
-        said = ". Timed on a machine with other work on it: rough numbers" if shared else ""
-        text += f"\n{where}; {packages}{said}.\n"
+        loads = [row["load"] for row in same if row["shared_machine"]]
+        text += f"\n{where}; {packages}.\n"
+        if loads:
+            text += (
+                "Timed on a machine with other work on it, of a load of"
+                f" {min(loads):.0f} to {max(loads):.0f}: rough numbers.\n"
+            )
     return text
 
 

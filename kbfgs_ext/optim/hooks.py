@@ -95,6 +95,14 @@ class CallsByHand(ModuleHook):
             if not self.running:
                 self._restore()
 
+    @classmethod
+    def forget(cls, recorder: Recorder) -> None:
+        """No module of ``recorder`` runs: an interrupt, or a hook taken away, may have left one."""
+        if cls.running:
+            cls.running[:] = [one for one in cls.running if one._recorder() is not recorder]
+            if not cls.running:
+                cls._restore()
+
     @staticmethod
     def _replace() -> None:
         cls = CallsByHand

@@ -71,6 +71,7 @@ class Recorder:
         for hooks, ours in self._places:
             if next(iter(hooks), ours) != ours and ours in hooks:
                 hooks.move_to_end(ours, last=False)
+        CallsByHand.forget(self)
         self.at, self.in_the_dark = which, False
         self._noted.clear()
 
@@ -103,6 +104,7 @@ class Recorder:
 
     def close(self) -> None:
         """Remove every hook, for good."""
+        CallsByHand.forget(self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -7,6 +7,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -78,13 +83,13 @@ def closure_of(opt, forward, target):
     return closure
 
 
-q, other, third = sequences(4), sequences(5, seed=1), sequences(5, seed=2)
+q, second, third = sequences(4), sequences(5, seed=1), sequences(5, seed=2)
 TARGET = sequences(4, seed=3)
 CASES = {
     "packed, self": ({}, (q, q, q)),
-    "packed, keys are values": ({}, (q, other, other)),
-    "packed, all differ": ({}, (q, other, third)),
-    "separate": ({"kdim": 6, "vdim": 5}, (q, other[..., :6], third[..., :5])),
+    "packed, keys are values": ({}, (q, second, second)),
+    "packed, all differ": ({}, (q, second, third)),
+    "separate": ({"kdim": 6, "vdim": 5}, (q, second[..., :6], third[..., :5])),
 }
 PRESETS = {
     "published": {**presets.PUBLISHED, "lr": 0.1},
@@ -133,12 +138,12 @@ def test_evaluation_mode_and_a_warm_start(method):
     model.add_zero_attn = False
     fast = torch.backends.mha.get_fastpath_enabled()
     opt = method(model, **PRESETS["published"])
-    opt.warm_start([(q, q, q), (other, other, other)])
+    opt.warm_start([(q, q, q), (second, second, second)])
     assert all(layer.warm_batches == 2 for layer in opt.layers)
     expected = sum(
         F.pad(x.flatten(0, 1), (0, 1), value=1.0).T @ F.pad(x.flatten(0, 1), (0, 1), value=1.0)
         / (3 * x.shape[1])
-        for x in (q, other)
+        for x in (q, second)
     ) / 2  # fmt: skip
     for layer in opt.layers[:3]:
         torch.testing.assert_close(layer["A"], expected, **TIGHT)
@@ -156,6 +161,27 @@ def test_a_use_that_fails_leaves_torch_as_it_was():
     opt.step(closure_of(opt, lambda: model(q, q, q)[0], TARGET))
 
 
+def test_what_an_interrupt_leaves_behind():
+    model = attention()
+    opt = KBFGS(model, **PRESETS["published"])
+    handle = model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), opt.first_pass():
+        model(q, q, q)
+    assert F.linear is not LINEAR  # torch calls no hooks then
+    torch.testing.assert_close(F.linear(q, torch.eye(E, dtype=q.dtype)), q)
+    handle.remove()
+    opt.step(closure_of(opt, lambda: model(q, q, q)[0], TARGET))
+    assert F.linear is LINEAR
+    model.register_forward_hook(lambda *_: opt.close(), prepend=True)
+    with opt.first_pass():
+        model(q, q, q)
+    assert F.linear is LINEAR and opt.closed
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 @DEFAULTS
 def test_recomputed_in_backward(method):
     runs = []
@@ -163,7 +189,7 @@ def test_recomputed_in_backward(method):
         model = attention(bias=False)
         opt = method(model, **PRESETS["minibatch"])
         closure = closure_of(
-            opt, lambda way=way, model=model: way(model, q, other, third)[0], TARGET
+            opt, lambda way=way, model=model: way(model, q, second, third)[0], TARGET
         )
         for _ in range(3):
             opt.step(closure)
@@ -179,7 +205,7 @@ def test_checkpoints_and_what_is_said(method, action):
     def build():
         model = attention()
         opt = method(model, **{**PRESETS["published"], "hessian_action": action})
-        return model, opt, closure_of(opt, lambda: model(q, other, third)[0], TARGET)
+        return model, opt, closure_of(opt, lambda: model(q, second, third)[0], TARGET)
 
     model, opt, closure = build()
     for _ in range(3):
@@ -202,6 +228,26 @@ def test_checkpoints_and_what_is_said(method, action):
 
 
 @DEFAULTS
+@pytest.mark.parametrize("flat", [False, True])
+def test_checkpoints_of_torch_s_tools(method, flat):
+    """Names of parts and of blocks in them."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, twin = attention(), attention()
+    opt, other = (method(m, block_size=5, pair_every=2) for m in (model, twin))
+    closure = closure_of(opt, lambda: model(q, second, third)[0], TARGET)
+    again = closure_of(other, lambda: twin(q, second, third)[0], TARGET)
+    for _ in range(3):
+        opt.step(closure)
+    state = get_optimizer_state_dict(model, opt, options=options)
+    twin.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(twin, other, state, options=options)
+    for _ in range(3):
+        opt.step(closure)
+        other.step(again)
+    assert_same(snapshot(model, opt), snapshot(twin, other))
+
+
+@DEFAULTS
 def test_norms_of_gradients_count_a_parameter_once(method):
     """Clipping takes the norm of all gradients together, not one per part."""
     model = attention()
@@ -219,7 +265,7 @@ def test_norms_of_gradients_count_a_parameter_once(method):
 def test_frozen_halves(method):
     model = attention()
     opt = method(model, **PRESETS["published"])
-    closure = closure_of(opt, lambda: model(q, other, third)[0], TARGET)
+    closure = closure_of(opt, lambda: model(q, second, third)[0], TARGET)
     for frozen, other_half in (("weight", "bias"), ("bias", "weight")):
         getattr(model, "in_proj_" + frozen).requires_grad_(False)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -36,9 +36,15 @@ def trained(optimizer, backend, **options):
         (kbfgs_ext.KBFGS, {"hessian_action": "minibatch"}),
         (kbfgs_ext.KBFGSL, {"hessian_action": "ema", "memory": 3}),
         (kbfgs_ext.KBFGSL, {"hessian_action": "minibatch", "memory": 20}),
+        (kbfgs_ext.KBFGS, {"hessian_action": "ema", "block_size": 4, "pair_every": 1}),
+        (kbfgs_ext.KBFGS, {"hessian_action": "minibatch", "block_size": 4, "direction": "newton"}),
+        (kbfgs_ext.KBFGSL, {"hessian_action": "minibatch", "block_size": 4, "memory": 3}),
     ],
-    ids=["kbfgs-ema", "kbfgs-minibatch", "kbfgsl-ema-wrapped", "kbfgsl-minibatch-compact"],
-)
+    ids=[
+        "kbfgs-ema", "kbfgs-minibatch", "kbfgsl-ema-wrapped", "kbfgsl-minibatch-compact",
+        "kbfgs-ema-blocks", "kbfgs-minibatch-blocks", "kbfgsl-blocks",
+    ],
+)  # fmt: skip
 def test_same_run(optimizer, options, safeguard):
     losses, weights = trained(optimizer, "reference", safeguard=safeguard, **options)
     got_losses, got_weights = trained(optimizer, "triton", safeguard=safeguard, **options)
