@@ -188,6 +188,11 @@ class MuonWithAdamW:
         """The constructor defaults of Muon, which are those of the matrices."""
         return self.muon.defaults
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of both."""
+        return self.muon.param_groups + self.adamw.param_groups
+
     def zero_grad(self) -> None:
         """Drop the gradients of both."""
         self.muon.zero_grad()

@@ -57,22 +57,11 @@ _NEWTON: Options = {
     "initial_scale": "damping",
     "step_length": "balanced",
 }
-_SPECTRAL: Options = {
-    "lr": 0.07,
-    "direction": "spectral",
-    "nesterov": True,
-    "relative_damping": True,
-    "damping_a": 1.0,
-    "damping_g": 0.3,
-    "pair_decay": 0.0,
-    "pair_every": 10,
-    "step_length": "layer",
-    "cosine": True,
-}
+_DEFAULTS: Options = {"pair_decay": 0.0, "cosine": True}  # those of the constructor
 
 # As many settings for each; the first is the one that runs without --grid.
 GRIDS: dict[str, tuple[Options, ...]] = {
-    "kbfgs": (_NEWTON, _NEWTON | {"lr": 1.0}, _NEWTON | {"nesterov": True}, _SPECTRAL),
+    "kbfgs": (_NEWTON, _NEWTON | {"lr": 1.0}, _NEWTON | {"nesterov": True}, _DEFAULTS),
     "lbfgs": tuple({"lr": 1.0, "history_size": n} for n in (100, 50, 20, 10)),
     "adam": tuple({"lr": lr, "cosine": True} for lr in (3e-3, 1e-3, 1e-2, 3e-2)),
 }

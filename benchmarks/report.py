@@ -22,44 +22,16 @@ from benchmarks.demo import TARGETS, seconds_to
 from benchmarks.grids import GRIDS
 from benchmarks.grids import TARGETS as TRAINING_TARGETS
 from benchmarks.micro.cases import APART, BLAS, COMPILED, EAGER, OURS
-from benchmarks.micro.measure import load
 from benchmarks.optimizers import QUASI_NEWTON
 from benchmarks.plots import LOOKS
 from benchmarks.step.clock import PHASES
 from benchmarks.step.models import MODELS
 from benchmarks.summary import Row, Spread
+from benchmarks.tables import RESULTS, lines_of, machine, markdown, number, significant
+from benchmarks.tasks.table import tasks
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- rows: (\S+) -->\n).*?(<!-- end -->)", flags=re.S)
-
-
-def lines_of(name: str) -> list[Row]:
-    """The rows of ``benchmarks/results/NAME.jsonl``."""
-    return load(RESULTS / f"{name}.jsonl")
-
-
-def markdown(heads: list[str], body: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are right-aligned."""
-    rule = ["---"] + ["---:"] * (len(heads) - 1)
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in [heads, rule, *body])
-
-
-def number(value: float | None, digits: int = 1) -> str:
-    """``value`` with ``digits`` decimals, or a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """``value`` with ``digits`` significant digits, without an exponent."""
-    decimals = max(0, digits - 1 - math.floor(math.log10(value))) if value > 0 else 0
-    return f"{float(f'{value:.{digits}g}'):.{decimals}f}"
-
-
-def machine(row: Row) -> str:
-    """Where a row comes from."""
-    commit = (row["commit"] or "no commit")[:10] + (" with changes" if row["dirty"] else "")
-    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, commit {commit}"
 
 
 def demo() -> str:
@@ -366,6 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuning": tuning,
     "sufficient": sufficient,
     "physics": physics,
+    "tasks": tasks,
     "coverage": coverage.table,
 }
 

@@ -12,7 +12,7 @@ from benchmarks import data, optimizers, ranks
 from benchmarks.data import faces
 from benchmarks.optimizers import Settings
 from benchmarks.progress import Display
-from benchmarks.training import Config, Observer, train
+from benchmarks.training import SCHEDULES, Config, Observer, train
 from kbfgs_ext.optim.settings import STEP_LENGTHS
 
 INTERRUPTED = 130  # exit status of a shell command ended by Ctrl-C
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-seconds", type=float, help="stop after the epoch in which they pass")
     made.add_argument("--batch-size", type=int, default=1_000, help="images, default %(default)s")
     made.add_argument("--weight-decay", type=float, default=1e-5, help="default %(default)s")
+    made.add_argument("--schedule", choices=SCHEDULES, default="constant", help="of lr")
     made.add_argument("--seed", type=int, default=0, help="of weights and batches")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     made.add_argument("--threads", type=int, help="CPU threads, default torch's choice")
@@ -107,6 +108,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
         batch_size=arguments.batch_size,
         weight_decay=arguments.weight_decay,
         warm_start=arguments.warm_start,
+        schedule=arguments.schedule,
         seed=arguments.seed,
         device=arguments.device,
         threads=arguments.threads,

@@ -23,6 +23,7 @@ from benchmarks.environment import environment
 from benchmarks.models import AUTOENCODERS, Loss
 from benchmarks.optimizers import Settings
 
+SCHEDULES = ("constant", "cosine")
 EVALUATION_BATCH = 1_000  # images; the published notebook averages over batches of this size
 # Reading the loss waits for the device, so it is done this seldom. It feeds the progress display
 # and ends a diverged run inside its epoch.
@@ -42,6 +43,7 @@ class Config:
     batch_size: int = 1_000  # images, the paper's
     weight_decay: float = 1e-5  # the paper's
     warm_start: bool = True  # factors start from all training batches, as in the paper
+    schedule: str = "constant"  # of lr; "cosine": to 0 at the end of the seconds, or the epochs
     seed: int = 0
     device: str = "auto"  # auto: the GPU if there is one
     threads: int | None = None  # of the CPU; None: as torch has it
@@ -54,6 +56,8 @@ class Config:
             value = getattr(self, name)
             if not value >= smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {value}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
         if self.evaluate_every is not None and self.evaluate_every < 1:
@@ -223,6 +227,7 @@ class _Loop:
     observer: Observer
     json_path: Path | None
     steps: int = 0
+    rates: list[float] = field(default_factory=list)  # that a schedule starts from
     last_read: float = 0.0  # training seconds when the loss was last read
 
     def run_all(self) -> None:
@@ -269,6 +274,7 @@ class _Loop:
     def descend(self, images_of_steps: Iterable[Tensor]) -> None:
         """A step on each batch, given up at a loss seen not finite."""
         for images in map(ranks.part, images_of_steps):
+            self.set_lr()
 
             def closure(images: Tensor = images) -> Tensor:
                 self.optimizer.zero_grad()
@@ -286,6 +292,21 @@ class _Loop:
                 if not math.isfinite(value) and ranks.size() == 1:  # others may not see it
                     self.run.status = "diverged"
                     return
+
+    def set_lr(self) -> None:
+        """That of the step which comes next."""
+        config = self.run.config
+        if config.schedule == "constant":
+            return
+        groups = self.optimizer.param_groups
+        if not self.rates:
+            self.rates = [group["lr"] for group in groups]
+        if config.max_seconds is not None:
+            share = self.watch.read() / config.max_seconds
+        else:
+            share = self.steps / (config.epochs * (len(self.train) // config.batch_size))
+        for group, lr in zip(groups, self.rates, strict=True):
+            group["lr"] = lr * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
     def evaluate(self, epoch: float) -> None:
         """Add the row of ``epoch`` and save; the run has diverged if a loss is not finite."""

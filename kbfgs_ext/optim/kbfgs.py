@@ -124,7 +124,7 @@ class KBFGS(CoveredOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | torch.Tensor = 0.07,
+        lr: float | torch.Tensor = 0.05,
         damping: float | torch.Tensor = 1.0,
         momentum: float = 0.9,
         stat_decay: float = 0.9,
@@ -386,7 +386,7 @@ class KBFGSL(KBFGS):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | torch.Tensor = 0.07,
+        lr: float | torch.Tensor = 0.05,
         damping: float | torch.Tensor = 1.0,
         momentum: float = 0.9,
         stat_decay: float = 0.9,

@@ -119,7 +119,7 @@ def test_every_optimizer_trains_every_parameter(name: str) -> None:
     for old, new in zip(before, model.parameters(), strict=True):
         assert not torch.equal(old, new)
     resolved = optimizers.resolved(name, optimizer, settings)
-    assert resolved["lr"] == optimizer.defaults["lr"] == (settings.lr or 0.07)
+    assert resolved["lr"] == optimizer.defaults["lr"] == (settings.lr or 0.05)
     assert ("hessian_action" in resolved) == (name in optimizers.QUASI_NEWTON)
 
 
@@ -211,6 +211,16 @@ def test_a_safeguard_rule_reaches_the_optimizer_and_the_file(images: Dataset) ->
     run = train(config(optimizer="kbfgs", settings=settings, epochs=0), images)
     written = json.loads(json.dumps(run.payload()))
     assert written["config"]["settings"]["safeguard"]["shrink"] == 0.25
+
+
+def test_a_cosine_ends_at_zero_by_epochs_and_by_seconds(images: Dataset) -> None:
+    constant = train(config(optimizer="sgdm", epochs=4), images)
+    falling = train(config(optimizer="sgdm", epochs=4, schedule="cosine"), images)
+    assert falling.rows[-1].train_loss != constant.rows[-1].train_loss
+    late = train(config(optimizer="sgdm", schedule="cosine", max_seconds=1e-9), images)
+    assert late.rows[-1].train_loss == pytest.approx(late.rows[0].train_loss)  # lr is 0 by then
+    with pytest.raises(ValueError, match="schedule must be one of .*, got 'linear'"):
+        config(schedule="linear")
 
 
 def test_seconds_limit_a_run(images: Dataset) -> None:

@@ -121,7 +121,7 @@ def test_flat_state_of_several_groups():
         run(*runs[-1], range(2))
     (model, opt), (twin, other) = runs
     by_flat_tools(model, opt, twin, other, None)
-    assert [group["lr"] for group in other.param_groups] == [0.07, 0.1, 0.001]
+    assert [group["lr"] for group in other.param_groups] == [0.05, 0.1, 0.001]
     for m, o in runs:
         run(m, o, range(2, 5))
     assert_same(everything(model, opt), everything(twin, other))
