@@ -57,7 +57,7 @@ _NEWTON: Options = {
     "initial_scale": "damping",
     "step_length": "balanced",
 }
-_DEFAULTS: Options = {"pair_decay": 0.0, "cosine": True}  # those of the constructor
+_DEFAULTS: Options = {"lr": 0.05, "pair_decay": 0.0, "cosine": True}  # the constructor's
 
 # As many settings for each; the first is the one that runs without --grid.
 GRIDS: dict[str, tuple[Options, ...]] = {

@@ -186,6 +186,11 @@ class CoveredOptimizer(torch.optim.Optimizer):
         device."""
         return {name: tensor.clone() for name, tensor in self.steps.guard.counters().items()}
 
+    def summary(self) -> str:
+        """A line for progress bars: the steps, lr, and of the other counters what is not as in a
+        sound run. Reading it waits for the device."""
+        return reports.summary(self.counters(), self.param_groups[0]["lr"])
+
     def memory_usage(self) -> dict[str, int]:
         """Bytes by kind and in "total", the same before training starts and after, but for the
         fallback's, which makes its state in its first step, and the copies of large buffers, which

@@ -28,6 +28,17 @@ class CoverageRow:
     reason: str = ""  # why it is not covered, or the blocks of its factors
 
 
+def summary(counters: Mapping[str, torch.Tensor], lr: float | torch.Tensor) -> str:
+    """`counters` in a line."""
+    values = dict(
+        zip(counters, torch.stack([c.double() for c in counters.values()]).tolist(), strict=True)
+    )
+    said = [f"step {values['steps']:.0f}", f"lr {float(lr):.3g}"]
+    said += [f"{values[name]:.0f} {name}" for name in ("skipped", "undone") if values[name]]
+    said += [f"{values['restarts']:.0f} restarts"] if values["restarts"] else []
+    return ", ".join(said + ([f"scale {values['scale']:.2g}"] if values["scale"] != 1 else []))
+
+
 class Coverage(list[CoverageRow]):
     """Rows of `CoverageRow`; as text a table with the shares."""
 

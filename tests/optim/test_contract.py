@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import json
+import math
 import pickle
 import warnings
 
@@ -382,3 +383,16 @@ def test_a_hook_removed_inside_a_forward_is_quiet():
     model[0].register_forward_hook(lambda *_: opt.close(), prepend=True)
     assert model(rows(2, 4)).shape == (2, 3)
     assert opt.closed
+
+
+def test_the_summary_says_what_is_not_as_it_should_be():
+    model, opt, closure = problem(lr=0.25)
+    assert opt.summary() == "step 0, lr 0.25"
+    for _ in range(3):
+        opt.step(closure)
+    opt.steps.guard.scale.fill_(0.5)
+    assert opt.summary() == "step 3, lr 0.25, scale 0.5"
+    with torch.no_grad():
+        model[0].weight.fill_(math.nan)
+    opt.step(closure)
+    assert opt.summary() == "step 4, lr 0.25, 1 skipped, scale 0.5"
