@@ -49,6 +49,9 @@ _READ_SHARE = {
     ("kron_step_", "P"): 0,
     ("slope_", "slope"): 0,
     ("output_change_", "change"): 0,
+    ("measure_inputs_", "lam_a"): 0,
+    ("lengths_", "sizes"): 0,
+    ("admit_", "sound"): 0,
     ("restore_", "W"): 0,  # where there is something to undo
     ("restore_", "b"): 0,
 }
@@ -66,6 +69,7 @@ def _bytes(op: str, name: str, value: Any) -> int:
     tensors = [value] if isinstance(value, torch.Tensor) else value
     if name == "work" or not isinstance(tensors, list):
         return 0
+    tensors = [t for t in tensors if isinstance(t, torch.Tensor)]  # a list may be of numbers
     one_row = op == "lbfgs_push_" and name in ("S", "Y", "rho")
     return sum(t.numel() * t.element_size() // (len(t) if one_row else 1) for t in tensors)
 
@@ -141,7 +145,11 @@ _FLOPS: dict[str, Callable[[Arguments], int]] = {
     "slope_": lambda a: 3 * _sum(torch.numel, a["saved"]),
     "output_change_": lambda a: 5 * _sum(torch.numel, a["saved"]),
     "restore_": lambda a: 0,
+    "admit_": lambda a: 0,
     "judge_": lambda a: 0,
+    "lengths_": lambda a: 0,
+    "measure_inputs_": lambda a: 0,
+    "measure_pair_": lambda a: 7 * _sum(len, a["g_bar"]),
     "polar_": lambda a: _sum(lambda P: _polar(*P.shape, len(a["coefficients"]) // 3), a["P"]),
     "kron_step_": lambda a: _momentum(a) + _kron_precondition(a) + _descend(a),
 }

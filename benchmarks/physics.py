@@ -1,9 +1,11 @@
-"""Physics-informed networks, equal seconds: ``python -m benchmarks.physics``.
+"""Physics-informed networks, equal seconds or equal passes: ``python -m benchmarks.physics``.
 
 K-BFGS, L-BFGS and Adam on the equations of equations.py, in float64 and full batches, judged by the
-error of the solution when the seconds of training are spent. Each optimizer runs the first of its
-settings; with ``--grid`` all of them, an equal number each, and the one of the lowest median error
-over the seeds counts. A run is a row; it replaces that of the same run on the same machine.
+error of the solution when the seconds of training are spent; or, with ``--passes``, when the
+closure has run so often, which no other work on the machine can change. Each optimizer runs the
+first of its settings; with ``--grid`` all of them, an equal number each, and the one of the lowest
+median error over the seeds counts. A run is a row; it replaces that of the same run on the same
+machine.
 """
 
 from __future__ import annotations
@@ -32,27 +34,47 @@ from benchmarks.plots import Look
 from benchmarks.progress import REFRESH
 from benchmarks.summary import Row
 from benchmarks.training import Stopwatch, counters
-from kbfgs_ext import KBFGS, presets
+from kbfgs_ext import KBFGS
 
 OUT = ROOT / "benchmarks" / "results"
-EVALUATIONS = 60  # of a run, evenly over its seconds
-IDENTITY = ("problem", "points", "width", "optimizer", "setting", "seed", "seconds")
+EVALUATIONS = 60  # of a run, evenly over its budget
+UNITS = ("passes", "seconds")  # of a budget: runs of the closure, or time in steps
+IDENTITY = ("problem", "points", "width", "optimizer", "setting", "seed", *UNITS)
 
-Options = dict[str, Any]  # of an optimizer; "cosine": anneal the learning rate over the seconds
+Options = dict[str, Any]  # of an optimizer; "cosine": anneal the learning rate over the budget
 
 # The batch is the whole set: a pair of its own step, no average over others. Such losses are smooth
 # and small, and so want little damping.
-_FULL: Options = presets.TUNED | {"pair_decay": 0.0}
+_NEWTON: Options = {
+    "lr": 0.3,
+    "direction": "newton",
+    "nesterov": False,
+    "relative_damping": False,
+    "damping_a": 1e-3,
+    "damping_g": 1e-3,
+    "pair_decay": 0.0,
+    "pair_every": 1,
+    "initial_scale": "damping",
+    "step_length": "balanced",
+}
+_SPECTRAL: Options = {
+    "lr": 0.07,
+    "direction": "spectral",
+    "nesterov": True,
+    "relative_damping": True,
+    "damping_a": 1.0,
+    "damping_g": 0.3,
+    "pair_decay": 0.0,
+    "pair_every": 10,
+    "step_length": "layer",
+    "cosine": True,
+}
 
 # As many settings for each; the first is the one that runs without --grid.
 GRIDS: dict[str, tuple[Options, ...]] = {
-    "kbfgs": (
-        _FULL | {"damping_a": 1e-3, "damping_g": 1e-3},
-        _FULL | {"damping_a": 1e-3, "damping_g": 1e-3, "lr": 1.0},
-        _FULL | {"damping_a": 1e-2, "damping_g": 1e-2},
-    ),
-    "lbfgs": tuple({"lr": 1.0, "history_size": n} for n in (100, 50, 20)),
-    "adam": tuple({"lr": lr, "cosine": True} for lr in (3e-3, 1e-3, 1e-2)),
+    "kbfgs": (_NEWTON, _NEWTON | {"lr": 1.0}, _NEWTON | {"nesterov": True}, _SPECTRAL),
+    "lbfgs": tuple({"lr": 1.0, "history_size": n} for n in (100, 50, 20, 10)),
+    "adam": tuple({"lr": lr, "cosine": True} for lr in (3e-3, 1e-3, 1e-2, 3e-2)),
 }
 
 LOOKS = {
@@ -84,21 +106,25 @@ def run(
     name: str,
     options: Options,
     seed: int,
-    seconds: float,
+    seconds: float | None = None,
+    passes: int | None = None,
     points: int | None = None,
     width: int | None = None,
     device: str = "cpu",
+    shared: bool = False,
 ) -> Row:
-    """Train for ``seconds``, evaluation excluded, and return the row.
+    """Train for ``seconds``, evaluation excluded, or for so many ``passes``, and return the row.
 
-    The network is evaluated at the first step's end past each point of the time grid; a step of
-    L-BFGS is 20 iterations and may pass several.
+    The network is evaluated at the first step's end past each point of the grid over the budget; a
+    step of L-BFGS is 20 iterations and may pass several.
     """
     torch.manual_seed(seed)
     kind = PROBLEMS[problem]
     task, model = kind(seed, points, device), kind.network(width).to(device)
     opt = build(name, model, {k: v for k, v in options.items() if k != "cosine"})
-    watch, gap = Stopwatch(torch.device(device)), seconds / EVALUATIONS
+    budget = passes or seconds
+    assert budget is not None
+    watch, gap = Stopwatch(torch.device(device)), budget / EVALUATIONS
     steps = closures = 0
 
     def closure() -> Tensor:
@@ -110,16 +136,17 @@ def run(
         return loss
 
     def evaluated() -> tuple[float, float, float]:
-        return watch.seconds, float(task.loss(model).detach()), task.error(model)
+        place = closures if passes else watch.seconds
+        return place, float(task.loss(model).detach()), task.error(model)
 
     task.loss(model).backward()  # what the process's first pass costs is not the optimizer's
     curve = [evaluated()]
-    while watch.seconds < seconds and np.isfinite(curve[-1]).all():
-        due = gap * (math.floor(watch.seconds / gap) + 1)
+    while (place := curve[-1][0]) < budget and np.isfinite(curve[-1]).all():
+        due = gap * (math.floor(place / gap) + 1)
         with watch:
-            while (spent := watch.read()) < due:
+            while (spent := closures if passes else watch.read()) < due:
                 if options.get("cosine"):
-                    anneal(opt, options["lr"], spent / seconds)
+                    anneal(opt, options["lr"], spent / budget)
                 opt.step(closure)
                 steps += 1
         curve.append(evaluated())
@@ -132,42 +159,51 @@ def run(
         "options": options,
         "setting": summary.point_text(options),
         "seed": seed,
-        "seconds": seconds,
+        "seconds": seconds if passes is None else None,
+        "passes": passes,
+        "shared": shared,
         "dtype": "float64",
         **environment(device),
         "status": "complete" if np.isfinite(curve[-1]).all() else "diverged",
         "steps": steps,
         "closures": closures,
+        "elapsed": watch.seconds,
         "curve": [[x if math.isfinite(x) else None for x in place] for place in curve],
         "counters": counters(opt),
     }
-    error = errors_at(row, [seconds])[0]
+    error = errors_at(row, [budget])[0]
     return row | {"final_error": float(error) if math.isfinite(error) else None}
 
 
 def anneal(opt: torch.optim.Optimizer, lr: float, spent: float) -> None:
-    """Half a cosine from ``lr`` to 0 as ``spent``, a share of the seconds, goes from 0 to 1."""
+    """Half a cosine from ``lr`` to 0 as ``spent``, a share of the budget, goes from 0 to 1."""
     for group in opt.param_groups:
         group["lr"] = lr * (1 + math.cos(math.pi * min(spent, 1.0))) / 2
 
 
 def errors_at(row: Row, places: Sequence[float]) -> np.ndarray:
-    """The error after each of ``places`` seconds, log-linear between evaluations; infinite where
-    the run diverged."""
-    names = ("seconds", "loss", "error")
+    """The error after each of ``places`` in the row's unit, log-linear between evaluations;
+    infinite where the run diverged."""
+    names = ("place", "loss", "error")
     columns = dict(zip(names, map(list, zip(*row["curve"], strict=True)), strict=True))
-    return summary.values_at(columns, places, "seconds", "error")
+    return summary.values_at(columns, places, "place", "error")
+
+
+def unit(row: Row) -> str:
+    """Of the row's budget."""
+    return UNITS[0] if row["passes"] else UNITS[1]
 
 
 def final_error(row: Row) -> float:
-    """When the seconds were spent; infinite where the run diverged."""
+    """When the budget was spent; infinite where the run diverged."""
     return math.inf if row["final_error"] is None else row["final_error"]
 
 
-def comparable(rows: Sequence[Row], problem: str) -> list[Row]:
-    """The rows of the problem of one size, budget and machine: those of the newest."""
-    rows = [row for row in rows if row["problem"] == problem]
-    alike = ("points", "width", "seconds")
+def comparable(rows: Sequence[Row], problem: str, of: str) -> list[Row]:
+    """The rows of the problem with a budget ``of`` seconds or passes, of one size, budget and
+    machine: those of the newest."""
+    rows = [row for row in rows if row["problem"] == problem and unit(row) == of]
+    alike = ("points", "width", of)
     return [
         row
         for row in rows
@@ -197,15 +233,18 @@ def median_error(rows: Sequence[Row]) -> float:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw the error over seconds of training, a panel a problem: the median of the seeds of each
-    optimizer's best setting, and their range."""
-    groups = {name: group for name in PROBLEMS if (group := comparable(rows, name))}
-    figure = Figure(figsize=(1 + 5 * len(groups), 4.8), dpi=120, layout="constrained")
-    axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axis, (name, group) in zip(axes, groups.items(), strict=True):
-        axis.set_title(PROBLEMS[name].title, loc="left", fontsize=11)
-        panel(axis, group)
-    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+    """Draw the error over training, a column a problem and a row a unit of the budget: the median
+    of the seeds of each optimizer's best setting, and their range."""
+    units = [of for of in UNITS if any(unit(row) == of for row in rows)]
+    names = [name for name in PROBLEMS if any(row["problem"] == name for row in rows)]
+    size = 1 + 5 * len(names), 0.4 + 4.4 * len(units)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    axes = figure.subplots(len(units), len(names), squeeze=False)
+    for line, of in zip(axes, units, strict=True):
+        for axis, name in zip(line, names, strict=True):
+            axis.set_title(PROBLEMS[name].title, loc="left", fontsize=11)
+            panel(axis, comparable(rows, name, of))
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
     figure.legend(lines.values(), lines, loc="outside right center", frameon=False, fontsize=10)
     figure.suptitle("Relative error of the solution", x=0.01, ha="left", fontweight="bold")
     last = rows[-1]
@@ -218,15 +257,19 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def panel(axis: Axes, rows: Sequence[Row]) -> None:
-    """One problem."""
-    places = np.linspace(0, rows[-1]["seconds"], plots.POINTS)
+    """One problem and unit."""
+    if not rows:
+        axis.set_axis_off()
+        return
+    of = unit(rows[-1])
+    places = np.linspace(0, rows[-1][of], plots.POINTS)
     for name, runs in best(rows).items():
         errors, look = np.stack([errors_at(row, places) for row in runs]), LOOKS[name]
         axis.plot(places, np.median(errors, 0), look.line, color=look.colour, label=look.label)
         low, high = errors.min(0), errors.max(0)
         axis.fill_between(places, low, high, color=look.colour, alpha=0.15, linewidth=0)
     axis.set_yscale("log")
-    axis.set_xlabel("seconds of training")
+    axis.set_xlabel({"passes": "runs of the closure", "seconds": "seconds of training"}[of])
     axis.grid(True, color="#dddddd", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -237,6 +280,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     made.add_argument("--optimizers", nargs="+", choices=GRIDS, default=list(GRIDS))
     made.add_argument("--seconds", type=float, default=15.0, help="of training a run")
+    made.add_argument("--passes", type=int, help="of training a run, in place of seconds")
+    made.add_argument("--shared", action="store_true", help="note that the machine has other work")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--grid", action="store_true", help="run every setting of every optimizer")
     made.add_argument("--points", type=int, help="inside, default the problem's")
@@ -288,14 +333,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             options,
             seed,
             arguments.seconds,
+            arguments.passes,
             arguments.points,
             arguments.width,
             arguments.device,
+            arguments.shared,
         )
         store(path, [row], IDENTITY)
         console.print(
             f"{problem} {name} seed {seed} {row['setting']}: error {final_error(row):.3g} after"
-            f" {row['steps']} steps, {row['curve'][-1][0]:.1f} s ({row['status']})",
+            f" {row['steps']} steps, {row['closures']} passes, {row['elapsed']:.1f} s"
+            f" ({row['status']})",
             highlight=False,
             soft_wrap=True,
         )

@@ -7,6 +7,7 @@ written anew from ``benchmarks/results``; ``--check`` fails where that would cha
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -300,20 +301,22 @@ def tuning() -> str:
 
 def physics() -> str:
     """Errors of the physics-informed networks at the end: each optimizer's best setting."""
-    heads = ["problem", "optimizer", "settings", "of", "seeds", "seconds", "steps", "passes"]
+    heads = ["problem", "optimizer", "settings", "of", "seeds", "budget", "steps", "passes"]
     heads += ["error: median", "smallest", "largest"]
     rows, body, places = lines_of("physics"), [], {}
-    for name, problem in physics_runs.PROBLEMS.items():
-        group = physics_runs.comparable(rows, name)
+    for of, name in itertools.product(physics_runs.UNITS, physics_runs.PROBLEMS):
+        group = physics_runs.comparable(rows, name, of)
         for optimizer, runs in physics_runs.best(group).items():
             tried = {r["setting"] for r in group if r["optimizer"] == optimizer}
             errors = Spread.of([physics_runs.final_error(r) for r in runs])
             counts = (statistics.median(r[key] for r in runs) for key in ("steps", "closures"))
-            body.append([problem.title, physics_runs.LOOKS[optimizer].label, runs[0]["setting"]])
-            body[-1] += [str(len(tried)), str(len(runs)), f"{runs[0]['seconds']:g}"]
+            title, label = physics_runs.PROBLEMS[name].title, physics_runs.LOOKS[optimizer].label
+            body.append([title, label, runs[0]["setting"]])
+            body[-1] += [str(len(tried)), str(len(runs)), f"{runs[0][of]:g} {of}"]
             body[-1] += [f"{count:.0f}" for count in counts]
             body[-1] += [f"{x:.1e}" for x in (errors.median, errors.smallest, errors.largest)]
-            places |= dict.fromkeys(machine(r) for r in runs)
+            shared = {True: ", beside other work", False: ""}
+            places |= dict.fromkeys(f"{of}: {machine(r)}{shared[r['shared']]}" for r in runs)
     text = markdown(heads, body) + "".join(f"\n{place}.\n" for place in places)
     figure = "\n![Error against seconds](../benchmarks/results/physics/physics.png)\n"
     return text + (figure if rows else "")

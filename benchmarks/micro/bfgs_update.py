@@ -55,9 +55,7 @@ def _restart(layers: Layers, make: Numbers) -> Arguments:
     H, A = [make.spd(x.n_a) for x in layers], [make.spd(x.n_a) for x in layers]
     marks, counts = ([make.counts()[:k] + 20 for _ in layers] for k in (3, 4))
     lam = [make.scalar(0.3) for _ in layers]
-    return dict(
-        H=H, pushed=[], marks=marks, counts=counts, lam=lam, A=A, X=[], after=10, force=None
-    )
+    return dict(H=H, pushed=[], marks=marks, counts=counts, lam=lam, A=A, X=[], force=[], after=10)
 
 
 _ema = functools.partial(_curvature, from_X=False)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -118,10 +119,14 @@ def _ours(op: str, backend: str) -> Run:
 def _apart(run: Run) -> Run:
     """``run``, called once for each entry of the lists."""
 
+    def one(arg: Any, i: int, count: int) -> Any:
+        per_layer = isinstance(arg, list) or (isinstance(arg, tuple) and len(arg) == count)
+        return arg[i : i + 1] if per_layer else arg
+
     def calls(args: Arguments) -> None:
         count = max(len(arg) for arg in args.values() if isinstance(arg, list))
         for i in range(count):
-            run({n: a[i : i + 1] if isinstance(a, list) else a for n, a in args.items()})
+            run({n: one(a, i, count) for n, a in args.items()})
 
     return calls
 

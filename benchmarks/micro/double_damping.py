@@ -19,7 +19,25 @@ def _damping(layers: Layers, make: Numbers) -> Arguments:
     return dict(s=s, y=y, Hy=Hy, counts=counts, H=H, lam=lam, mu1=0.2, ok=None)
 
 
+def _inputs(layers: Layers, make: Numbers) -> Arguments:
+    v, lam_a, damping = ([make.scalar(1.0) for _ in layers] for _ in range(3))
+    elements = tuple(float(make.batch * x.d_in) for x in layers)
+    norms = [make.scalar(e**0.5).float() for e in elements]
+    return dict(
+        v=v, lam_a=lam_a, norms=norms, elements=elements, damping=damping, share=0.1, ok=None
+    )
+
+
+def _measured_pair(layers: Layers, make: Numbers) -> Arguments:
+    ss, yy = ([make.scalar(1.0) for _ in layers] for _ in range(2))
+    lists = ("g_bar", "g_bar_next", "h_change")
+    vectors = {name: [make.vector(x.n_g) for x in layers] for name in lists}
+    return dict(ss=ss, yy=yy, **vectors, share=0.0, ok=None)  # the gradients keep their length
+
+
 KERNELS = (
+    Kernel("measure_inputs_", "measure_inputs_", _inputs),
+    Kernel("measure_pair_", "measure_pair_", _measured_pair),
     Kernel("pair_ema_", "pair_ema_", _ema),
     Kernel("double_damping_", "double_damping_", _damping),
 )

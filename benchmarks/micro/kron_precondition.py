@@ -68,6 +68,14 @@ def _output_change(layers: Layers, make: Numbers) -> Arguments:
     return _parameters(layers, make) | means | dict(change=change, saved=saved)
 
 
+def _lengths(layers: Layers, make: Numbers) -> Arguments:
+    roots = [torch.stack([make.scalar(x.n_g**0.5) for x in layers])]
+    return dict(
+        sizes=[torch.full_like(roots[0], float("nan"))], norms=[roots[0].float()], roots=roots,
+        step_size=[make.scalar(STEP_SIZE)], shared=True,
+    )  # fmt: skip
+
+
 def _restore(layers: Layers, make: Numbers) -> Arguments:
     saved, undo = _matrices(layers, make), torch.tensor(True, device=make.device)
     return _parameters(layers, make) | dict(saved=saved, undo=undo)
@@ -86,4 +94,5 @@ KERNELS = (
     Kernel("slope_", "slope_", _slope),
     Kernel("output_change_", "output_change_", _output_change),
     Kernel("restore_", "restore_", _restore),
+    Kernel("lengths_", "lengths_", _lengths),
 )

@@ -3,7 +3,8 @@
 Each provider is a way to take a step of the same network on the same batch; they take turns, so
 that a noisy machine treats them alike, and every time is reported beside its ratio to the eager
 reference: the method in plain PyTorch, with a full second pass. What a step dispatches, launches
-and allocates is counted in steps that are not timed.
+and allocates is counted in steps that are not timed. ``--model-only`` times nothing: it prints what
+a step should take on an H100 by its launches, bytes and FLOPs (prediction.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from benchmarks.micro.measure import Row, store
+from benchmarks.step import prediction
 from benchmarks.step.clock import PHASES
 from benchmarks.step.measure import length, measure
 from benchmarks.step.models import MODELS
@@ -47,6 +49,20 @@ def table(rows: list[Row]) -> Table:
             f"{counts['allocations']:.0f}",
             f"{counts['bytes'] / 2**20:.1f}",
         )
+    return made
+
+
+def predicted(name: str, size: int | None) -> Table:
+    """What the steps of one model should take; measured on no GPU."""
+    model = MODELS[name]
+    made = Table(
+        title=f"{model.title}, batch {size or model.batch_size}, fp32: predicted for an H100,"
+        " not measured"
+    )
+    for head in prediction.HEADS:
+        made.add_column(head, justify="right" if head else "left")
+    for row in prediction.rows(prediction.predictions(model, size)):
+        made.add_row(*row)
     return made
 
 
@@ -95,6 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=positive, help="steps of each; the model's own number")
     parser.add_argument("--threads", type=positive)
     parser.add_argument(
+        "--model-only", action="store_true", help="predict the steps on an H100, and run none"
+    )
+    parser.add_argument(
         "--device",
         type=torch.device,
         default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
@@ -103,6 +122,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--json", type=Path, help="write the rows here, in place of the model's older ones"
     )
     args = parser.parse_args(arguments)
+    if args.model_only:
+        for name in args.model:
+            Console(width=190).print(predicted(name, args.batch_size))
+        return 0
     everyone = providers(args.device)
     for word in args.providers:
         if not any(provider.answers([word]) for provider in everyone):

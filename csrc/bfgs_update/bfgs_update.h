@@ -65,6 +65,6 @@ void curvature_update(
 
 // (12) after `after` rejected pairs in a row, or where `force`.
 template <typename T>
-void restart(const std::vector<Restart<T>>& layers, int64_t after, bool force);
+void restart(const std::vector<Restart<T>>& layers, int64_t after);
 
 }  // namespace kbfgs

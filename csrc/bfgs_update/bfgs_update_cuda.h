@@ -72,6 +72,6 @@ void curvature_update(
 // (12) after `after` rejected pairs in a row, or where `force`, which may be null.
 template <typename T>
 void restart(
-    std::vector<Restart<T>> layers, int64_t after, const bool* force, cudaStream_t stream);
+    std::vector<Restart<T>> layers, int64_t after, cudaStream_t stream);
 
 }  // namespace kbfgs::cuda

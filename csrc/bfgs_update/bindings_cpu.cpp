@@ -75,7 +75,7 @@ void restart_cpu(const Call& call) {
   by_dtype_or_float("cpu", call.tensors("H"), call.tensors("marks"), [&](auto zero) {
     CpuArguments<decltype(zero)> args(call);
     const auto layers = restart_layers(args, call.tensors("marks").size());
-    restart(layers, call.integer("after"), call.has("force") && args.read("force"));
+    restart(layers, call.integer("after"));
   });
 }
 

@@ -82,7 +82,7 @@ void restart_cuda(const Call& call) {
   by_dtype_or_float("cuda", call.tensors("H"), marks, [&](auto zero) {
     CudaArguments<decltype(zero)> args(call, marks[0]);
     const auto layers = restart_layers(args, marks.size());
-    restart(layers, call.integer("after"), args.flag("force"), args.stream());
+    restart(layers, call.integer("after"), args.stream());
   });
 }
 

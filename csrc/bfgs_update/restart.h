@@ -14,6 +14,7 @@ struct Restart {
   int64_t* pushed;        // scalar
   int64_t* marks;         // accepted and rejected where the streak began, restarts
   const int64_t* counts;  // 4
+  const bool* force;      // null: no
   const double* lam;      // null: H <- I
   const T* A;             // n x n, or null: then X
   Numbers<T> X;           // m x d_in, rows ld apart; n is d_in or d_in + 1

@@ -15,13 +15,14 @@ std::vector<Restart<T>> restart_layers(Arguments<T>& args, size_t count) {
     Restart<T>& l = layers[i];
     l.marks = args.integers("marks", i, 3);
     l.counts = args.integers("counts", i, 4);
+    if (args.given("force")) l.force = args.flags("force", i, 1);
     if (args.given("pushed")) {
       l.pushed = args.integers("pushed", i, 1);
       continue;
     }
     l.n = args.tensor("H", i).size(0);
     l.H = args.state("H", i, l.n * l.n);
-    if (!args.given("lam")) continue;
+    if (i >= args.count("lam")) continue;
     l.lam = args.scalar("lam", i);
     if (args.given("A")) {
       l.A = args.state("A", i, l.n * l.n);

@@ -29,11 +29,11 @@ double damped_trace(const Restart<T>& l) {
 }  // namespace
 
 template <typename T>
-void restart(const std::vector<Restart<T>>& layers, int64_t after, bool force) {
+void restart(const std::vector<Restart<T>>& layers, int64_t after) {
   for (const Restart<T>& l : layers) {
     const int64_t accepted = l.counts[kAccepted], rejected = l.counts[kRejected];
     const int64_t begin = accepted > l.marks[0] ? rejected : l.marks[1];
-    bool now = rejected - begin >= after || force;
+    bool now = rejected - begin >= after || (l.force != nullptr && *l.force);
     const double divisor = now && l.lam != nullptr ? damped_trace(l) : 1;
     now = now && std::isfinite(divisor);
     l.marks[0] = accepted;
@@ -48,7 +48,7 @@ void restart(const std::vector<Restart<T>>& layers, int64_t after, bool force) {
   }
 }
 
-template void restart(const std::vector<Restart<float>>&, int64_t, bool);
-template void restart(const std::vector<Restart<double>>&, int64_t, bool);
+template void restart(const std::vector<Restart<float>>&, int64_t);
+template void restart(const std::vector<Restart<double>>&, int64_t);
 
 }  // namespace kbfgs

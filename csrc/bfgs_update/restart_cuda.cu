@@ -20,7 +20,6 @@ struct RestartTable {
   Restart<T> layer[kLayersPerLaunch];
   int layers;
   int64_t after;
-  const bool* force;
 };
 
 // lam + tr A; all threads of the block take part and get the same answer.
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(RestartShape::kThreads)
   const Restart<T>& l = t.layer[blockIdx.x];
   const int64_t accepted = l.counts[kAccepted], rejected = l.counts[kRejected];
   const int64_t begin = accepted > l.marks[0] ? rejected : l.marks[1];
-  bool now = rejected - begin >= t.after || (t.force && *t.force);
+  bool now = rejected - begin >= t.after || (l.force && *l.force);
   double divisor = 1;
   if (now && l.lam) {
     divisor = damped_trace(l, reinterpret_cast<double*>(shared_memory()));
@@ -73,23 +72,19 @@ __global__ void __launch_bounds__(RestartShape::kThreads)
 }  // namespace
 
 template <typename T>
-void restart(
-    std::vector<Restart<T>> layers, int64_t after, const bool* force, cudaStream_t stream) {
+void restart(std::vector<Restart<T>> layers, int64_t after, cudaStream_t stream) {
   for (size_t begin = 0; begin < layers.size(); begin += kLayersPerLaunch) {
     RestartTable<T> t{};
     t.layers = int(std::min<size_t>(kLayersPerLaunch, layers.size() - begin));
     std::copy_n(layers.begin() + begin, t.layers, t.layer);
     t.after = after;
-    t.force = force;
     launch(
         &restart_kernel<T>,
         {unsigned(t.layers), RestartShape::kThreads, RestartShape::kRoomBytes, false}, stream, t);
   }
 }
 
-template void restart<float>(
-    std::vector<Restart<float>>, int64_t, const bool*, cudaStream_t);
-template void restart<double>(
-    std::vector<Restart<double>>, int64_t, const bool*, cudaStream_t);
+template void restart<float>(std::vector<Restart<float>>, int64_t, cudaStream_t);
+template void restart<double>(std::vector<Restart<double>>, int64_t, cudaStream_t);
 
 }  // namespace kbfgs::cuda

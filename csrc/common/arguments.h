@@ -39,6 +39,7 @@ class Arguments {
 
   // Whether the list has entries.
   bool given(const char* name) const { return !call_.tensors(name).empty(); }
+  size_t count(const char* name) const { return call_.tensors(name).size(); }
   const Tensor& tensor(const char* name, size_t i) const { return call_.tensors(name).at(i); }
 
   // Written, or a matrix of the state: used in place.
@@ -99,8 +100,9 @@ class Arguments {
     if (!fits) throw Unsupported(std::string(name) + " is not contiguous by rows");
     return {t.data_ptr<T>(), m, columns, m <= 1 ? columns : t.stride(0)};
   }
-  const double* scalar(const char* name, size_t i) const {
-    return in_place<double>(name, tensor(name, i), 1);
+  double* scalar(const char* name, size_t i) const { return scalars(name, i, 1); }
+  double* scalars(const char* name, size_t i, int64_t elements) const {
+    return in_place<double>(name, tensor(name, i), elements);
   }
   // Null where there is none.
   const bool* flag(const char* name) const {

@@ -5,6 +5,8 @@
 
 #include "../common/cuda_arguments.h"
 #include "double_damping_cuda.h"
+#include "measure_arguments.h"
+#include "measure_cuda.h"
 
 namespace kbfgs::cuda {
 
@@ -45,10 +47,33 @@ void double_damping_cuda(const Call& call) {
   });
 }
 
+void measure_inputs_cuda(const Call& call) {
+  const Tensors& norms = call.tensors("norms");
+  by_dtype("cuda", norms, [&](auto zero) {
+    CudaArguments<decltype(zero)> args(call, norms[0]);
+    const auto layers = inputs_of<decltype(zero)>(args, call);
+    measure_inputs(layers, call.number("share"), args.flag("ok"), args.stream());
+  });
+}
+
+void measure_pair_cuda(const Call& call) {
+  const Tensors& g_bar = call.tensors("g_bar");
+  by_dtype("cuda", g_bar, [&](auto zero) {
+    CudaArguments<decltype(zero)> args(call, g_bar[0]);
+    const auto layers = pairs_of<decltype(zero)>(args, g_bar);
+    measure_pair(layers, call.number("share"), args.flag("ok"), args.stream());
+  });
+}
+
 }  // namespace
 
 Functions double_damping_ops() {
-  return {{"pair_ema_cuda", &pair_ema_cuda}, {"double_damping_cuda", &double_damping_cuda}};
+  return {
+      {"pair_ema_cuda", &pair_ema_cuda},
+      {"double_damping_cuda", &double_damping_cuda},
+      {"measure_inputs_cuda", &measure_inputs_cuda},
+      {"measure_pair_cuda", &measure_pair_cuda},
+  };
 }
 
 }  // namespace kbfgs::cuda

@@ -5,6 +5,7 @@
 
 #include "../common/cpu_arguments.h"
 #include "kron_precondition.h"
+#include "lengths_arguments.h"
 
 namespace kbfgs {
 
@@ -121,6 +122,25 @@ void restore_cpu(const Call& call) {
   });
 }
 
+void lengths_cpu(const Call& call) {
+  const Tensors& norms = call.tensors("norms");
+  by_dtype("cpu", norms, [&](auto zero) {
+    CpuArguments<decltype(zero)> args(call);
+    for (const auto& l : lengths_of<decltype(zero)>(args, norms)) {
+      double size = *l.step_size;
+      if (call.integer("shared")) {
+        double all = 0, rows = 0;
+        for (int64_t i = 0; i < l.n; ++i) {
+          all += length_of(l.norms[i]) * length_of(l.norms[i]);
+          rows += l.roots[i] * l.roots[i];
+        }
+        size *= std::sqrt(all) / std::sqrt(rows);
+      }
+      for (int64_t i = 0; i < l.n; ++i) l.sizes[i] = size_of(l, i, size);
+    }
+  });
+}
+
 void kron_step_cpu(const Call& call) {
   const Tensors& M = call.tensors("M");
   by_dtype("cpu", M, [&](auto zero) {
@@ -150,6 +170,7 @@ Functions kron_precondition_ops() {
       {"slope_cpu", &slope_cpu},
       {"output_change_cpu", &output_change_cpu},
       {"restore_cpu", &restore_cpu},
+      {"lengths_cpu", &lengths_cpu},
       {"kron_step_cpu", &kron_step_cpu},
   };
 }

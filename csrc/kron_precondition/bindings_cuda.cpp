@@ -8,6 +8,7 @@
 #include "../common/cuda_arguments.h"
 #include "kron_arguments_cuda.h"
 #include "kron_precondition_cuda.h"
+#include "lengths_arguments.h"
 
 namespace kbfgs::cuda {
 
@@ -65,6 +66,15 @@ void restore_cuda(const Call& call) {
     CudaArguments<decltype(zero)> args(call, saved[0]);
     const auto layers = parameters(args, saved, "saved", Joined::kRead, Gradient::kNone);
     restore(layers, args.flag("undo"), args.stream());
+  });
+}
+
+void lengths_cuda(const Call& call) {
+  const Tensors& norms = call.tensors("norms");
+  by_dtype("cuda", norms, [&](auto zero) {
+    CudaArguments<decltype(zero)> args(call, norms[0]);
+    const auto entries = lengths_of<decltype(zero)>(args, norms);
+    lengths(entries, call.integer("shared") != 0, args.stream());
   });
 }
 
@@ -158,6 +168,7 @@ Functions kron_precondition_ops() {
       {"slope_cuda", &slope_cuda},
       {"output_change_cuda", &output_change_cuda},
       {"restore_cuda", &restore_cuda},
+      {"lengths_cuda", &lengths_cuda},
       {"kron_step_cuda", &kron_step_cuda},
   };
 }

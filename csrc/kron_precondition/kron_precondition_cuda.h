@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../common/numbers.h"
+#include "lengths.h"
 
 #ifndef KBFGS_CUDA_HOST
 #include <cuda_runtime_api.h>
@@ -83,6 +84,10 @@ void output_change(std::vector<ParameterLayer<T>> layers, cudaStream_t stream);
 // [W, b] <- `joined` where *undo.
 template <typename T>
 void restore(std::vector<ParameterLayer<T>> layers, const bool* undo, cudaStream_t stream);
+
+// (23), one launch for all entries.
+template <typename T>
+void lengths(std::vector<Lengths<T>> entries, bool shared, cudaStream_t stream);
 
 // Whether a layer is small enough for small_step.
 bool small_step_fits(int64_t n_g, int64_t n_a, int64_t element_bytes);

@@ -1,4 +1,4 @@
-// The judgement (14) on CUDA.
+// Admission (20) and judgement (14) on CUDA.
 #include "../bindings.h"
 #include "../common/cuda_arguments.h"
 #include "safeguard_arguments.h"
@@ -7,6 +7,14 @@
 namespace kbfgs::cuda {
 
 namespace {
+
+void admit_cuda(const Call& call) {
+  const Tensors& norms = call.tensors("norms");
+  by_dtype("cuda", norms, [&](auto zero) {
+    CudaArguments<decltype(zero)> args(call, norms[0]);
+    admit(admissions(args, norms), call.integer("take") != 0, args.stream());
+  });
+}
 
 void judge_cuda(const Call& call) {
   const Tensors& scale = call.tensors("scale");
@@ -20,7 +28,7 @@ void judge_cuda(const Call& call) {
 }  // namespace
 
 Functions safeguard_ops() {
-  return {{"judge_cuda", &judge_cuda}};
+  return {{"admit_cuda", &admit_cuda}, {"judge_cuda", &judge_cuda}};
 }
 
 }  // namespace kbfgs::cuda

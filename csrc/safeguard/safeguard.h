@@ -1,26 +1,51 @@
-// The safeguard's judgement of a step (14), the same code on the CPU and on a GPU: some fifty operations
-// on scalars, in double. Equations are those of kbfgs_ext/ops/README.md.
+// What a step begins with (20) and the safeguard's judgement of it (14), the same code on the CPU and on
+// a GPU: some fifty operations on scalars, in double. Equations are those of kbfgs_ext/ops/README.md.
 #pragma once
 
 #include <cstdint>
 #include <limits>
 
-#ifdef __CUDACC__
-#define KBFGS_HOST_DEVICE __host__ __device__
-#else
-#define KBFGS_HOST_DEVICE
-#endif
+#include "../common/host_device.h"
 
 namespace kbfgs {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Words of `decision`.
+enum Decision { kUndo, kOrderG, kWaiting, kSoundPair, kOrderA, kDecisions };
+
+template <typename T>
+struct Admission {
+  bool* sound;      // scalar
+  int64_t* counts;  // 4: steps, skipped, undone, restarts
+  bool* decision;   // of these words
+  const T* loss;
+  const T* norms;
+  int64_t n;  // of norms
+};
+
+// The order that waits, where it is `take`n now.
+KBFGS_HOST_DEVICE inline void take_order(bool* decision, bool take, bool ok) {
+  decision[kOrderA] = take && ok && decision[kWaiting];
+  if (decision[kOrderA]) decision[kWaiting] = false;
+}
+
+// (20), with `bad` norms that are not finite.
+template <typename T>
+KBFGS_HOST_DEVICE inline void admit(const Admission<T>& a, bool bad, bool take) {
+  const bool sound = !bad && is_finite(*a.loss);
+  *a.sound = sound;
+  a.counts[0] += 1;
+  a.counts[1] += !sound;
+  take_order(a.decision, take, sound);
+}
 
 template <typename T>
 struct Judge {
   T* scale;         // scalar
   T* watched;       // 4: stuck, seen, mean, lowest
   int64_t* counts;  // 4: steps, skipped, undone, restarts
-  bool* decision;   // 3: undo, order_g, order_a
+  bool* decision;
   const T *loss, *loss_next;
   const T* slope;  // null: any decrease is enough
 };
@@ -29,6 +54,7 @@ struct JudgeRule {
   double noise, shrink, grow, sufficient, smallest, surge;
   int64_t window;
   int64_t after;  // 0: no restart is ordered
+  bool take;      // the activation sides' order now
 };
 
 // Comparisons are written so that a NaN decides as it does in the reference.
@@ -62,9 +88,11 @@ KBFGS_HOST_DEVICE inline void judge(const Judge<T>& j, const JudgeRule& rule, bo
   if (ok) *j.scale = static_cast<T>(scale);
   j.counts[2] += undo && ok;
   j.counts[3] += order;
-  j.decision[0] = undo && ok;
-  j.decision[1] = order;
-  j.decision[2] = j.decision[2] || order;
+  j.decision[kUndo] = undo && ok;
+  j.decision[kOrderG] = order;
+  j.decision[kWaiting] = j.decision[kWaiting] || order;
+  j.decision[kSoundPair] = ok && is_finite(loss_next);
+  if (rule.take) take_order(j.decision, true, ok);
 }
 
 }  // namespace kbfgs

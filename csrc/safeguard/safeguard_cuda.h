@@ -1,4 +1,4 @@
-// judge (14) on a GPU.
+// admit (20) and judge (14) on a GPU.
 #pragma once
 
 #include <vector>
@@ -10,6 +10,10 @@
 #include "safeguard.h"
 
 namespace kbfgs::cuda {
+
+// One launch for all.
+template <typename T>
+void admit(const std::vector<Admission<T>>& admissions, bool take, cudaStream_t stream);
 
 // One launch for all judgements; `ok` may be null.
 template <typename T>

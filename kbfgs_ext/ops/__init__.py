@@ -5,12 +5,18 @@ in this folder for symbols and equations and how an op is declared, `registry.py
 """
 
 from kbfgs_ext.ops.bfgs_update import bfgs_update_, curvature_update_, restart_
-from kbfgs_ext.ops.double_damping import double_damping_, pair_ema_
+from kbfgs_ext.ops.double_damping import (
+    double_damping_,
+    measure_inputs_,
+    measure_pair_,
+    pair_ema_,
+)
 from kbfgs_ext.ops.factor_ema import factor_ema_, hessian_action_
 from kbfgs_ext.ops.kron_precondition import (
     descend_,
     kron_precondition_,
     kron_step_,
+    lengths_,
     momentum_,
     output_change_,
     restore_,
@@ -18,12 +24,13 @@ from kbfgs_ext.ops.kron_precondition import (
 )
 from kbfgs_ext.ops.lbfgs_two_loop import lbfgs_push_, lbfgs_two_loop_
 from kbfgs_ext.ops.registry import FAMILIES, Unsupported
-from kbfgs_ext.ops.safeguard import judge_
+from kbfgs_ext.ops.safeguard import admit_, judge_
 from kbfgs_ext.ops.spectral import polar_
 
 __all__ = [
     "FAMILIES",
     "Unsupported",
+    "admit_",
     "bfgs_update_",
     "curvature_update_",
     "descend_",
@@ -35,6 +42,9 @@ __all__ = [
     "kron_step_",
     "lbfgs_push_",
     "lbfgs_two_loop_",
+    "lengths_",
+    "measure_inputs_",
+    "measure_pair_",
     "momentum_",
     "output_change_",
     "pair_ema_",

@@ -38,6 +38,21 @@ def like(name: str, i: int, tensor: torch.Tensor, model: torch.Tensor) -> None:
         )
 
 
+def shapes(name: str, tensors: Tensors, wanted: Sequence[Sequence[int]]) -> None:
+    """`shape` of every layer: the whole list in one comparison, as a step calls it often."""
+    if [t.shape for t in tensors] != wanted:
+        for i, (t, dims) in enumerate(zip(tensors, wanted, strict=True)):
+            shape(name, i, t, *dims)
+
+
+def alike(name: str, tensors: Tensors, models: Tensors) -> None:
+    """`like` of every layer."""
+    kinds = [(t.dtype, t.device) for t in tensors]
+    if kinds != [(t.dtype, t.device) for t in models]:
+        for i, (t, model) in enumerate(zip(tensors, models, strict=True)):
+            like(name, i, t, model)
+
+
 def real(name: str, i: int, tensor: torch.Tensor) -> None:
     """``tensor`` holds real floating-point numbers."""
     if not tensor.is_floating_point():

@@ -25,6 +25,12 @@ KERNELS: dict[str, Callable[..., None]] = {}  # what the dispatcher calls, by th
 _library = torch.library.Library("kbfgs_ext", "DEF")
 
 
+def _looked_at() -> bool:
+    """Whether someone wants to see the calls of ops: a mode (fake tensors, counters) or a
+    profiler."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
+
+
 def op(family: str, writes: tuple[str, ...]) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Decorator: an op of the function's name and arguments, which its body has only to check.
 
@@ -51,7 +57,10 @@ def op(family: str, writes: tuple[str, ...]) -> Callable[[Callable[P, None]], Ca
         @functools.wraps(check)
         def face(*args: P.args, **kwargs: P.kwargs) -> None:
             check(*args, **kwargs)
-            overload(*declared.positional(args, kwargs))  # which the dispatcher takes faster
+            if registry.watching() and not _looked_at():
+                kernel(*args, **kwargs)  # a step's own call: the dispatcher would only copy lists
+            else:
+                overload(*declared.positional(args, kwargs))  # which the dispatcher takes faster
 
         return face
 

@@ -11,6 +11,8 @@ cpu        C++ kernels (csrc)                      CPU tensors
 reference  plain PyTorch, one equation per line    any device and dtype
 ========== ======================================= =============================
 
+`prefer` puts another first for an op, or for some of its calls.
+
 A call reaches a backend as one dict of its arguments by name. An implementation declines it by
 raising `Unsupported` *before* it writes anything; then, and only then, `auto` tries the next
 backend. Every other error propagates.
@@ -91,8 +93,17 @@ class Taken:
 
 
 _watched: dict[str, Taken] | None = None  # where `watch` notes the calls, if it does
+_asked: tuple[str | None, bool] = None, False  # `_environment` when it began
+
+
+def _environment() -> tuple[str | None, bool]:
+    """The backend that is asked for, and whether Triton is interpreted."""
+    return environment.forced_backend(), environment.triton_interpreted()
+
+
 _OPS: dict[str, Op] = {}
 _TABLE: dict[str, dict[str, Implementation]] = {}
+_PREFERRED: dict[str, tuple[str, Callable[[Call], bool] | None]] = {}
 
 
 def declare(name: str, family: str, signature: inspect.Signature) -> Op:
@@ -116,6 +127,19 @@ def register(
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend: {backend!r}")
     _TABLE[op][backend] = Implementation(op, backend, run, unavailable)
+
+
+def prefer(op: str, backend: str, where: Callable[[Call], bool] | None = None) -> None:
+    """Let "auto" try ``backend`` first: in all calls of ``op``, or ``where`` it is worth it."""
+    _PREFERRED[op] = backend, where
+
+
+def order(op: str, call: Call | None = None) -> tuple[str, ...]:
+    """The backends as "auto" tries them for a call; without one, as for most calls."""
+    first, where = _PREFERRED.get(op, (BACKENDS[0], None))
+    if where is not None and (call is None or not where(call)):
+        return BACKENDS
+    return first, *(name for name in BACKENDS if name != first)
 
 
 def by_name(function: Callable[..., None]) -> Callable[[Call], None]:
@@ -152,7 +176,7 @@ def available(op: str, backend: str) -> bool:
 def run(op: str, backend: str, call: Call) -> None:
     """Run ``op`` on ``backend``; for "auto" on the first backend that takes the call."""
     if backend == "auto":
-        backend = environment.forced_backend() or "auto"
+        backend = (_environment() if _watched is None else _asked)[0] or "auto"
     if backend != "auto":
         reason = _run_one(op, backend, call)
         if reason is not None:
@@ -160,7 +184,7 @@ def run(op: str, backend: str, call: Call) -> None:
         _note(op, backend, ())
         return
     declined: list[str] = []
-    for name in BACKENDS:
+    for name in order(op, call):
         reason = _run_one(op, name, call)
         if reason is None:
             _note(op, name, declined)
@@ -193,13 +217,20 @@ def _note(op: str, backend: str, declined: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def watch(into: dict[str, Taken]) -> Iterator[None]:
-    """Context: note in ``into`` which backend each op takes; of several calls the slowest one's."""
-    global _watched
-    before, _watched = _watched, into
+    """Context: note in ``into`` which backend each op takes; of several calls the slowest one's.
+    The environment is asked once."""
+    global _watched, _asked
+    before = _watched, _asked
+    _watched, _asked = into, _environment()
     try:
         yield
     finally:
-        _watched = before
+        _watched, _asked = before
+
+
+def watching() -> bool:
+    """Whether a `watch` is on: the caller is a step of an optimizer."""
+    return _watched is not None
 
 
 def explain_step(taken: Mapping[str, Taken]) -> str:
@@ -216,23 +247,19 @@ def explain_step(taken: Mapping[str, Taken]) -> str:
 
 
 def _wrong_device(backend: str, args: Iterable[Any]) -> str | None:
-    """Why ``backend`` does not run where the tensors of ``args`` are, or None."""
+    """Why ``backend`` does not run where the tensors of ``args`` are, of a list its first, or
+    None."""
     if backend == "reference":
         return None
     on_cpu = backend == "cpu"
     for arg in args:
-        if isinstance(arg, (list, tuple)):
-            tensors = arg if arg and isinstance(arg[0], torch.Tensor) else ()
-        elif isinstance(arg, torch.Tensor):
-            tensors = (arg,)
-        else:
+        item = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
+        if not isinstance(item, torch.Tensor) or (item.is_cpu if on_cpu else item.is_cuda):
             continue
-        for item in tensors:
-            if not (item.is_cpu if on_cpu else item.is_cuda):
-                if backend == "triton" and environment.triton_interpreted():
-                    return None
-                kind = "cpu" if on_cpu else "cuda"
-                return f"the {backend} backend needs {kind} tensors, got {item.device}"
+        if backend == "triton" and (_environment() if _watched is None else _asked)[1]:
+            return None
+        kind = "cpu" if on_cpu else "cuda"
+        return f"the {backend} backend needs {kind} tensors, got {item.device}"
     return None
 
 
@@ -265,7 +292,7 @@ def explain(
         if op not in (None, name_of_op):
             continue
         chosen, reasons = None, []
-        for name in BACKENDS:
+        for name in order(name_of_op):
             reason = _why_not(name_of_op, name, kind)
             if forced and name != forced:
                 reason = f"KBFGS_BACKEND={forced}"
@@ -287,7 +314,7 @@ def _explain_call(op: str, args: Mapping[str, Any]) -> str:
     call = declared.call((), args)
     del call["backend"]
     forced = environment.forced_backend()
-    for name in BACKENDS:
+    for name in order(op, call):
         copies = {
             k: [t.clone() for t in a] if isinstance(a, (list, tuple)) else a
             for k, a in call.items()

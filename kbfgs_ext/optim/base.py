@@ -221,7 +221,12 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of all parameters, as every optimizer of torch does."""
-        super().zero_grad(set_to_none)
+        if set_to_none:  # twice in a step: without what torch's own does around it
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            super().zero_grad(set_to_none)
         for layer in self.layers:
             layer.observer.zero_virtual()
             if not set_to_none:

@@ -10,8 +10,6 @@ from kbfgs_ext.optim.factors import Tensors
 from kbfgs_ext.optim.parts import MOVED, TURNED, Part
 from kbfgs_ext.optim.settings import Settings
 
-SHORTEST = 1e-20  # length of a direction that still is one
-
 
 class Direction:
     """P = H_g M H_a, the paper's, or with direction="spectral" its polar factor, whose singular
@@ -74,24 +72,15 @@ class Direction:
         P, size = part["P"], part.scalars.step_size
         sizes = [size] * len(P)
         if self._step_length != "direction":
-            sizes = _alike(P, size, self._step_length == "balanced")
+            norms = torch.stack(torch._foreach_norm(P))
+            whole, roots, sizes = part.lengths()
+            shared = self._step_length == "balanced"
+            ops.lengths_([whole], [norms], [roots], [size], shared, part.backend)
         scaled = self._spectral or self._step_length == "layer"  # what gamma is lost in
         if part.g.has("gamma") and not part.bare and not scaled:  # a layer's blocks have the same
             gamma = [layer.gradients[0]["gamma"] for layer in part.layers]
             sizes = list(torch._foreach_mul(sizes, gamma))
         return sizes
-
-
-def _alike(P: Tensors, size: torch.Tensor, balanced: bool) -> Tensors:
-    """Per layer size/r, with r the root mean square of the rows of its P; or size*R/r, with R that
-    of the rows of all layers. P = 0 stays 0."""
-    rows = [p.shape[0] for p in P]
-    norms = torch.stack(torch._foreach_norm(P)).to(size.dtype).clamp_(min=SHORTEST)
-    if balanced:
-        size = size * (torch.linalg.vector_norm(norms) / sum(rows) ** 0.5)
-    sizes = list((size / norms).unbind())
-    torch._foreach_mul_(sizes, [n**0.5 for n in rows])
-    return sizes
 
 
 def slope(part: Part) -> None:

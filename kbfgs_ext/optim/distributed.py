@@ -202,12 +202,10 @@ class Ranks(Exchange):
 
     # ------------------------------------------------------------------ the activation side
 
-    def mean_squares(self, part: Part) -> Tensors:
-        return [
-            self._squares[id(factor)] / self._rows[id(layer)][1]
-            for layer in part.layers
-            for factor in layer.activations
-        ]
+    def norms(self, part: Part) -> tuple[Tensors, list[float]]:
+        blocks = [(layer, factor) for layer in part.layers for factor in layer.activations]
+        means = [self._squares[id(f)] / self._rows[id(layer)][1] for layer, f in blocks]
+        return [mean.sqrt() for mean in means], [1.0] * len(means)
 
     def _share(self, layer: CoveredLayer) -> float:
         """m_r/m."""
@@ -285,7 +283,7 @@ class Ranks(Exchange):
             rows = [a.new_zeros(1, n) for a, n in zip(a_bar, ends, strict=True)]
             for row, factor in zip(rows, part.a.factors, strict=True):
                 row[0, 0] = self._squares[id(factor)].sqrt()
-            restart(part, "a", verdict.order_a, rows)
+            restart(part, {"a": verdict.order_a}, rows)
         self._asked.clear()
 
     # ------------------------------------------------------------------ starts and checkpoints

@@ -176,7 +176,7 @@ class ActivationMatrix(Factor):
         ops.bfgs_update_(H_a, part.a["counts_a"], s, y, [], a_bar, verdict.ok, part.backend)
         if part.settings.restart_after is not None:
             rows = [x.of_the_same_square(a) for x, a in zip(inputs, a_bar, strict=True)]
-            restart(part, "a", verdict.order_a, rows)
+            restart(part, {"a": verdict.order_a}, rows)
 
 
 class GradientMatrix(Factor):
@@ -306,7 +306,7 @@ class PairRing(Factor):
             torch._foreach_mul_(y + c, gamma + gamma)
         S, Y, rho, pushed = (g[name] for name in ("S", "Y", "rho", "pushed"))
         ops.lbfgs_push_(S, Y, rho, pushed, counts, s, y, c, ok, part.backend)
-        restart(part, "g", verdict.order_g)
+        restart(part, {"g": verdict.order_g})
 
 
 def _start_scale(place: torch.Tensor, gamma: float | str, lam_g: torch.Tensor) -> None:

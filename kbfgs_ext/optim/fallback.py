@@ -2,7 +2,8 @@
 
 The fallback steps between the two passes, so that the second pass sees every parameter's new value.
 A void step (non-finite loss or gradient) leaves its parameters and state as they were, and a step
-that the safeguard undoes leaves the parameters as they were; both are decided on the device.
+that the safeguard undoes leaves the parameters as they were; both are decided on the device, in
+as many kernels for many small tensors as for a few.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import Any
 
 import torch
 
+from kbfgs_ext.optim.copies import Copies, zero_unless
+
 LR = 1e-3
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # if they are asked to be
 
 
 def default_fallback(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
@@ -42,9 +46,8 @@ class Fallback:
             raise TypeError(
                 f"fallback must return a torch.optim.Optimizer, got {type(self.optimizer).__name__}"
             )
-        self._saved: list[torch.Tensor] = []
         self._stepped: list[torch.Tensor] = []
-        self._before: list[torch.Tensor] = []  # what the copies are of
+        self._before, self._state_before = Copies(), Copies()  # of parameters, and of the state
         self._entries: dict[Any, dict[str, Any]] = {}  # the state of before, not copied
 
     def add(self, named: Mapping[str, torch.Tensor]) -> None:
@@ -101,16 +104,19 @@ class Fallback:
     def step(self, ok: torch.Tensor) -> None:
         """Step where ``ok``; elsewhere leave parameters and state."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        sparse = any(p.grad.is_sparse for p in parameters if p.grad is not None)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        sparse = any(g.is_sparse for g in gradients)
         if sparse and any(group.get("momentum") for group in self.optimizer.param_groups):
             raise self._explained(ValueError("momentum would be sparse too"), parameters)
-        state = self._state_tensors()
-        self._before = before = [t.detach() for t in parameters + state]
+        self._before.keep([p.detach() for p in parameters])
+        self._state_before.keep([t.detach() for t in self._state_tensors()])
         self._entries = {p: dict(entry) for p, entry in self.optimizer.state.items()}
-        self._keep(before)
-        for p in parameters:  # a non-finite gradient must not enter state made by this very step
-            if p.grad is not None and not p.grad.is_sparse:
-                p.grad.copy_(torch.where(ok, p.grad, 0.0))
+        knows_void = not sparse and self._takes_found_inf(parameters, ok.device)
+        if knows_void:
+            self.optimizer.found_inf = (~ok).to(torch.float32)  # type: ignore[attr-defined]
+        else:
+            # A non-finite gradient must not enter state made by this very step.
+            zero_unless(ok, [g for g in gradients if not g.is_sparse])
         try:
             self.optimizer.step()
         except BaseException as error:
@@ -118,13 +124,20 @@ class Fallback:
             if sparse and isinstance(error, Exception):
                 raise self._explained(error, parameters) from error
             raise
-        self._put_back(before, ~ok)
+        finally:
+            if knows_void:
+                del self.optimizer.found_inf  # type: ignore[attr-defined]
+        if not knows_void:
+            self._before.put_back(~ok)
+            # AdamW may keep its step counts on the host: left advanced, a device flag cannot reach
+            # them without a read, and a count one too high only moves a bias correction.
+            self._state_before.put_back(~ok)
         self._stepped = parameters
 
     def take_back(self) -> None:
         """Undo the last step as a whole: parameters, and the state as it was before."""
-        for saved, tensor in zip(self._saved, self._before, strict=True):
-            tensor.copy_(saved)
+        self._before.put_back()
+        self._state_before.put_back()
         state = self.optimizer.state
         for p, entry in list(state.items()):
             if p not in self._entries:
@@ -133,6 +146,18 @@ class Fallback:
             entry.clear()
             entry.update(self._entries[p])
         self._stepped = []
+
+    def _takes_found_inf(self, parameters: list[torch.Tensor], device: torch.device) -> bool:
+        """Whether the optimizer's own kernels leave everything as it is where a flag on the device
+        says so: torch's fused ones do, with the state that they have already."""
+        optimizer, groups = self.optimizer, self.optimizer.param_groups
+        if type(optimizer) not in FUSED or not all(group["fused"] for group in groups):
+            return False
+        if type(optimizer) is not torch.optim.SGD or any(group["momentum"] for group in groups):
+            for p in parameters:
+                if not any(torch.is_tensor(v) for v in optimizer.state.get(p, {}).values()):
+                    return False
+        return all(t.device == device for t in [*parameters, *self._state_tensors()])
 
     def _explained(self, error: Exception, parameters: list[torch.Tensor]) -> Exception:
         """The error of a step with sparse gradients, and what to do about them."""
@@ -147,39 +172,17 @@ class Fallback:
 
     def slope(self, like: torch.Tensor) -> torch.Tensor:
         """The change of the loss that the gradient promises for the step just taken."""
-        total = torch.zeros_like(like)
-        for p, saved in zip(self._stepped, self._saved, strict=False):
-            if p.grad is not None:
-                moved = p.detach() - saved  # of 16-bit parameters too a sum in like's dtype
-                total += (p.grad * moved).sum(dtype=like.dtype).to(like.device)
-        return total
+        return self._before.slope([p.grad for p in self._stepped], like)
 
     def undo(self, undo: torch.Tensor) -> None:
         """Put the parameters, not the state, back where ``undo``."""
-        self._put_back([p.detach() for p in self._stepped], undo)
-
-    def _keep(self, tensors: list[torch.Tensor]) -> None:
-        fits = len(self._saved) == len(tensors) and all(
-            s.shape == t.shape and s.dtype == t.dtype and s.device == t.device
-            for s, t in zip(self._saved, tensors, strict=True)
-        )
-        if not fits:  # the first steps, while the optimizer makes its state
-            self._saved = [torch.empty_like(t) for t in tensors]
-        for saved, tensor in zip(self._saved, tensors, strict=True):
-            saved.copy_(tensor)
-
-    def _put_back(self, tensors: list[torch.Tensor], where: torch.Tensor) -> None:
-        for saved, tensor in zip(self._saved, tensors, strict=False):
-            # AdamW may keep its step counts on the host: left advanced, a device flag cannot reach
-            # them without a read, and a count one too high only moves a bias correction.
-            if tensor.device == where.device:
-                tensor.copy_(torch.where(where, saved, tensor))
+        self._before.put_back(undo)
 
     def copies(self) -> list[torch.Tensor]:
         """The copies of what the last step has changed."""
-        return list(self._saved)
+        return self._before.tensors() + self._state_before.tensors()
 
     def bytes(self) -> int:
         """Bytes of the fallback's state and of the copies."""
-        tensors = self._state_tensors() + self._saved
+        tensors = self._state_tensors() + self.copies()
         return sum(t.numel() * t.element_size() for t in tensors)

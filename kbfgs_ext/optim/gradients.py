@@ -42,11 +42,7 @@ class Gradients:
     def __init__(self, parameters: Iterable[torch.Tensor], like: torch.Tensor) -> None:
         self._gradients = [p.grad for p in parameters if p.grad is not None]
         dense = [g.coalesce().values() if g.is_sparse else g for g in self._gradients]
-        self._norms = torch.stack(torch._foreach_norm(dense)).to(like.dtype)
-
-    def finite(self, loss: torch.Tensor) -> torch.Tensor:
-        """Whether all are finite, and the loss with them; a bool scalar on the device."""
-        return is_finite(self._norms.sum() + loss)
+        self.norms = torch.stack(torch._foreach_norm(dense)).to(like.dtype)
 
     def clip(self, largest: float | None) -> torch.Tensor | None:
         """Scale all by min(1, largest/norm), in place; norm is that of all together.
@@ -55,7 +51,7 @@ class Gradients:
         """
         if largest is None:
             return None
-        norm = torch.linalg.vector_norm(self._norms)
+        norm = torch.linalg.vector_norm(self.norms)
         share = (largest / (norm + CLIP_EPSILON)).clamp(max=1.0)
         torch._foreach_mul_(self._gradients, share)
         return share

@@ -37,7 +37,6 @@ class Moved:
         self.fallback: Fallback | None = None  # if it has stepped
         self.fresh: list[CoveredLayer] = []  # whose factors start in this step
         self.parts: list[Part] = []
-        self.order_a: torch.Tensor | None = None  # the restart that was taken from the safeguard
 
     def begin(self, part: Part) -> None:
         """``part`` goes next."""
@@ -57,7 +56,7 @@ class Moved:
             self.fallback.take_back()
         if self.ok is None:
             return
-        guard.uncount(self.ok, self.order_a)
+        guard.withdraw(self.ok)
         sound = gradients.known_true(self.ok)
         for part in self.parts:
             if part.stage == MOVED:

@@ -74,8 +74,10 @@ class Part:
         self.a = Blocks([factor for layer in layers for factor in layer.activations])
         self.g = Blocks([factor for layer in layers for factor in layer.gradients])
         self.stage = STILL
+        self.scratch: Tensors = []  # of `Parts.scratch`, once it was asked for
         self._each: dict[str, Tensors] = {}
         self._singles: list[Part] = []
+        self._lengths: tuple[torch.Tensor, torch.Tensor, Tensors] | None = None
 
     def __getitem__(self, name: str) -> Tensors:
         tensors = self._each.get(name)
@@ -165,6 +167,15 @@ class Part:
         """Those of the gradient side's."""
         return [self.scalars.lam_g] * len(self.g)
 
+    def lengths(self) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
+        """The sizes of their steps in one vector, the roots of their rows, and the sizes each."""
+        if self._lengths is None:
+            like = self.scalars.step_size
+            roots = [like.new_full((1,), layer.n_g**0.5) for layer in self.layers]
+            whole = like.new_empty(len(roots))
+            self._lengths = whole, torch.cat(roots), list(whole.unbind())
+        return self._lengths
+
     def inputs(self) -> list[Any]:
         """What their observers have kept, by the blocks of the activation side."""
         return [inputs for layer in self.layers for inputs in layer.inputs()]
@@ -251,13 +262,12 @@ class Parts:
 
     def scratch(self, part: Part) -> Tensors:
         """Each layer's part of the scratch that the direction needs, flat."""
-        alone = self._device.type == "cpu"
-        views, at = [], 0
-        for layer in part.layers:
+        alone, at = self._device.type == "cpu", 0
+        for layer in part.layers if not part.scratch else []:
             size = direction_elements(layer, self._settings)
-            views.append(self._product[at : at + size])
+            part.scratch.append(self._product[at : at + size])
             at += 0 if alone else size
-        return views
+        return part.scratch
 
 
 def direction_elements(layer: CoveredLayer, settings: Settings) -> int:

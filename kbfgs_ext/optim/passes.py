@@ -59,7 +59,7 @@ class Buffers:
         self._saved: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor | None]] = []
 
     def _all(self) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
-        for module in self._model.modules():
+        for module in modules_of(self._model):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     yield module, name, buffer
@@ -102,6 +102,25 @@ class Buffers:
             if copy is not None:
                 buffer.copy_(copy)
             module._buffers[name] = buffer
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules of ``model``, once each, in no order; torch's own way makes names for them."""
+    seen, waiting = set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            waiting.extend(child for child in module._modules.values() if child is not None)
+            yield module
+
+
+def parameters_of(model: nn.Module) -> Iterator[torch.Tensor]:
+    """All parameters of ``model``, tied ones perhaps more than once."""
+    for module in modules_of(model):
+        for p in module._parameters.values():
+            if p is not None:
+                yield p
 
 
 def _small(buffer: torch.Tensor) -> bool:
@@ -220,11 +239,16 @@ def own_work(
         if matmul_precision:
             stack.enter_context(_products(matmul_precision))
         stack.enter_context(torch.no_grad())
-        if torch.amp.is_autocast_available(device.type):
+        if _autocasts(device):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(registry.watch(trace))
         yield
+
+
+def _autocasts(device: torch.device) -> bool:
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 @contextlib.contextmanager

@@ -81,14 +81,13 @@ class Alone:
         """After the second pass, likewise; ``paired`` are the layers that yield a pair."""
         return loss
 
-    def mean_squares(self, part: Part) -> Tensors:
-        """Of the inputs of this step, by the blocks of the activation side."""
+    def norms(self, part: Part) -> tuple[Tensors, list[float]]:
+        """Of the inputs of this step, by the blocks of the activation side, and of how many
+        elements."""
         pairs = zip(part.inputs(), part.a["a_bar"], strict=True)
         X = [inputs.of_the_same_square(a_bar) for inputs, a_bar in pairs]
-        squares = torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))
-        torch._foreach_pow_(squares, 2)
-        torch._foreach_div_(squares, [float(x.numel()) for x in X])
-        return list(squares)
+        norms = torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))
+        return list(norms), [float(x.numel()) for x in X]
 
     def average(self, layer: CoveredLayer, decay: float | None, ok: torch.Tensor) -> None:
         """Step 3 before the layer's start: `ActivationMatrix.average_one`."""

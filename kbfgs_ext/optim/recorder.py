@@ -139,12 +139,17 @@ class Recorder:
             for observer in observers:
                 observer.recomputed = True  # activation checkpointing: the same use again
             return replaced
-        with torch.no_grad(), torch._C._DisableFuncTorch():
+        inside = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
+        if inside:
+            with torch.no_grad(), torch._C._DisableFuncTorch():
+                uses = [(observer, observer.add(view.see(x, output))) for observer, view in seen]
+        else:
+            x = x.detach()
             uses = [(observer, observer.add(view.see(x, output))) for observer, view in seen]
         node = _origin(output if replaced is None else replaced)
         for observer, use in uses:
-            if node is None or torch._C._functorch.is_functorch_wrapped_tensor(output):
-                use.reached = True  # inside torch.func nothing tells
+            if node is None or inside:
+                use.reached = True  # nothing tells
             else:
                 node.register_prehook(functools.partial(observer.reach, use))
         return replaced

@@ -35,6 +35,7 @@ import math
 import torch
 
 from kbfgs_ext import ops
+from kbfgs_ext.ops.safeguard.api import WORDS
 
 ROUNDINGS = 8  # of a sum over a minibatch: two passes differ by some of them
 
@@ -109,26 +110,38 @@ class Safeguard:
         self._watched = torch.tensor([0.0, 0.0, 0.0, math.inf], dtype=wide, device=device)
         # The gradient side restarts in the step that orders it, the activation side where it is
         # updated next: without A it needs the activations, and those are gone by then.
-        self._decision = torch.zeros(3, dtype=torch.bool, device=device)
+        self._decision = torch.zeros(WORDS, dtype=torch.bool, device=device)
+        self._sound = torch.ones((), dtype=torch.bool, device=device)
 
     @property
     def order_g(self) -> torch.Tensor:
         """Whether the gradient sides restart in this step."""
         return self._decision[1]
 
-    def count(self, ok: torch.Tensor) -> None:
-        """Count a step, and whether it is void."""
-        steps, skipped, _, _ = self._counts.unbind()
-        steps.add_(1)
-        skipped.add_(~ok)
+    @property
+    def order_a(self) -> torch.Tensor:
+        """Whether the activation sides restart in this step."""
+        return self._decision[4]
 
-    def uncount(self, ok: torch.Tensor, order_a: torch.Tensor | None) -> None:
-        """A step that was counted has failed; nor is its order for the activation sides done."""
+    @property
+    def sound_pair(self) -> torch.Tensor:
+        """Whether the step, and the loss after it, are finite: once it is judged."""
+        return self._decision[3]
+
+    def admit(self, loss: torch.Tensor, norms: torch.Tensor, take: bool) -> torch.Tensor:
+        """Whether the step is sound, a bool scalar on the device; counts it. ``take``: the
+        activation sides are updated before the judgement, and restart now if they are to."""
+        counts, decision = [self._counts], [self._decision]
+        ops.admit_([self._sound], counts, decision, [loss], [norms], take, self.backend)
+        return self._sound
+
+    def withdraw(self, ok: torch.Tensor) -> None:
+        """A step that was admitted has failed: it does not count, and the order that the
+        activation sides have taken in it stays."""
         steps, skipped, _, _ = self._counts.unbind()
         steps.sub_(1)
         skipped.sub_((~ok).to(skipped.dtype))
-        if order_a is not None:
-            self._decision[2].logical_or_(order_a)
+        self._decision[2].logical_or_(self._decision[4])
 
     @property
     def wants_slope(self) -> bool:
@@ -142,10 +155,12 @@ class Safeguard:
         slope: torch.Tensor | None,
         noise: float,
         ok: torch.Tensor,
+        take: bool = False,
     ) -> torch.Tensor:
         """Whether to undo the step (bool scalar on the device); adapts the scale.
 
-        ``slope`` is None where it is not wanted; ``noise`` is the `resolution` of the losses.
+        ``slope`` is None where it is not wanted; ``noise`` is the `resolution` of the losses;
+        ``take``: the activation sides are updated after this, and restart if they are to.
         """
         rule = self.rule
         assert rule is not None
@@ -165,17 +180,11 @@ class Safeguard:
             rule.surge,
             int(rule.window),
             self.restart_after,
+            take,
             ok,
             self.backend,
         )
         return self._decision[0]
-
-    def take_order_a(self, ok: torch.Tensor) -> torch.Tensor:
-        """Whether the activation side, which is updated now, restarts; a void step leaves it."""
-        waiting = self._decision[2]
-        order = waiting & ok
-        waiting.logical_xor_(order)
-        return order
 
     def reset(self) -> None:
         """Forget what earlier steps have taught; what is counted stays."""

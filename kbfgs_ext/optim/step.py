@@ -19,13 +19,21 @@ import torch
 from torch import nn
 
 from kbfgs_ext.ops import registry
-from kbfgs_ext.optim import direction, gradients, hyper, scales, shown
+from kbfgs_ext.optim import averages, direction, gradients, hyper, scales, shown
 from kbfgs_ext.optim.capture import Pass
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.fallback import Fallback
 from kbfgs_ext.optim.moved import Moved
-from kbfgs_ext.optim.parts import Group, Part, Parts
-from kbfgs_ext.optim.passes import Buffers, RandomState, SecondPass, once, own_work, profiled
+from kbfgs_ext.optim.parts import Group, Parts
+from kbfgs_ext.optim.passes import (
+    Buffers,
+    RandomState,
+    SecondPass,
+    once,
+    own_work,
+    parameters_of,
+    profiled,
+)
 from kbfgs_ext.optim.process import Alone
 from kbfgs_ext.optim.recorder import Recorder
 from kbfgs_ext.optim.reports import Watch
@@ -103,7 +111,7 @@ class Step:
         """Context of the second pass; `KBFGS.second_pass`."""
         self.expect(SECOND)
         assert self._random is not None
-        everything = itertools.chain(self._model.parameters(), self.parameters())
+        everything = itertools.chain(parameters_of(self._model), self.parameters())
         anchors, freeze = self._anchors(), self.settings.freeze_second_pass
         try:
             with (
@@ -171,23 +179,22 @@ class Step:
                 torch._foreach_mul_([layer["g_bar"] for layer in active], unscaled)
             moving: list[torch.Tensor] = [p for layer in active for p in layer.moving]
             found = gradients.Gradients(self.parameters(moving), loss)
-            ok, clipped = found.finite(loss), found.clip(settings.max_grad_norm)
+            seen = any(layer.observer.has_inputs() for layer in active)
+            # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
+            late = self.kind[0] and settings.keep_A and all(x.has_shown_inputs for x in active)
+            ok = moved.ok = guard.admit(loss, found.norms, seen and not late)
+            clipped = found.clip(settings.max_grad_norm)
             started = all(layer.started for layer in active) or gradients.known_true(ok)
             if started and fallback is not None:
                 fallback.step(ok)  # first: of all parts of a step it is most likely to raise
                 moved.fallback = fallback
-            guard.count(ok)
-            moved.ok = ok
             # If not, there is nothing to start the factors from yet.
             active = self.active = active if started else []
             self._paired = [layer for layer in active if layer.observer.complete]
             paired = not active or self.kind[0]
             self.number += bool(active)
             moved.fresh = [x for x in active if not x.started and not x.bare]
-            seen = any(layer.observer.has_inputs() for layer in active)
-            # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
-            late = paired and settings.keep_A and all(layer.has_shown_inputs for layer in active)
-            order_a = moved.order_a = guard.take_order_a(ok) if seen and not late else None
+            order_a = guard.order_a if seen else None
             self._descend(active, Verdict(ok, ok, order_a), late)
             if paired and active and guard.wants_slope:
                 self.slope = self._slope(active)
@@ -206,20 +213,19 @@ class Step:
         with self.own_work():
             loss_next = process.second(self._paired, loss_next)
             pairs = [layer for layer in self._paired if layer.observer.complete]
-            for part in self.parts.of(pairs):
+            parts = moved.parts if len(pairs) == len(active) else self.parts.of(pairs)
+            for part in parts:
                 direction.output_change(part)  # by the step as it was taken
             if guard.rule is not None:
-                moved.undo(guard.judge(loss, loss_next, self.slope, noise, ok))
-            ok_pair = ok & gradients.is_finite(loss_next)
+                moved.undo(guard.judge(loss, loss_next, self.slope, noise, ok, late))
+            ok_pair = guard.sound_pair if guard.rule else ok & gradients.is_finite(loss_next)
             if unscaled is not None and pairs:
                 g_bar_next = [layer["g_bar_next"] for layer in pairs]
                 torch._foreach_mul_(g_bar_next, unscaled)
-                ok_pair &= gradients.all_finite(g_bar_next)
-            if late:
-                order_a = moved.order_a = guard.take_order_a(ok)
+                ok_pair = ok_pair & gradients.all_finite(g_bar_next)
             verdict = Verdict(ok, ok_pair, order_a, guard.order_g)
             with self.phase("curvature"):
-                for part in self.parts.of(pairs):
+                for part in parts:
                     scales.measure_pairs(part, ok_pair)
                     part.gradient.update(part, verdict, late and process.alone)
                 process.followed(verdict)
@@ -235,39 +241,25 @@ class Step:
                 for factor in () if layer.started or layer.bare else layer.gradients:
                     factor.start(scalars.lam_g)
             seen = [layer for layer in layers if layer.observer.has_inputs()]
-            for one in self.parts.of(seen, by_inputs=True):
+            parts = self.parts.of(seen, by_inputs=True)
+            for one in parts:
                 with self.phase("statistics"):
-                    self._statistics(one, verdict.ok)
+                    averages.follow(one, self.parts, self.process, verdict.ok)
             self._moved.begin(part)
             with self.phase("direction"):
                 self.direction.descend(part, self.parts.scratch(part), verdict.ok)
-            for one in self.parts.of(seen, by_inputs=True):
+            for one in parts:
                 with self.phase("curvature"):
                     self.process.follow(one, verdict, late)
         for layer in active:
             layer.observer.forget_inputs()  # the activations need not outlive the first pass
             layer.started = layer.started or not layer.bare
 
-    def _statistics(self, part: Part, ok: torch.Tensor) -> None:
-        """Step 3: the activation factor and mean; at a layer's start also its damped inverse."""
-        scales.measure_inputs(part, lambda: self.process.mean_squares(part), ok)
-        cold = [layer for layer in part.layers if not layer.started]
-        for layer in cold:  # a warm start has left A_0
-            self.process.average(layer, 0.0 if not layer.warm_batches else None, ok)
-        old = [layer for layer in part.layers if layer.started]
-        for one in self.parts.of(old, by_inputs=True):
-            self.process.average_in(one, ok)
-        for one in self.parts.of(cold, by_inputs=True):
-            for factor, lam_a in zip(one.a.factors, one.lam_a(), strict=True):
-                factor.start(lam_a)
-            for layer in one.layers:
-                layer.started = True
-
     def _slope(self, active: list[CoveredLayer]) -> torch.Tensor:
         """The derivative of the loss along the step just taken, a scalar on the device."""
         if len(active) < len(self.layers):
             self.parts.slopes.zero_()
-        for part in self.parts.of(active):
+        for part in self._moved.parts:
             direction.slope(part)
         total = self.parts.slopes.sum(dtype=self.guard.scale.dtype)
         return total if self.fallback is None else total + self.fallback.slope(total)
@@ -276,7 +268,7 @@ class Step:
         """Undo the step under way: it has failed."""
         moved, self._moved = self._moved, Moved(self._moved.number)
         self.number = moved.number
-        for layer in self.active:
+        for layer in self.layers:
             layer.observer.forget_inputs()
         if not self.capturing:  # where nothing has run
             with self.own_work():

@@ -29,7 +29,7 @@ class Verdict:
 def update_activations(part: Part, X: Tensors, verdict: Verdict) -> None:
     """Step 9, with A's action from ``X``, or from A where that is empty."""
     curvature_update(part, True, False, X, verdict)
-    restart(part, "a", verdict.order_a, X)
+    restart(part, {"a": verdict.order_a}, X)
 
 
 def update_matrices(part: Part, verdict: Verdict, with_activations: bool) -> None:
@@ -40,9 +40,8 @@ def update_matrices(part: Part, verdict: Verdict, with_activations: bool) -> Non
     if with_activations and not part.whole:
         curvature_update(part, True, False, [], verdict)
     curvature_update(part, with_activations and part.whole, True, [], verdict)
-    if with_activations:
-        restart(part, "a", verdict.order_a)
-    restart(part, "g", verdict.order_g)
+    orders = {"a": verdict.order_a} if with_activations else {}
+    restart(part, orders | {"g": verdict.order_g})
 
 
 def curvature_update(
@@ -81,10 +80,10 @@ def curvature_update(
 
 
 def restart(
-    part: Part, side: str, order: torch.Tensor | None, X: Sequence[torch.Tensor] = ()
+    part: Part, orders: dict[str, torch.Tensor | None], X: Sequence[torch.Tensor] = ()
 ) -> None:
-    """Put the factors of a side back to a safe start, on the device, after ``restart_after``
-    rejected pairs in a row, or where ordered.
+    """Put the factors of the sides in ``orders`` back to a safe start, on the device, after
+    ``restart_after`` rejected pairs in a row, or where ordered.
 
     The gate (8) refuses a pair that would spoil H. If it refuses pair after pair, H itself no
     longer fits the loss. And if step after step is undone however short it is, the direction is no
@@ -92,19 +91,26 @@ def restart(
     restart.
     """
     after = part.settings.restart_after
-    if after is None:
+    if after is None or not orders:
         return
-    of_a, blocks = side == "a", part.a if side == "a" else part.g
-    matrices = of_a or blocks.has("H_g")
+    sides = {side: part.a if side == "a" else part.g for side in orders}
+    of_a = "a" in orders
+    matrices = of_a or part.g.has("H_g")
+
+    def both(name: str) -> Tensors:
+        return [t for side, blocks in sides.items() for t in blocks[name + side]]
+
+    known = [(order, len(sides[side])) for side, order in orders.items() if order is not None]
+    assert len(known) in (0, len(orders))
     ops.restart_(
-        H=blocks["H_" + side] if matrices else [],
-        pushed=[] if matrices else blocks["pushed"],
-        marks=blocks["marks_" + side],
-        counts=blocks["counts_" + side],
+        H=both("H_") if matrices else [],
+        pushed=[] if matrices else part.g["pushed"],
+        marks=both("marks_"),
+        counts=both("counts_"),
         lam=part.lam_a() if of_a else [],
-        A=blocks["A"] if of_a and not X else [],
+        A=part.a["A"] if of_a and not X else [],
         X=list(X) if of_a else [],
+        force=[order for order, n in known for _ in range(n)],
         after=after,
-        force=order,
         backend=part.backend,
     )

@@ -44,7 +44,11 @@ BY_HAND = {
     "output_change_": Cost(4 * (2 * N + 2 * N_A + N_G), 5 * N),
     "restore_": Cost(4 * (N + N) + 1, 0),
     "polar_": Cost(4 * 2 * N, 3 * N_A**2 * N_G + (4 * 4 - 3) * N_A**3),
-    "judge_": Cost(4 * (2 * 1 + 2 * 4 + 3) + 2 * COUNTS + 2 * 3, 0),
+    "judge_": Cost(4 * (2 * 1 + 2 * 4 + 3) + 2 * COUNTS + 2 * 5, 0),
+    "admit_": Cost(4 * (1 + 16) + 2 * COUNTS + 2 * 5 + 1, 0),
+    "lengths_": Cost(8 * (1 + 1 + 1) + 4 * 1, 0),
+    "measure_inputs_": Cost(8 * (2 + 1 + 1) + 4 * 1, 0),
+    "measure_pair_": Cost(2 * 2 * 8 + 4 * 5 * N_G, 7 * N_G),
 }  # fmt: skip
 
 
@@ -61,8 +65,9 @@ def test_costs_of_layers_add_up():
             cost(kernel.op, kernel.build(layers, Numbers("meta")))
             for layers in ((one,), (other,), (one, other))
         ]
-        undo = int(kernel.op == "restore_")  # one flag for all layers
-        assert costs[2].bytes == costs[0].bytes + costs[1].bytes - undo
+        # One flag, one step size for all layers.
+        common = {"restore_": 1, "lengths_": 8}.get(kernel.op, 0)
+        assert costs[2].bytes == costs[0].bytes + costs[1].bytes - common
         assert costs[2].flops == costs[0].flops + costs[1].flops
 
 

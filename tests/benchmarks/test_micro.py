@@ -98,8 +98,8 @@ def test_every_provider_passes_the_gate_and_can_be_repeated(kernel):
             if argument.startswith("counts"):
                 assert tensor.tolist() in ([0, 0, 0, 0], [20, 0, 0, 0])
             elif argument.startswith("decision"):
-                assert not tensor.any()  # nothing to undo, nothing to restart
-            elif tensor.numel():
+                assert not tensor[:3].any()  # nothing to undo, nothing to restart
+            elif tensor.is_floating_point() and tensor.numel():
                 assert 1e-20 < tensor.abs().max() < 1e6
 
 

@@ -30,7 +30,8 @@ def made(errors: list[float | None], **changes: object) -> dict:
     """A row with an evaluation a second, as far as plot and table read it."""
     row = {
         **{"problem": "burgers", "points": 20, "width": 5, "optimizer": "adam", "setting": "lr 1"},
-        **{"seed": 0, "seconds": len(errors) - 1.0, "steps": 10, "closures": 20},
+        **{"seed": 0, "seconds": len(errors) - 1.0, "passes": None, "shared": False},
+        **{"steps": 10, "closures": 20},
         **{"curve": [[float(i), 1.0, error] for i, error in enumerate(errors)]},
         **{"device": "a CPU", "device_type": "cpu", "threads": 2, "torch": "2", "commit": "abc"},
         **{"dirty": False, "final_error": errors[-1]},
@@ -88,6 +89,17 @@ def test_seconds_are_those_of_steps_alone(
     assert row["steps"] == row["closures"] == steps
     assert [place[0] for place in row["curve"]] == [duration * k for k in range(steps + 1)]
     assert row["final_error"] == 1.0
+
+
+def test_passes_are_a_budget_that_no_clock_changes() -> None:
+    """A run of so many closures has the same curve whatever its seconds are."""
+    rows = [
+        physics.run("poisson", "kbfgs", physics.GRIDS["kbfgs"][0], 0, passes=20, points=9, width=3)
+        for _ in range(2)
+    ]
+    assert rows[0]["curve"] == rows[1]["curve"]
+    assert (rows[0]["closures"], rows[0]["steps"], rows[0]["seconds"]) == (20, 10, None)
+    assert [place[0] for place in rows[0]["curve"]] == list(range(0, 21, 2))
 
 
 def test_a_run_that_diverges_ends_and_says_so() -> None:
@@ -156,8 +168,11 @@ def test_rows_of_another_size_budget_or_machine_are_not_compared() -> None:
     others = [{"points": 9}, {"width": 9}, {"seconds": 9.0}, {"threads": 9}, {"problem": "poisson"}]
     rows = [made([1.0, 0.1], **changes) for changes in others]
     rows += [made([1.0, 0.1]), made([1.0, 0.1], seed=1), *rows[-1:]]
-    assert physics.comparable(rows, "burgers") == rows[5:7]
-    assert physics.comparable([], "burgers") == []
+    assert physics.comparable(rows, "burgers", "seconds") == rows[5:7]
+    assert physics.comparable(rows, "burgers", "passes") == []
+    by_passes = [made([1.0, 0.1], seconds=None, passes=n) for n in (1, 7, 7)]
+    assert physics.comparable(by_passes + rows, "burgers", "passes") == by_passes[1:]
+    assert physics.comparable([], "burgers", "seconds") == []
 
 
 def test_plot_and_table_show_medians_and_ranges(
@@ -166,14 +181,17 @@ def test_plot_and_table_show_medians_and_ranges(
     rows = [made([1.0, e], seed=i) for i, e in enumerate((2e-3, 1e-3, 4e-3))]
     rows += [made([1.0, None], optimizer="lbfgs", setting="lr 2")]
     rows += [made([1.0, 3e-5], optimizer="kbfgs", problem="poisson")]
+    rows += [made([1.0, 0.5], seconds=None, passes=1, shared=True, problem="poisson")]
     physics.plot(rows, tmp_path / "new" / "plot.png")
     assert (tmp_path / "new" / "plot.png").stat().st_size > 10_000
     monkeypatch.setattr(report, "lines_of", {"physics": rows}.get)
     lines = report.physics().splitlines()
-    tail = "1 | 3 | 1 | 10 | 20 | 2.0e-03 | 1.0e-03 | 4.0e-03 |"
-    assert lines[2].startswith("| Poisson, three frequencies | K-BFGS | lr 1 | 1 | 1 |")
-    assert lines[3] == f"| Burgers, viscosity 0.01/π | Adam | lr 1 | {tail}"
-    assert "| L-BFGS | lr 2 |" in lines[4] and lines[4].count("inf") == 3
+    tail = "1 | 3 | 1 seconds | 10 | 20 | 2.0e-03 | 1.0e-03 | 4.0e-03 |"
+    assert lines[2].startswith("| Poisson, three frequencies | Adam | lr 1 | 1 | 1 | 1 passes |")
+    assert lines[3].startswith("| Poisson, three frequencies | K-BFGS | lr 1 | 1 | 1 | 1 seconds |")
+    assert lines[4] == f"| Burgers, viscosity 0.01/π | Adam | lr 1 | {tail}"
+    assert "| L-BFGS | lr 2 |" in lines[5] and lines[5].count("inf") == 3
+    assert [line.endswith(", beside other work.") for line in lines[7:10:2]] == [True, False]
     assert lines[-1] == "![Error against seconds](../benchmarks/results/physics/physics.png)"
     monkeypatch.setattr(report, "lines_of", {"physics": []}.get)
     assert len(report.physics().splitlines()) == 2

@@ -41,6 +41,11 @@ MORE = [
     Case("lbfgs_push_", ":70-layers", cases.push((5,) * 70, 3, 4)),
     Case("polar_", ":70-layers", cases.polar([(4, 3)] * 70)),
     Case("polar_", ":sizes", cases.polar(PAIRS)),
+    Case("measure_inputs_", ":70-layers", cases.measure_inputs((2.0,) * 70)),
+    Case("measure_pair_", ":70-layers", cases.measure_pair((5,) * 70)),
+    Case("measure_pair_", ":sizes", cases.measure_pair(SIZES)),
+    Case("lengths_", ":70", cases.lengths([(2.0, 3.0)] * 70, True)),
+    Case("admit_", ":70", cases.admit(*[3] * 70)),
     Case("judge_", ":70", cases.judge(*["undone", "surge"] * 35)),
 ]
 

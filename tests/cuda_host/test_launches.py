@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import launches
 from tests.cuda_host.oncpu import run
 from tests.helpers import cases, traffic
 
@@ -12,7 +13,7 @@ LAYERS = [(78, 100), (100, 50), (50, 25), (25, 30), (30, 25), (25, 50), (50, 100
 
 
 @pytest.mark.parametrize(
-    ("name", "build", "launches", "cooperative"),
+    ("name", "build", "count", "cooperative"),
     [
         ("curvature_update_", cases.curvature_update(LAYERS, "both"), 1, True),
         ("curvature_update_", cases.curvature_update(LAYERS, "both", 9, from_X=True), 1, True),
@@ -34,6 +35,10 @@ LAYERS = [(78, 100), (100, 50), (50, 25), (25, 30), (30, 25), (25, 50), (50, 100
         ("slope_", cases.slope(LAYERS), 1, False),
         ("output_change_", cases.output_change(LAYERS), 1, False),
         ("restore_", cases.restore(LAYERS, True), 1, False),
+        ("measure_inputs_", cases.measure_inputs((1.0,) * 8), 1, False),
+        ("measure_pair_", cases.measure_pair((78, 100)), 1, False),
+        ("lengths_", cases.lengths([(1.0, 2.0)], True), 1, False),
+        ("admit_", cases.admit(16), 1, False),
         ("judge_", cases.judge(), 1, False),
         # Beside cuBLAS's products: two for X, two for (17), one an iteration.
         ("polar_", cases.polar([(78, 100), (100, 50)]), 4 + 4, False),
@@ -44,9 +49,16 @@ LAYERS = [(78, 100), (100, 50), (50, 25), (25, 30), (30, 25), (25, 50), (50, 100
         ("kron_step_", cases.kron_step([(200, 130)]), 2, False),  # and two products by cuBLAS
     ],
 )
-def test_launches_of_all_layers(host, name, build, launches, cooperative):
-    run(name, build(torch.float32))
-    assert len(host.launches()) == launches
+def test_launches_of_all_layers(host, name, build, count, cooperative):
+    args = build(torch.float32)
+    run(name, args)
+    assert len(host.launches()) == count
+    products = 0  # by cuBLAS
+    if name == "polar_":
+        products = (4 * len(args["coefficients"]) // 3 - 1) * len(args["P"])
+    if name == "kron_step_":
+        products = 2 * sum(max(M.shape) > launches.SMALL for M in args["M"])
+    assert launches.ours(name, args, "cuda") == count + products
     assert all(launch[3] == cooperative for launch in host.launches())
 
 

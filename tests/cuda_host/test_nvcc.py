@@ -32,7 +32,10 @@ RESIDENT = {
     "output_change_kernel": (256, 4),
     "restore_kernel": (256, 4),
     "small_kernel": (256, 1),
-    "judge_kernel": (32, 4),
+    **dict.fromkeys(
+        ("admit_kernel", "judge_kernel", "lengths_kernel", "measure_inputs_kernel"), (32, 4)
+    ),
+    "measure_pair_kernel": (512, 1),
     **dict.fromkeys(
         ("largest_kernel", "scaled_kernel", "squares_kernel", "normalise_kernel", "quintic_kernel"),
         (256, 4),

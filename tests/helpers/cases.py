@@ -36,8 +36,9 @@ from tests.helpers.kron_cases import (
     restore,
     slope,
 )
+from tests.helpers.measure_cases import lengths, measure_inputs, measure_pair
 from tests.helpers.oracles import randn
-from tests.helpers.safeguard_cases import judge
+from tests.helpers.safeguard_cases import admit, judge
 from tests.helpers.spectral_cases import polar
 
 
@@ -178,7 +179,8 @@ def curvature_update(
 
 
 def restart(sizes, side, bias=True, force=None, layout=lambda t: t):
-    """After 3; ``side``: a letter, "A" or "X" for the source of the trace, "g", or "ring".
+    """After 3; ``side``: a letter, "A" or "X" for the source of the trace, "g", "ring", or "both":
+    the first half from A, the others to I.
 
     Layers in turn have a streak of 3 (and numbers in H that are not), of 2, one that an accepted
     pair has ended, and one of 5.
@@ -190,15 +192,16 @@ def restart(sizes, side, bias=True, force=None, layout=lambda t: t):
         streaks = [(7, 5), (7, 4), (8, 9), (7, 7)]
         counts = [torch.tensor([*streaks[i % 4], 0, 0]) for i in range(count)]
         args = dict(H=[], pushed=[], marks=marks, counts=counts, lam=[], A=[], X=[], after=3)
-        args["force"] = force
+        args["force"] = [] if force is None else [force.clone() for _ in sizes]
         if side == "ring":
             return args | {"pushed": [torch.tensor(5 + i) for i in range(count)]}
         H = random_spds(sizes, 20)
         H[0][-1] = NAN
-        A = random_spds(sizes, 30) if side == "A" else []
+        A = random_spds(sizes, 30) if side in ("A", "both") else []
+        A = A[: count // 2] if side == "both" else A
         X = [randn(20, n - bias, seed=i) for i, n in enumerate(sizes)] if side == "X" else []
         H, A, X = in_dtype(dtype, [H, A, X])
-        lam = [] if side == "g" else scalars(0.3, count)
+        lam = scalars(0.3, len(A) + len(X))
         return args | dict(H=H, lam=lam, A=A, X=[layout(x) for x in X])
 
     return build
@@ -267,6 +270,9 @@ ALL = [
     Case("double_damping_", ":513", double_damping((513, 17), "both")),
     Case("double_damping_", ":small", double_damping((32, 63), "small")),
     Case("double_damping_", ":given-Hy", double_damping(MIXED, "both", with_H=False)),
+    Case("measure_inputs_", ":all", measure_inputs((3.0, 5.0, 0.0, 1e-20, NAN, 1e30))),
+    Case("measure_pair_", ":mixed", measure_pair((*MIXED, 5, 2))),
+    Case("measure_pair_", ":1024-strided", measure_pair((1024, 17), YES, layout=strided)),
     Case("bfgs_update_", ":tiny", bfgs_update(TINY)),
     Case("bfgs_update_", ":mixed", bfgs_update(MIXED)),
     Case("bfgs_update_", ":128-127", bfgs_update((128, 127))),
@@ -299,6 +305,8 @@ ALL = [
     Case("restart_", ":forced", restart(MIXED, "A", force=YES)),
     Case("restart_", ":forced-ring", restart(MIXED, "ring", force=YES)),
     Case("restart_", ":not-forced", restart(MIXED, "X", force=NO)),
+    Case("restart_", ":both", restart((63, 17, 32, 1, 40, 2, 8, 33), "both")),
+    Case("restart_", ":both-forced", restart((63, 17, 32, 1), "both", force=YES)),
     Case("restart_", ":1024", restart((1024, 513), "A")),
     Case("lbfgs_two_loop_", ":empty", two_loop(TINY, 5, 0, 3, "recursion")),
     Case("lbfgs_two_loop_", ":empty-compact", two_loop(TINY, 5, 0, 3, "compact")),
@@ -347,7 +355,16 @@ ALL = [
     Case("kron_step_", ":wide-no-bias", kron_step(WIDE, bias=False)),
     Case("kron_step_", ":transposed-gradient", kron_step(LAYERS, layout=transposed)),
     Case("kron_step_", ":void", kron_step(LAYERS, ok=NO)),
+    Case("lengths_", ":each", lengths([(7.0,), (2.0, 0.0, 1e-3)], False)),
+    Case("lengths_", ":shared", lengths([(7.0,), (2.0, 0.0, 1e-3)], True)),
+    Case("lengths_", ":shared-70", lengths([tuple(range(70))], True)),
+    Case("admit_", ":sound", admit(3, 300, 1)),
+    Case("admit_", ":nan", admit(2, 17, value=NAN, take=True, ordered=True)),
+    Case("admit_", ":loss", admit(2, loss=float("inf"), take=True)),
+    Case("admit_", ":ordered", admit(2, take=True, ordered=True)),
     Case("judge_", ":all", judge()),
+    Case("judge_", ":take", judge(take=True, ordered=True)),
+    Case("judge_", ":take-void", judge(take=True, ordered=True, ok=NO)),
     Case("judge_", ":no-slope", judge(sloped=False)),
     Case("judge_", ":no-restarts", judge(restart_after=None, ordered=True)),
     Case("judge_", ":ordered-before", judge("undone", "stuck", ordered=True, ok=YES)),

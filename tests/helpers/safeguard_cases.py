@@ -1,4 +1,4 @@
-"""Builders of calls of judge_: cases.py has the calls."""
+"""Builders of calls of admit_ and judge_: cases.py has the calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,26 @@ JUDGED = {
 }
 
 
-def judge(*kinds: str, sloped=True, restart_after=AFTER, ok=None, ordered=False):
+def admit(*lengths, value=1.0, loss=2.0, take=False, ordered=False):
+    """Norms of these numbers, the last one ``value``."""
+
+    def build(dtype):
+        norms = [torch.arange(1.0, n + 1, dtype=torch.float64) for n in lengths]
+        for own in norms:
+            own[-1] = value
+        losses = [torch.tensor(loss, dtype=torch.float64) for _ in lengths]
+        norms, losses = in_dtype(dtype, [norms, losses])
+        return dict(
+            sound=[torch.tensor(True) for _ in lengths],
+            counts=[torch.tensor([9, 1, 4, 1]) for _ in lengths],
+            decision=[torch.tensor([True, False, ordered, True, True]) for _ in lengths],
+            loss=losses, norms=norms, take=take,
+        )  # fmt: skip
+
+    return build
+
+
+def judge(*kinds: str, sloped=True, restart_after=AFTER, ok=None, ordered=False, take=False):
     """All kinds unless some are named; ``ordered``: an activation side is still to restart."""
 
     def build(dtype):
@@ -37,12 +56,12 @@ def judge(*kinds: str, sloped=True, restart_after=AFTER, ok=None, ordered=False)
         ]
         scale, watched, loss, loss_next, slope = in_dtype(dtype, lists)
         counts = [torch.tensor([9, 1, 4, 1]) for _ in rows]
-        decision = [torch.tensor([True, True, ordered]) for _ in rows]
+        decision = [torch.tensor([True, True, ordered, True, False]) for _ in rows]
         return dict(
             scale=scale, watched=watched, counts=counts, decision=decision, loss=loss,
             loss_next=loss_next, slope=slope if sloped else [], noise=1e-5, shrink=0.5, grow=1.1,
             sufficient=0.5, smallest=SMALLEST, surge=2.0, window=WINDOW,
-            restart_after=restart_after, ok=ok,
+            restart_after=restart_after, take=take, ok=ok,
         )  # fmt: skip
 
     return build

@@ -12,6 +12,10 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
+import torch
+
+from benchmarks import launches as counted
+
 AUTOENCODERS = {  # layer sizes of the paper's models
     "mnist": (784, 1000, 500, 250, 30, 250, 500, 1000, 784),
     "faces": (625, 2000, 1000, 500, 30, 500, 1000, 2000, 625),
@@ -126,12 +130,9 @@ def _cuda_curvature(model: list[Layer], from_X: bool, device: Device = Device())
     return floor + FP32 * (2 * a + g) + (FP32 * sum(x.X for x in model) if from_X else 0)
 
 
-SMALL = 128  # SmallShape::kLargest
-
-
 def _cuda_kron(x: Layer) -> float:
     """Momentum; then both products, and the step: two by cuBLAS and a launch, or one launch."""
-    small = max(x.n_g, x.n_a) <= SMALL
+    small = max(x.n_g, x.n_a) <= counted.SMALL
     return x.n_g**2 + x.n_a**2 + (4 + (4 if small else 4 + 4)) * x.weights
 
 
@@ -145,13 +146,10 @@ CUDA = {
 
 def launches(backend: str, what: str, model: list[Layer]) -> int:
     """Of one call for all layers."""
-    if backend == "triton":
-        return {"factor_ema_": 2, "curvature_update_, ema": 4, "curvature_update_, minibatch": 5,
-                "kron_step_": 2}[what]  # fmt: skip
-    if what != "kron_step_":
-        return 1
-    large = sum(max(x.n_g, x.n_a) > SMALL for x in model)
-    return 1 + (large < len(model)) + 2 * large + (large > 0)
+    op, _, action = what.partition(", ")
+    M = [torch.empty(x.n_g, x.n_a, device="meta") for x in model]
+    A, X = (M, []) if action == "ema" or op == "factor_ema_" else ([], M)
+    return counted.ours(op, {"M": M, "H_g": M, "A": A, "X": X}, backend)
 
 
 def table() -> str:

@@ -1,4 +1,4 @@
-"""safeguard: the judgement, case by case, on every backend that runs here; and what is refused."""
+"""safeguard: admission and judgement, case by case, on every backend that runs here; refusals."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from kbfgs_ext import ops
 from tests.helpers import backends, calls
-from tests.helpers.safeguard_cases import JUDGED, SMALLEST, judge
+from tests.helpers.safeguard_cases import JUDGED, SMALLEST, admit, judge
 
 # undo, order; the new scale over the old; stuck, seen, mean, lowest.
 EXPECTED = {
@@ -37,7 +37,8 @@ def test_judgement(backend, kind, dtype):
         got[name] for name in ("scale", "watched", "counts", "decision")
     )
     undo, order, factor, standing = EXPECTED[kind]
-    assert decision.tolist() == [undo, order, order]
+    sound = math.isfinite(JUDGED[kind][3])
+    assert decision.tolist() == [undo, order, order, sound, False]
     assert counts.tolist() == [9, 1, 4 + undo, 1 + order]
     assert scale.item() == pytest.approx(factor * JUDGED[kind][0], rel=1e-6)
     assert SMALLEST <= scale <= 1
@@ -49,9 +50,38 @@ def test_an_order_stays_until_it_is_taken(backend):
     """And a void step gives none, whatever its losses."""
     args = judge("stuck", "enough", "surge", ordered=True, ok=torch.tensor(False))(torch.float64)
     decision = calls.run("judge_", args, backend)["decision"]
-    assert [d.tolist() for d in decision] == [[False, False, True]] * 3
+    assert [d.tolist() for d in decision] == [[False, False, True, False, False]] * 3
     args = judge("enough", ordered=True)(torch.float64)
-    assert calls.run("judge_", args, backend)["decision"][0].tolist() == [False, False, True]
+    (decision,) = calls.run("judge_", args, backend)["decision"]
+    assert decision.tolist() == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+def test_an_order_is_taken_where_the_activations_come_late(backend):
+    args = judge("enough", "stuck", ordered=True, take=True)(torch.float64)
+    decision = calls.run("judge_", args, backend)["decision"]
+    assert [d.tolist()[1:] for d in decision] == [
+        [False, False, True, True], [True, False, True, True]
+    ]  # fmt: skip
+    args = judge("enough", ordered=True, take=True, ok=torch.tensor(False))(torch.float64)
+    (decision,) = calls.run("judge_", args, backend)["decision"]
+    assert decision.tolist() == [False, False, True, False, False]  # it waits
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+@pytest.mark.parametrize("take", [True, False])
+@pytest.mark.parametrize("value", [3.0, math.nan, math.inf])
+def test_admission(backend, take, value):
+    args = admit(3, 300, value=value, take=take, ordered=True)(torch.float32)
+    got = calls.run("admit_", args, backend)
+    sound = math.isfinite(value)
+    assert [s.item() for s in got["sound"]] == [sound] * 2
+    assert [c.tolist() for c in got["counts"]] == [[10, 1 + (not sound), 4, 1]] * 2
+    taken = take and sound
+    wanted = [True, False, not taken, True, taken]
+    assert [d.tolist() for d in got["decision"]] == [wanted] * 2
+    args = admit(3, loss=value)(torch.float64)
+    assert calls.run("admit_", args, backend)["sound"][0].item() == sound
 
 
 @pytest.mark.parametrize("backend", backends.BOTH)
@@ -60,7 +90,7 @@ def test_without_slope_any_decrease_is_enough_and_without_restarts_nothing_is_wa
     assert calls.run("judge_", args, backend)["scale"][0].item() == pytest.approx(0.55)
     args = judge("stuck", "surge", restart_after=None)(torch.float64)
     got = calls.run("judge_", args, backend)
-    assert [d.tolist() for d in got["decision"]] == [[True, False, False], [False, False, False]]
+    assert [d.tolist()[:3] for d in got["decision"]] == [[True, False, False], [False] * 3]
     assert all(map(torch.equal, got["watched"], args["watched"]))
 
 

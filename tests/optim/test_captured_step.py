@@ -231,7 +231,8 @@ def test_a_capture_keeps_what_it_writes(as_if_cuda, monkeypatch):
     model, opt, step = made(model=model, fallback=lambda p: torch.optim.SGD(p, lr=0.1))
     several(step)
     written = opt.steps.copies()
-    assert len(written) == 2 + 3  # the norm's parameters and buffers
+    # The norm's parameters as they were and their changes, in one piece each, and its buffers.
+    assert len(written) == 2 + 3
     alive = [weakref.ref(t) for t in written]
     norm, written = model[1], None
     norm.bias.requires_grad_(False)

@@ -80,6 +80,21 @@ def test_an_error_of_any_op_takes_the_step_back(name, steps, monkeypatch):
         assert not torch.equal(before["param 0.weight"], model[0].weight)
 
 
+def test_a_restart_that_was_ordered_is_not_lost(monkeypatch):
+    """The safeguard's order for the activation sides waits for a step that reaches its end."""
+    model, opt = build_in_groups("tuned", 2)
+    opt.steps.guard.tensors()["order_a"].fill_(True)
+    with monkeypatch.context() as patch:
+        ops = Failing(patch)
+        ops.at = 2
+        with pytest.raises(OSError, match="out of order"):
+            opt.step(good_of(model, opt))
+    assert opt.steps.guard.tensors()["order_a"]
+    opt.step(good_of(model, opt))
+    assert [int(d["restarts_a"]) for d in opt.diagnostics().values()] == [1, 1, 1]
+    assert not opt.steps.guard.tensors()["order_a"]
+
+
 def test_an_op_that_takes_no_such_call_takes_the_step_back():
     """A backend that was asked for by name, and the fallback, which steps first."""
     model, opt = build(newton, "AdamW", backend="cuda")

@@ -29,7 +29,7 @@ def started(method, **options):
 def restart_side(opt, layer, side, X=()) -> None:
     part = Part(opt.steps.parts.groups[0], [layer], opt.settings)
     part.scalars.lam_a.fill_(0.5)
-    restart(part, side, None, X)
+    restart(part, {side: None}, X)
 
 
 def restarts(opt) -> tuple[int, int]:

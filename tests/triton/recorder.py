@@ -127,18 +127,36 @@ def calls_of(
         )  # fmt: skip
 
     def restart(H=(), pushed=(), lam=(), A=(), X=(), force=ok):
-        lists = dict(H=H, pushed=pushed, marks=marks, counts=counts, lam=lam, A=A, X=X)
-        return {name: list(value) for name, value in lists.items()} | dict(after=10, force=force)
+        n = len(H) or len(pushed)
+        lists = dict(H=H, pushed=pushed, marks=marks * 2, counts=counts * 2, lam=lam, A=A, X=X)
+        lists |= {name: lists[name][:n] for name in ("marks", "counts")}
+        lists["force"] = [force] * n if force is not None else []
+        return {name: list(value) for name, value in lists.items()} | dict(after=10)
 
-    def judge(slope, after):
+    def admit(take):
+        return dict(
+            sound=[ok], counts=counts[:1], decision=[torch.empty(5, dtype=torch.bool)],
+            loss=empty(()), norms=vectors([2 * count]), take=take,
+        )  # fmt: skip
+
+    def lengths(shared):
+        wide = [torch.empty(count, dtype=torch.float64) for _ in range(2)]
+        return dict(
+            sizes=wide[:1], norms=vectors([count]), roots=wide[1:], step_size=scalars[:1],
+            shared=shared,
+        )  # fmt: skip
+
+    def judge(slope, after, take=False):
         scale, loss, loss_next = empty((), (), ())
         return dict(
             scale=[scale], watched=vectors([4]), counts=counts[:1],
-            decision=[torch.empty(3, dtype=torch.bool)], loss=[loss], loss_next=[loss_next],
+            decision=[torch.empty(5, dtype=torch.bool)], loss=[loss], loss_next=[loss_next],
             slope=slope, noise=1e-6, shrink=0.5, grow=1.1, sufficient=0.5, smallest=1e-6, surge=2.0,
-            window=50, restart_after=after, ok=ok,
+            window=50, restart_after=after, take=take, ok=ok,
         )  # fmt: skip
 
+    norms = empty(*[()] * count)
+    of_inputs = dict(v=scalars, lam_a=scalars, norms=norms, damping=scalars)
     ring = dict(S=S, Y=Y, rho=rho, pushed=pushed)
     product = dict(P=P, H_g=H_g, M=M, H_a=H_a, work=work)
     found = {
@@ -153,6 +171,7 @@ def calls_of(
         "curvature_update_, minibatch": curvature([], X),
         "restart_, from A": restart(H_a, lam=scalars, A=A),
         "restart_, from X": restart(H_a, lam=scalars, X=X),
+        "restart_, both sides": restart(H_a + H_g, lam=scalars, A=A),
         "restart_, to I": restart(H_g, force=None),
         "restart_, a ring": restart(pushed=pushed),
         "lbfgs_two_loop_, recursion": ring | dict(out=P, Q=M, form="recursion"),
@@ -168,7 +187,14 @@ def calls_of(
         "restore_": parameters | dict(saved=P, undo=ok),
         "kron_step_": product | parameters | gradient | averaging | dict(step_size=scalars, ok=ok),
         "polar_": dict(P=P, work=room, coefficients=spectral.COEFFICIENTS, ridge=0.0),
+        "measure_inputs_": of_inputs | dict(elements=(1.0,) * count, share=0.1, ok=ok),
+        "measure_pair_": changes | dict(ss=scalars, yy=scalars, share=0.1, ok=ok),
+        "lengths_, each": lengths(False),
+        "lengths_, shared": lengths(True),
+        "admit_": admit(False),
+        "admit_, take": admit(True),
         "judge_": judge(empty(()), 10),
+        "judge_, take": judge(empty(()), 10, True),
         "judge_, no slope, no restarts": judge([], None),
     }
     return {what: (what.split(",")[0], args) for what, args in found.items()}

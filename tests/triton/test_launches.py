@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
+from benchmarks import launches
 from kbfgs_ext.ops import triton_common
 from tests.helpers import traffic
 from tests.helpers.calls import empty
@@ -22,6 +23,7 @@ LAUNCHES = {
     "curvature_update_, minibatch": 5,
     "restart_, from A": 1,
     "restart_, from X": 1,
+    "restart_, both sides": 1,
     "restart_, to I": 1,
     "restart_, a ring": 1,
     "lbfgs_two_loop_, recursion": 1,
@@ -37,7 +39,14 @@ LAUNCHES = {
     "restore_": 1,
     "kron_step_": 2,
     "polar_": 3 * 4 + 4,
+    "measure_inputs_": 1,
+    "measure_pair_": 1,
+    "lengths_, each": 1,
+    "lengths_, shared": 1,
+    "admit_": 1,
+    "admit_, take": 1,
     "judge_": 1,
+    "judge_, take": 1,
     "judge_, no slope, no restarts": 1,
 }
 
@@ -47,6 +56,7 @@ def test_launches_for_all_layers(model):
     calls = recorder.model_calls(model, torch.float32)
     found = {what: len(recorder.launches_of(op, args)) for what, (op, args) in calls.items()}
     assert found == LAUNCHES
+    assert found == {what: launches.ours(op, args, "triton") for what, (op, args) in calls.items()}
     for what in traffic.TRITON:
         assert found[what] == traffic.launches("triton", what, traffic.layers([1, 1]))
 

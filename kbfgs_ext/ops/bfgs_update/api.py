@@ -115,23 +115,21 @@ def curvature_update_(
     if H_a and bool(A) == bool(X):
         raise ValueError(f"give A or X, not both or neither: got {len(A)} and {len(X)} of them")
     checks.same_length(H_a=H_a, counts_a=counts_a, a_bar=a_bar, lam_a=lam_a)
-    for i, h in enumerate(H_a):
-        n_a = a_bar[i].shape[0]
-        checks.shape("H_a", i, h, n_a, n_a)
-        checks.like("a_bar", i, a_bar[i], h)
-        if A:
-            checks.shape("A", i, A[i], n_a, n_a)
-            checks.like("A", i, A[i], h)
-        else:
-            checks.rows("X", i, X[i], n_a)
+    sizes = [2 * (a.shape[0],) for a in a_bar]
+    checks.shapes("H_a", H_a, sizes)
+    checks.alike("a_bar", a_bar, H_a)
+    if A:
+        checks.shapes("A", A, sizes)
+        checks.alike("A", A, H_a)
+    for i, x in enumerate(X):
+        checks.rows("X", i, x, sizes[i][0])
     g_side = {"s": s, "y": y, "h_change": h_change, "g_bar": g_bar, "g_bar_next": g_bar_next}
     checks.same_length(H_g=H_g, counts_g=counts_g, lam_g=lam_g, **g_side)
-    for i, h in enumerate(H_g):
-        n_g = h.shape[0]
-        checks.shape("H_g", i, h, n_g, n_g)
-        for name, vectors in g_side.items():
-            checks.shape(name, i, vectors[i], n_g)
-            checks.like(name, i, vectors[i], h)
+    rows = [(h.shape[0],) for h in H_g]
+    checks.shapes("H_g", H_g, [2 * n for n in rows])
+    for name, vectors in g_side.items():
+        checks.shapes(name, vectors, rows)
+        checks.alike(name, vectors, H_g)
     if len(work) != max(len(H_a), len(H_g)):
         raise ValueError(f"work must have one entry per layer, got {len(work)}")
     for i, w in enumerate(work):
@@ -149,11 +147,12 @@ def restart_(
     lam: Tensors,
     A: Tensors,
     X: Tensors,
+    force: Tensors,
     after: int,
-    force: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """Put factors that have gone wrong back to a safe start: one side of all layers in one call.
+    """Put factors that have gone wrong back to a safe start: one side of all layers in one call, or
+    both.
 
     (12)  where the last ``after`` pairs or more were rejected, or ``force``:
           H <- I, or H <- I/(lam + tr A), or pushed <- 0
@@ -168,11 +167,11 @@ def restart_(
         marks: (3,) int64 each, zero at first: accepted and rejected pairs where the present streak
             began, and restarts.
         counts: (4,) int64 each, as `bfgs_update_` and `lbfgs_push_` keep them.
-        lam: float64 scalar each, on the device; an empty list restarts to I.
+        lam: float64 scalar of the first so many H, on the device; those without restart to I.
         A: (n, n) each, with ``lam``; or empty, and then ``X`` is used.
         X: (m, d_in) each, as in `factor_ema_`: A is X~'X~/m.
+        force: bool scalar each, on the device: restart now; an empty list forces nothing.
         after: length of the streak, at least 1.
-        force: bool scalar on the device: restart all of them now.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
@@ -186,18 +185,17 @@ def restart_(
     if bool(lam) != bool(A or X) or (A and X):
         raise ValueError(f"lam goes with A or X: got {len(lam)} lam, {len(A)} A and {len(X)} X")
     lists = {"marks": marks, "counts": counts, **({"H": H} if H or lam else {"pushed": pushed})}
-    given = {"lam": lam, "A": A, "X": X}
-    checks.same_length(**lists, **{name: value for name, value in given.items() if value})
-    for i, mark in enumerate(marks):
-        checks.shape("marks", i, mark, 3)
-        checks.shape("counts", i, counts[i], 4)
-        if not H:
-            checks.shape("pushed", i, pushed[i])
-            continue
-        n = H[i].shape[0]
-        checks.shape("H", i, H[i], n, n)
-        if A:
-            checks.shape("A", i, A[i], n, n)
-            checks.like("A", i, A[i], H[i])
-        if X:
-            checks.rows("X", i, X[i], n)
+    checks.same_length(**lists, **({"force": force} if force else {}))
+    if len(lam) > len(H):
+        raise ValueError(f"lam goes with H: got {len(lam)} lam and {len(H)} H")
+    checks.same_length(lam=lam, **({"A": A} if A else {"X": X}))
+    checks.shapes("marks", marks, [(3,)] * len(marks))
+    checks.shapes("counts", counts, [(4,)] * len(marks))
+    checks.shapes("pushed", pushed, [()] * len(pushed))
+    sizes = [2 * (h.shape[0],) for h in H]
+    checks.shapes("H", H, sizes)
+    if A:
+        checks.shapes("A", A, sizes[: len(A)])
+        checks.alike("A", A, H[: len(A)])
+    for i, x in enumerate(X):
+        checks.rows("X", i, x, sizes[i][0])

@@ -64,16 +64,16 @@ def curvature_update_(
         bfgs_update_([H_g[i]], [counts_g[i]], [s_g], [y_g], [Hy], [g_bar[i]], fine)
 
 
-def restart_(H, pushed, marks, counts, lam, A, X, after, force) -> None:
+def restart_(H, pushed, marks, counts, lam, A, X, force, after) -> None:
     for i in range(len(marks)):
         accepted, rejected = counts[i][ACCEPTED], counts[i][REJECTED]
         begin = torch.where(accepted > marks[i][0], rejected, marks[i][1])
         now = rejected - begin >= after  # (12)
-        now = now if force is None else now | force
+        now = now | force[i] if force else now
         divisor = torch.ones_like(now, dtype=torch.float32)
-        if A:
+        if i < len(A):
             divisor = lam[i] + A[i].diagonal().sum(dtype=lam[i].dtype)
-        elif X:
+        elif i < len(X):
             squares = torch.linalg.vector_norm(X[i], dtype=lam[i].dtype).square()
             divisor = lam[i] + squares / len(X[i]) + (len(H[i]) - X[i].shape[1])
         now = now & torch.isfinite(divisor)

@@ -1,6 +1,8 @@
-"""double_damping: the averaged pair and its two dampings."""
+"""double_damping: the averaged pair, its two dampings, and the units of relative ones."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -94,3 +96,89 @@ def double_damping_(
         if H:
             checks.shape("H", i, H[i], n, n)
             checks.like("H", i, H[i], v)
+
+
+@op("double_damping", writes=("v", "lam_a"))
+def measure_inputs_(
+    v: Tensors,
+    lam_a: Tensors,
+    norms: Tensors,
+    elements: Sequence[float],
+    damping: Tensors,
+    share: float,
+    ok: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Let the mean squares follow the inputs of a step, and put dampings in their units.
+
+    (21)  v <- v + share*(norm^2/elements - v),  lam_a <- damping*v
+
+    An average begins with its first value, keeps its old one where the new is not finite, and
+    counts as 1 while it is 0.
+
+    Args:
+        v, lam_a: float64 scalar each, written.
+        norms: scalar each: ||X||_F.
+        elements: of X, a number each.
+        damping: float64 scalar each, on the device.
+        share: in [0, 1), of the new value.
+        ok: bool scalar on the device; where false nothing is written.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype, device or ``share`` does not fit.
+    """
+    checks.backend(backend)
+    checks.fraction("share", share)
+    lists = {"v": v, "lam_a": lam_a, "damping": damping}
+    checks.same_length(norms=norms, elements=elements, **lists)  # type: ignore[arg-type]
+    for i, norm in enumerate(norms):
+        checks.shape("norms", i, norm)
+        _check_scalars(i, **lists)
+
+
+@op("double_damping", writes=("ss", "yy", "g_bar", "g_bar_next"))
+def measure_pair_(
+    ss: Tensors,
+    yy: Tensors,
+    g_bar: Tensors,
+    g_bar_next: Tensors,
+    h_change: Tensors,
+    share: float,
+    ok: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Let squared changes follow the pair of a step, and put its gradients in units of s.
+
+    (22)  ss <- ss + share*(|h_change|^2 - ss),  yy <- yy + share*(|g_bar_next - g_bar|^2 - yy),
+          g_bar, g_bar_next <- sqrt(ss/yy) of them
+
+    Averages begin and stay as in `measure_inputs_`; while one is 0 gradients are left as they are.
+
+    Args:
+        ss, yy: float64 scalar each, updated.
+        g_bar, g_bar_next: (n_g,) each, updated.
+        h_change: (n_g,) each.
+        share: in [0, 1), of the new value.
+        ok: bool scalar on the device; where false nothing is written.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype, device or ``share`` does not fit.
+    """
+    checks.backend(backend)
+    checks.fraction("share", share)
+    others = {"g_bar_next": g_bar_next, "h_change": h_change}
+    checks.same_length(g_bar=g_bar, ss=ss, yy=yy, **others)
+    for i, g in enumerate(g_bar):
+        _check_scalars(i, ss=ss, yy=yy)
+        for name, vectors in others.items():
+            checks.shape(name, i, vectors[i], g.shape[0])
+            checks.like(name, i, vectors[i], g)
+
+
+def _check_scalars(i: int, **lists: Tensors) -> None:
+    for name, tensors in lists.items():
+        checks.shape(name, i, tensors[i])
+        if tensors[i].dtype != torch.float64:
+            raise ValueError(f"{name}[{i}] must be torch.float64, got {tensors[i].dtype}")

@@ -1,4 +1,4 @@
-"""double_damping, the mathematics: equations (5) to (7) of kbfgs_ext/ops/README.md."""
+"""double_damping, the mathematics: equations (5) to (7), (21), (22) of kbfgs_ext/ops/README.md."""
 
 from __future__ import annotations
 
@@ -38,3 +38,30 @@ def double_damping_(s, y, Hy, counts, H, lam, mu1, ok) -> None:
         counts[i][LM] += lm
         if H:
             Hy[i].copy_(H[i] @ y[i])
+
+
+def measure_inputs_(v, lam_a, norms, elements, damping, share, ok) -> None:
+    for i in range(len(v)):
+        mean_square = norms[i].to(v[i].dtype).square() / elements[i]
+        _follow(v[i], mean_square, share, ok)  # (21)
+        new = torch.where(v[i] > 0, v[i], 1.0) * damping[i]  # inputs may all be 0: dead units
+        lam_a[i].copy_(new if ok is None else torch.where(ok, new, lam_a[i]))
+
+
+def measure_pair_(ss, yy, g_bar, g_bar_next, h_change, share, ok) -> None:
+    for i in range(len(ss)):
+        y = g_bar_next[i] - g_bar[i]
+        for average, change in ((ss[i], h_change[i]), (yy[i], y)):
+            _follow(average, change.to(average.dtype).square().sum(), share, ok)  # (22)
+        known = (ss[i] > 0) & (yy[i] > 0)
+        known = known if ok is None else known & ok
+        unit = torch.where(known, (ss[i] / yy[i]).sqrt(), 1.0).to(y.dtype)
+        g_bar[i].mul_(unit)
+        g_bar_next[i].mul_(unit)
+
+
+def _follow(average: torch.Tensor, new: torch.Tensor, share: float, ok) -> None:
+    """The average begins with the first value that is finite and not 0."""
+    followed = torch.where(average > 0, average.lerp(new, share), new)
+    fine = torch.isfinite(new) if ok is None else torch.isfinite(new) & ok
+    average.copy_(torch.where(fine, followed, average))

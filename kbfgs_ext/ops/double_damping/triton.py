@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kbfgs_ext.ops.double_damping.measure_triton import measure_inputs_ as measure_inputs_
+from kbfgs_ext.ops.double_damping.measure_triton import measure_pair_ as measure_pair_
 from kbfgs_ext.ops.triton_common import (
     COUNTS,
     HY,

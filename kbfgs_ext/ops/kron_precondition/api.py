@@ -37,16 +37,11 @@ def kron_precondition_(
     """
     checks.backend(backend)
     checks.same_length(P=P, M=M, H_a=H_a, work=work, **({"H_g": H_g} if H_g else {}))
-    for i, m in enumerate(M):
-        n_g, n_a = m.shape
-        for name, t, wanted in (
-            ("P", P[i], (n_g, n_a)),
-            ("work", work[i], (n_g, n_a)),
-            ("H_a", H_a[i], (n_a, n_a)),
-            *((("H_g", H_g[i], (n_g, n_g)),) if H_g else ()),
-        ):
-            checks.shape(name, i, t, *wanted)
-            checks.like(name, i, t, m)
+    wanted = _shapes(M)
+    for name, tensors in {"P": P, "work": work, "H_a": H_a, "H_g": H_g}.items():
+        if tensors or name != "H_g":
+            checks.shapes(name, tensors, wanted[name])
+            checks.alike(name, tensors, M)
 
 
 @op("kron_precondition", writes=("M",))
@@ -145,9 +140,8 @@ def slope_(
     checks.backend(backend)
     checks.same_length(slope=slope, W=W, b=b, saved=saved, dW=dW, db=db)
     _check_parameters(saved, ("W", W), ("dW", dW), ("b", b), ("db", db))
-    for i, before in enumerate(saved):
-        checks.shape("slope", i, slope[i], len(before))
-        checks.like("slope", i, slope[i], before)
+    checks.shapes("slope", slope, [(t.shape[0],) for t in saved])
+    checks.alike("slope", slope, saved)
 
 
 @op("kron_precondition", writes=("change",))
@@ -183,15 +177,12 @@ def output_change_(
     checks.backend(backend)
     checks.same_length(change=change, W=W, b=b, saved=saved, a_bar=a_bar, a_bar_next=a_bar_next)
     _check_parameters(saved, ("W", W), ("b", b))
-    for i, before in enumerate(saved):
-        n_g, n_a = before.shape
-        for name, t, wanted in (
-            ("change", change[i], n_g),
-            ("a_bar", a_bar[i], n_a),
-            ("a_bar_next", a_bar_next[i], n_a),
-        ):
-            checks.shape(name, i, t, wanted)
-            checks.like(name, i, t, before)
+    sizes = [(n_a,) for _, n_a in (t.shape for t in saved)]
+    checks.shapes("change", change, [(t.shape[0],) for t in saved])
+    checks.shapes("a_bar", a_bar, sizes)
+    checks.shapes("a_bar_next", a_bar_next, sizes)
+    for name, tensors in {"change": change, "a_bar": a_bar, "a_bar_next": a_bar_next}.items():
+        checks.alike(name, tensors, saved)
 
 
 @op("kron_precondition", writes=("W", "b"))
@@ -212,6 +203,46 @@ def restore_(
     checks.backend(backend)
     checks.same_length(W=W, b=b, saved=saved)
     _check_parameters(saved, ("W", W), ("b", b))
+
+
+@op("kron_precondition", writes=("sizes",))
+def lengths_(
+    sizes: Tensors,
+    norms: Tensors,
+    roots: Tensors,
+    step_size: Tensors,
+    shared: bool,
+    backend: str = "auto",
+) -> None:
+    """How far the layers of a group go along their directions, from the lengths of these.
+
+    (23)  r_i = ||P_i||_F/sqrt(rows_i);  size_i = step_size/r_i, and R/r_i of it where ``shared``,
+          with R the same of the rows of all P
+
+    A direction of length 0 counts as one of 1e-20.
+
+    Args:
+        sizes: (layers,) for each group, written.
+        norms: (layers,) each: ||P_i||_F.
+        roots: (layers,) each: sqrt(rows_i).
+        step_size: scalar each, on the device; like ``sizes`` and ``roots`` float64, or on devices
+            without it float32.
+        shared: all layers of a group take an equal share of its length.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    checks.backend(backend)
+    checks.same_length(norms=norms, sizes=sizes, roots=roots, step_size=step_size)
+    for i, norm in enumerate(norms):
+        checks.real("norms", i, norm)
+        checks.real("sizes", i, sizes[i])
+        checks.shape("step_size", i, step_size[i])
+        for name, given in (("sizes", sizes[i]), ("roots", roots[i]), ("norms", norm)):
+            checks.shape(name, i, given, norm.numel())
+        for name, given in (("roots", roots[i]), ("step_size", step_size[i])):
+            checks.like(name, i, given, sizes[i])
 
 
 @op("kron_precondition", writes=("W", "b", "M", "P", "work"))
@@ -241,22 +272,22 @@ def kron_step_(
         W=W, b=b, M=M, P=P, work=work, dW=dW, db=db, H_g=H_g, H_a=H_a, step_size=step_size
     )
     _check_parameters(M, ("dW", dW), ("W", W), ("db", db), ("b", b))
-    for i, m in enumerate(M):
-        n_g, n_a = m.shape
-        checks.shape("H_g", i, H_g[i], n_g, n_g)
-        checks.shape("H_a", i, H_a[i], n_a, n_a)
-        checks.shape("P", i, P[i], n_g, n_a)
-        checks.shape("work", i, work[i], n_g, n_a)
+    wanted = _shapes(M)
+    for name, tensors in {"H_g": H_g, "H_a": H_a, "P": P, "work": work}.items():
+        checks.shapes(name, tensors, wanted[name])
+
+
+def _shapes(M: Tensors) -> dict[str, list[tuple[int, int]]]:
+    """Of what goes with the momentum M of every layer."""
+    sizes = [(n_g, n_a) for n_g, n_a in (m.shape for m in M)]
+    left, right = [(n_g, n_g) for n_g, _ in sizes], [(n_a, n_a) for _, n_a in sizes]
+    return {"P": sizes, "work": sizes, "H_g": left, "H_a": right}
 
 
 def _check_parameters(joined: Tensors, *named: tuple[str, Tensors]) -> None:
     """Weights are n_g x d_in and biases n_g or empty, with n_a = d_in + (1 with a bias)."""
     biases = next(tensors for name, tensors in named if name == "b")
-    for i, m in enumerate(joined):
-        n_g, n_a = m.shape
-        with_bias = int(biases[i].numel() > 0)
-        for name, tensors in named:
-            if name in ("W", "dW"):
-                checks.shape(name, i, tensors[i], n_g, n_a - with_bias)
-            else:
-                checks.shape(name, i, tensors[i], n_g * with_bias)
+    sizes = [(*m.shape, int(b.numel() > 0)) for m, b in zip(joined, biases, strict=True)]
+    weights, vectors = [(g, a - k) for g, a, k in sizes], [(g * k,) for g, _, k in sizes]
+    for name, tensors in named:
+        checks.shapes(name, tensors, weights if name in ("W", "dW") else vectors)

@@ -1,4 +1,4 @@
-"""kron_precondition, the mathematics: equations (2) to (4), (13) and (15) of ../README.md.
+"""kron_precondition, the mathematics: equations (2) to (4), (13), (15) and (23) of ../README.md.
 
 A layer without a bias has an empty tensor in the place of its bias.
 """
@@ -6,6 +6,8 @@ A layer without a bias has an empty tensor in the place of its bias.
 from __future__ import annotations
 
 import torch
+
+SHORTEST = 1e-20  # length of a direction that still is one
 
 
 def joined(W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -51,6 +53,14 @@ def output_change_(change, W, b, saved, a_bar, a_bar_next) -> None:
 def restore_(W, b, saved, undo) -> None:
     for i in range(len(W)):
         _write(W[i], b[i], torch.where(undo, saved[i], joined(W[i], b[i]).to(saved[i].dtype)))
+
+
+def lengths_(sizes, norms, roots, step_size, shared) -> None:
+    for i in range(len(sizes)):
+        lengths, size = norms[i].to(sizes[i].dtype).clamp(min=SHORTEST), step_size[i]
+        if shared:
+            size = size * torch.linalg.vector_norm(lengths) / torch.linalg.vector_norm(roots[i])
+        sizes[i].copy_(size * roots[i] / lengths)  # (23)
 
 
 def kron_step_(W, b, M, P, dW, db, H_g, H_a, step_size, momentum, weight_decay, ok) -> None:

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from kbfgs_ext.ops.autotune import choose
+from kbfgs_ext.ops.kron_precondition.lengths_triton import lengths_ as lengths_
 from kbfgs_ext.ops.kron_precondition.parameters_triton import (
     H_A,
     H_G,

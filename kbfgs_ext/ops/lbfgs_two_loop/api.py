@@ -7,8 +7,18 @@ import torch
 from kbfgs_ext.ops import checks
 from kbfgs_ext.ops.checks import Tensors
 from kbfgs_ext.ops.library import op
+from kbfgs_ext.ops.registry import Call, prefer
 
 FORMS = ("auto", "recursion", "compact")
+# On a GPU, in microseconds, modelled and not measured: a sweep of the recursion (two trips to the
+# L2 and a sum over n), a dependent step of the compact form's solve (a sum over p in a warp), and a
+# launch of it.
+SWEEP, STEP, LAUNCH = 0.7, 0.15, 5.0
+
+
+def compact_pays(pairs: int) -> bool:
+    """Whether 2p sweeps take longer than three launches and 2p steps: from 14 pairs on."""
+    return 2 * pairs * SWEEP > 3 * LAUNCH + 2 * pairs * STEP
 
 
 @op("lbfgs_two_loop", writes=("out",))
@@ -31,8 +41,8 @@ def lbfgs_two_loop_(
         rho: (p,) each: 1/s'y of each row.
         pushed: int64 scalar each, on the device: pairs accepted so far, or since a restart; the
             newest is in row ``(pushed - 1) % p``. What is in rows that hold no pair is ignored.
-        form: "recursion" (2p sweeps), "compact" (matrix products), or "auto" by size. Both are
-            exact in exact arithmetic.
+        form: "recursion" (2p sweeps), "compact" (matrix products), or "auto" by size, on a GPU by
+            p (`compact_pays`). Both are exact in exact arithmetic.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
@@ -53,6 +63,16 @@ def lbfgs_two_loop_(
             checks.shape(name, i, pairs, p, q.shape[0])
             checks.like(name, i, pairs, q)
         checks.shape("rho", i, rho[i], p)
+
+
+def _long_memory(call: Call) -> bool:
+    longest = max((len(pairs) for pairs in call["S"]), default=0)
+    return call["form"] == "compact" or (call["form"] == "auto" and compact_pays(longest))
+
+
+prefer(
+    "lbfgs_two_loop_", "triton", _long_memory
+)  # its compact form is three launches for all layers
 
 
 @op("lbfgs_two_loop", writes=("S", "Y", "rho", "pushed", "counts"))

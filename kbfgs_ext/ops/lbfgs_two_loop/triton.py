@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from kbfgs_ext.ops.bfgs_update.reference import CURVATURE_GATE
+from kbfgs_ext.ops.lbfgs_two_loop.api import compact_pays
 from kbfgs_ext.ops.registry import Unsupported
 from kbfgs_ext.ops.triton_common import (
     TABLES,
@@ -77,10 +78,6 @@ class Compact:
 
     `_solve` has 512 fp32 numbers of u to one warp, because each of its 2p steps is a sum over p:
     shuffles, no barrier; at most 16 columns, because 32 of them spill.
-
-    ``from_pairs``: modelled, not measured. A sweep of the recursion is taken as 0.7 us (two trips
-    to the L2 and a sum across warps), a step of `_solve` as 0.15 us, a launch with its products as
-    5 us: 1.4 p against 0.3 p + 15.
     """
 
     tile: int = 64
@@ -89,7 +86,6 @@ class Compact:
     stages: int = 2
     solve_elements: int = 512
     solve_columns: int = 16
-    from_pairs: int = 16
 
 
 RECURSION, COMPACT = Recursion(), Compact()
@@ -307,7 +303,7 @@ def lbfgs_two_loop_(out, Q, S, Y, rho, pushed, form) -> None:
     longest = triton.next_power_of_2(max(n for n, _, _ in shapes))
     most, limit = max(p for _, p, _ in shapes), RECURSION.longest // warps(1, T)
     if form == "auto":
-        compact = most >= COMPACT.from_pairs or longest > limit
+        compact = compact_pays(most) or longest > limit
     else:
         compact = form == "compact"
     if not compact and longest > limit:

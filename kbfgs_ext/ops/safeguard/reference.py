@@ -1,4 +1,4 @@
-"""safeguard, the mathematics: equation (14) of ../README.md."""
+"""safeguard, the mathematics: equations (14) and (20) of ../README.md."""
 
 from __future__ import annotations
 
@@ -6,11 +6,25 @@ import math
 
 import torch
 
-UNDONE, RESTARTS = 2, 3  # words of `counts`
+STEPS, SKIPPED, UNDONE, RESTARTS = range(4)  # words of `counts`
+UNDO, ORDER_G, WAITING, SOUND_PAIR, ORDER_A = range(5)  # words of `decision`
+
+
+def admit_(sound, counts, decision, loss, norms, take) -> None:
+    for i in range(len(norms)):
+        sound[i].copy_(torch.isfinite(norms[i]).all() & torch.isfinite(loss[i]))  # (20)
+        counts[i][STEPS].add_(1)
+        counts[i][SKIPPED].add_(~sound[i])
+        _take_order(decision[i], sound[i] & take)
+
+
+def _take_order(decision, take) -> None:
+    decision[ORDER_A].copy_(decision[WAITING] & take)
+    decision[WAITING].logical_xor_(decision[ORDER_A])
 
 
 def judge_(scale, watched, counts, decision, loss, loss_next, slope, noise, shrink, grow,
-           sufficient, smallest, surge, window, restart_after, ok) -> None:  # fmt: skip
+           sufficient, smallest, surge, window, restart_after, take, ok) -> None:  # fmt: skip
     for i in range(len(scale)):
         fine = torch.ones_like(decision[i][0]) if ok is None else ok
         decrease = loss[i] - loss_next[i] + noise * loss[i].abs()
@@ -35,4 +49,8 @@ def judge_(scale, watched, counts, decision, loss, loss_next, slope, noise, shri
         undo = undo & fine
         counts[i][UNDONE].add_(undo)
         counts[i][RESTARTS].add_(order)
-        decision[i].copy_(torch.stack((undo, order, decision[i][2] | order)))
+        pair = torch.isfinite(loss_next[i]) & fine
+        new = (undo, order, decision[i][WAITING] | order, pair)
+        decision[i][:ORDER_A].copy_(torch.stack(new))
+        if take:
+            _take_order(decision[i], fine)

@@ -84,6 +84,8 @@ VOID = {
     "descend_": ["W", "b"],
     "kron_step_": ["W", "b", "M"],
     "judge_": ["scale", "watched", "counts"],
+    "measure_inputs_": ["v", "lam_a"],
+    "measure_pair_": ["ss", "yy", "g_bar", "g_bar_next"],
 }
 
 
@@ -108,7 +110,18 @@ def poisoned(op):
 
 @pytest.mark.parametrize(
     "op",
-    ["factor_ema_", "bfgs_update_", "curvature_update_", "restart_", "lbfgs_push_", "judge_"],
+    [
+        "factor_ema_",
+        "bfgs_update_",
+        "curvature_update_",
+        "restart_",
+        "lbfgs_push_",
+        "judge_",
+        "admit_",
+        "lengths_",
+        "measure_inputs_",
+        "measure_pair_",
+    ],
 )
 def test_a_number_that_is_not_finite_does_what_it_does_in_the_reference(op):
     """The last layer is spoiled, argument by argument: decisions, and all other layers, agree."""
