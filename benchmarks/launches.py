@@ -69,7 +69,7 @@ _TRITON: dict[str, Callable[[Arguments], int]] = {
     "lbfgs_two_loop_": lambda a: 3 if a["form"] == "compact" else 1,
     "kron_precondition_": lambda a: 2 if a["H_g"] else 1,
     "kron_step_": lambda a: 2,
-    "polar_": lambda a: 3 * _iterations(a) + 4,
+    "polar_": lambda a: 3 * _iterations(a) + 4 - (_iterations(a) == 1),
 }
 
 # Of torch's multi-tensor launches, by the number of lists that an op has.

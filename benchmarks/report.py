@@ -318,7 +318,7 @@ def physics() -> str:
             shared = {True: ", beside other work", False: ""}
             places |= dict.fromkeys(f"{of}: {machine(r)}{shared[r['shared']]}" for r in runs)
     text = markdown(heads, body) + "".join(f"\n{place}.\n" for place in places)
-    figure = "\n![Error against seconds](../benchmarks/results/physics/physics.png)\n"
+    figure = "\n![Error against passes and seconds](../benchmarks/results/physics/physics.png)\n"
     return text + (figure if rows else "")
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import mmap
 import os
+import platform
 import re
 import types
 import warnings
@@ -164,9 +166,23 @@ def float32_matmul_precision(device: torch.device) -> str:
     return "medium" if setting == "bf16" else "highest"
 
 
+def versions() -> str:
+    """Those in use: of this package, torch, its CUDA, Triton and Python."""
+    triton = "not installed"
+    if _triton_found():
+        try:
+            triton = importlib.metadata.version("triton")
+        except importlib.metadata.PackageNotFoundError:  # of a distribution with another name
+            triton = importlib.import_module("triton").__version__
+    own = importlib.import_module("kbfgs_ext").__version__
+    cuda = f" (CUDA {torch.version.cuda})" if torch.version.cuda else ""
+    python = platform.python_version()
+    return f"kbfgs_ext {own}, torch {torch.__version__}{cuda}, Triton {triton}, Python {python}"
+
+
 def summary() -> str:
-    """One line each for what is there and what is missing."""
-    lines = [f"torch {torch.__version__}"]
+    """One line each for what is in use, what is there and what is missing."""
+    lines = [versions()]
     for name, missing in (
         ("compiled extension", native_missing()),
         ("CUDA kernels", cuda_missing()),

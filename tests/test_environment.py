@@ -1,5 +1,7 @@
 """The compiled extension is used with the torch it was built for, and with no other."""
 
+import importlib.metadata
+import platform
 import subprocess
 import sys
 import types
@@ -8,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import kbfgs_ext
 from kbfgs_ext import environment
+from kbfgs_ext.ops import registry
 from tests.helpers import backends
 
 ROOT = Path(__file__).parents[1]
@@ -125,3 +129,26 @@ def test_the_optimizer_goes_on_without_it(tmp_path):
     assert f"compiled extension: missing, the compiled extension is not used: {said}" in done.stdout
     assert "bfgs_update/bfgs_update_: reference; not " in done.stdout
     assert rest[-1] == "loaded: False"
+
+
+def test_explain_says_which_versions_are_in_use(monkeypatch):
+    """Of a report the first thing that one asks for."""
+    found = importlib.metadata.version
+    monkeypatch.setattr(environment, "_triton_found", lambda: True)
+    known = {"triton": "3.99.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: known.get(name) or found(name))
+    wanted = f"kbfgs_ext {kbfgs_ext.__version__}, torch {torch.__version__}"
+    for said in (kbfgs_ext.explain("cpu"), registry.explain_step({})):
+        assert wanted in said and "Triton 3.99.0" in said and platform.python_version() in said
+    monkeypatch.setattr(environment, "_triton_found", lambda: False)
+    assert "Triton not installed" in kbfgs_ext.explain("cpu")
+
+
+def test_triton_of_a_distribution_with_another_name(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment, "_triton_found", lambda: True)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.98"))
+    assert "Triton 3.98" in environment.versions()

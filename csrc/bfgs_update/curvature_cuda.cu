@@ -272,8 +272,9 @@ void launch_part(CurvatureTable<T>& t, cudaStream_t stream) {
   }
   if (total == 0) return;
   const DeviceLimits limits = device_limits();
-  // No more blocks than rows' worth of work: 64 KB of factors for each, small models stay small.
-  const int64_t worth = (total * int64_t(sizeof(T)) + 65535) / 65536;
+  // No more blocks than there is work for: 64 KB of factors and X for each. A small model stays small,
+  // but for a large batch.
+  const int64_t worth = ((total + total_x) * int64_t(sizeof(T)) + 65535) / 65536;
   const int64_t blocks = std::min<int64_t>(limits.multiprocessors, worth);
   // A block's part and the row it may begin, each row padded to 16 bytes; or all there is.
   const int64_t wanted = (equal_part(total, blocks) + widest) * int64_t(sizeof(T)) * 9 / 8 + 1024;

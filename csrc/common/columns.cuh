@@ -7,7 +7,7 @@
 namespace kbfgs::cuda {
 
 constexpr int kTileColumns = kWarp;  // one column per lane: a warp reads 128 consecutive bytes a row
-constexpr int kRowsInFlight = 4;     // per warp, loaded before the first is used
+constexpr int kRowsInFlight = 8;     // per warp, loaded before the first is used
 
 inline int column_tiles(int n) { return (n + kTileColumns - 1) / kTileColumns; }
 

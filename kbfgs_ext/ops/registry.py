@@ -237,7 +237,8 @@ def explain_step(taken: Mapping[str, Taken]) -> str:
     """What `watch` has noted, for people; ops on the reference first."""
     slow = [op for op, how in taken.items() if how.backend == "reference"]
     lines = [
-        f"backends of the last step; on the reference: {', '.join(sorted(slow)) or 'none'}",
+        f"backends of the last step ({environment.versions()});"
+        f" on the reference: {', '.join(sorted(slow)) or 'none'}",
     ]
     for op in sorted(taken, key=lambda op: (taken[op].backend != "reference", op)):
         how = taken[op]

@@ -203,8 +203,11 @@ class Ranks(Exchange):
     # ------------------------------------------------------------------ the activation side
 
     def norms(self, part: Part) -> tuple[Tensors, list[float]]:
-        blocks = [(layer, factor) for layer in part.layers for factor in layer.activations]
-        means = [self._squares[id(f)] / self._rows[id(layer)][1] for layer, f in blocks]
+        means = [
+            self._squares[id(factor)] / self._rows[id(layer)][1]
+            for layer in part.layers
+            for factor in layer.activations
+        ]
         return [mean.sqrt() for mean in means], [1.0] * len(means)
 
     def _share(self, layer: CoveredLayer) -> float:

@@ -76,8 +76,8 @@ class Part:
         self.stage = STILL
         self.scratch: Tensors = []  # of `Parts.scratch`, once it was asked for
         self._each: dict[str, Tensors] = {}
-        self._singles: list[Part] = []
         self._lengths: tuple[torch.Tensor, torch.Tensor, Tensors] | None = None
+        self._singles: list[Part] = []
 
     def __getitem__(self, name: str) -> Tensors:
         tensors = self._each.get(name)

@@ -144,8 +144,8 @@ class Recorder:
             with torch.no_grad(), torch._C._DisableFuncTorch():
                 uses = [(observer, observer.add(view.see(x, output))) for observer, view in seen]
         else:
-            x = x.detach()
-            uses = [(observer, observer.add(view.see(x, output))) for observer, view in seen]
+            x, out = x.detach(), output.detach()
+            uses = [(observer, observer.add(view.see(x, out))) for observer, view in seen]
         node = _origin(output if replaced is None else replaced)
         for observer, use in uses:
             if node is None or inside:

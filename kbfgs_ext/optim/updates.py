@@ -93,15 +93,15 @@ def restart(
     after = part.settings.restart_after
     if after is None or not orders:
         return
-    sides = {side: part.a if side == "a" else part.g for side in orders}
-    of_a = "a" in orders
-    matrices = of_a or part.g.has("H_g")
+    sides = {"a": part.a, "g": part.g}
+    matrices = "a" in orders or part.g.has("H_g")
 
     def both(name: str) -> Tensors:
-        return [t for side, blocks in sides.items() for t in blocks[name + side]]
+        return [t for side in orders for t in sides[side][name + side]]
 
-    known = [(order, len(sides[side])) for side, order in orders.items() if order is not None]
+    known = [(side, order) for side, order in orders.items() if order is not None]
     assert len(known) in (0, len(orders))
+    of_a = "a" in orders
     ops.restart_(
         H=both("H_") if matrices else [],
         pushed=[] if matrices else part.g["pushed"],
@@ -110,7 +110,7 @@ def restart(
         lam=part.lam_a() if of_a else [],
         A=part.a["A"] if of_a and not X else [],
         X=list(X) if of_a else [],
-        force=[order for order, n in known for _ in range(n)],
+        force=[order for side, order in known for _ in range(len(sides[side]))],
         after=after,
         backend=part.backend,
     )

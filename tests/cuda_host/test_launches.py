@@ -76,3 +76,17 @@ def test_factors_stay_on_chip_where_they_fit(host):
     assert blocks == traffic.blocks_of(model, device)
     assert shared == traffic.chip_bytes(model, device)
     assert traffic.rows_read_again(model, device) == (0, 0)
+
+
+@pytest.mark.parametrize("m", [4, 4000])
+def test_a_large_batch_gives_small_layers_more_blocks(host, m):
+    """X is shared out among them as the factors are."""
+    host.set_machine(7, 200 * 1024, False)
+    run(
+        "curvature_update_",
+        cases.curvature_update([(16, 16)] * 2, "both", m, from_X=True)(torch.float32),
+    )
+    ((blocks, *_),) = host.launches()
+    model = traffic.layers([16, 16, 16], m)
+    assert blocks == traffic.blocks_of(model, traffic.Device(7, 200 * 1024), from_X=True)
+    assert blocks == (1 if m == 4 else 7)

@@ -82,9 +82,9 @@ TRITON = {
 }
 
 
-def blocks_of(model: list[Layer], device: Device) -> int:
+def blocks_of(model: list[Layer], device: Device, from_X: bool = False) -> int:
     """Blocks of the one launch of `curvature_update_`: as launch_part in curvature_cuda.cu."""
-    total = sum(x.n_a**2 + x.n_g**2 for x in model)
+    total = sum(x.n_a**2 + x.n_g**2 + (x.m * x.n_a if from_X else 0) for x in model)
     return min(device.multiprocessors, -(-total * FP32 // 65536))
 
 

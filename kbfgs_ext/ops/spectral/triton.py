@@ -56,13 +56,12 @@ X_PLACE = tl.constexpr(5)
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Tiles of 64 x 64 along 16 at a time, as in kron_precondition: with a depth of 32 the operand
-    that is formed of two others while loading spills."""
+    """Tiles of 64 x 64 along 16 at a time, as in kron_precondition."""
 
     tile: int = 64
     depth: int = 16
     warps: int = 8
-    stages: int = 2
+    stages: int = 3
 
 
 PRODUCTS = (Product(), Product(tile=128, stages=3), Product(tile=32, depth=32, warps=4))
@@ -139,14 +138,6 @@ def _scaled(
 
 
 @triton.jit
-def quintic(row, G, B, i, j, k, a, b, c, factor, T: tl.constexpr):
-    """R[i, j] = factor*(a*I + b*G + c*B)."""
-    diagonal = ((i[:, None] == j[None, :]) & (i < k)[:, None]).to(T)
-    r = number(a, T) * diagonal + number(b, T) * tile(G, k, i, j, k, k)
-    return factor * (r + number(c, T) * tile(B, k, i, j, k, k))
-
-
-@triton.jit
 def norm_of(row, sums, ridge, tiny, T: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
     """norm of (17), and what is added to the diagonal: from the partial sums of (16)."""
     k = size(row, K)
@@ -211,13 +202,14 @@ def _normalise(
 def _product(
     starts, rows, sums, ridge: tl.float64, tiny: tl.float64, a: tl.float64, b: tl.float64,
     c: tl.float64, LEFT: tl.constexpr, RIGHT: tl.constexpr, SECOND: tl.constexpr,
-    OUT: tl.constexpr, OUT2: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
-    QUINTIC: tl.constexpr, COPY: tl.constexpr, LAST: tl.constexpr, WORDS: tl.constexpr,
-    ENTRIES: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr, DEPTH: tl.constexpr,
+    OUT: tl.constexpr, OUT2: tl.constexpr, QUINTIC: tl.constexpr, LAST: tl.constexpr,
+    WORDS: tl.constexpr, ENTRIES: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """OUT = LEFT RIGHT, all symmetric; with QUINTIC the left one is R, and a second half of the
-    programs makes OUT2 = R SECOND, or R itself where COPY (SECOND is I)."""
+    """OUT = LEFT RIGHT, all symmetric; a second half of the programs makes OUT2 = LEFT SECOND.
+
+    With QUINTIC it is R = a*I + b*LEFT + c*LEFT RIGHT, and LAST divides that by the root of
+    the norm."""
     entry, t = locate(starts, ENTRIES)
     row = rows + entry * WORDS
     k = size(row, K)
@@ -226,29 +218,22 @@ def _product(
     second = t >= half
     block_i, block_j = triangle(tl.where(second, t - half, t))
     i, j = block_i * TILE + tl.arange(0, TILE), block_j * TILE + tl.arange(0, TILE)
-    g, square = place_of(row, G, T), place_of(row, B, T)
-    factor = tl.full((), 1.0, T)
-    if LAST:
-        norm, _ = norm_of(row, sums, ridge, tiny, T, PARTS, TILE)
-        factor = (1.0 / tl.sqrt(norm)).to(T)
-    right = place_of(row, RIGHT, T)
+    left, right = place_of(row, LEFT, T), place_of(row, RIGHT, T)
     if SECOND >= 0:
         right = tl.where(second, place_of(row, SECOND, T), right)
     total = tl.zeros((TILE, TILE), T)
-    depth = k
-    if COPY:
-        depth = tl.where(second, 0, k)
-    for m0 in tl.range(0, depth, DEPTH):
+    for m0 in tl.range(0, k, DEPTH):
         m = m0 + tl.arange(0, DEPTH)
-        if QUINTIC:
-            left = quintic(row, g, square, i, m, k, a, b, c, factor, T)
-        else:
-            left = tile(place_of(row, LEFT, T), k, i, m, k, k)
         total = tl.dot(
-            left, tile(right, k, m, j, k, k), total, input_precision=PRECISION, out_dtype=T
-        )  # (18)
-    if COPY:
-        total = tl.where(second, quintic(row, g, square, i, j, k, a, b, c, factor, T), total)
+            tile(left, k, i, m, k, k), tile(right, k, m, j, k, k), total,
+            input_precision=PRECISION, out_dtype=T,
+        )  # (18)  # fmt: skip
+    if QUINTIC:
+        total = number(b, T) * tile(left, k, i, j, k, k) + number(c, T) * total
+        total += tl.where(i[:, None] == j[None, :], number(a, T), 0.0)  # (18)
+        if LAST:
+            norm, _ = norm_of(row, sums, ridge, tiny, T, PARTS, TILE)
+            total *= (1.0 / tl.sqrt(norm)).to(T)
     out = place_of(row, OUT, T)
     if OUT2 >= 0:
         out = tl.where(second, place_of(row, OUT2, T), out)
@@ -329,38 +314,32 @@ def _polar(product: Product, P, work, coefficients, ridge) -> None:
 
     go(_largest, by_tile, largest, **elements)
     go(_scaled, by_tile, largest, tiny, PARTS=parts, **elements)
-    go(_gram, by_half, partial, PRECISION=careful, **products | dict(DEPTH=2 * product.depth))
+    deep = products | dict(DEPTH=2 * product.depth, num_stages=2)  # with 3 it spills on sm_80
+    go(_gram, by_half, partial, PRECISION=careful, **deep)
     go(_normalise, by_square, partial, ridge, tiny, PARTS=parts, TILE=side, **elements)
-    G, B, Y, Z, spare = range(5)
+    G, R, Y, Z, spare = range(5)
     iterations = [coefficients[t : t + 3] for t in range(0, len(coefficients), 3)]
-    for t, (a, b, c) in enumerate(iterations):
+    for t, numbers in enumerate(iterations):
         first, last = t == 0, t == len(iterations) - 1
-        numbers = (partial, ridge, tiny, a, b, c)
-        same: dict[str, Any] = dict(PARTS=parts, PRECISION=careful, **products)
-        go(
-            _product, by_half, *numbers, LEFT=G, RIGHT=G, SECOND=-1, OUT=B, OUT2=-1, G=G, B=B,
-            QUINTIC=False, COPY=False, LAST=False, **same,
-        )  # fmt: skip
-        if last and first:  # Z = R alone: the first half of the programs makes what nobody reads
+
+        def multiply(on, left, right, out, also=-1, out2=-1, quintic=False, end=last, by=numbers):
             go(
-                _product, by_both, *numbers, LEFT=G, RIGHT=G, SECOND=Z, OUT=Y, OUT2=Z, G=G, B=B,
-                QUINTIC=True, COPY=True, LAST=True, **same,
+                _product, on, partial, ridge, tiny, *by, LEFT=left, RIGHT=right, SECOND=also,
+                OUT=out, OUT2=out2, QUINTIC=quintic, LAST=quintic and end, PARTS=parts,
+                PRECISION=careful, **products,
             )  # fmt: skip
-        elif last:
-            go(
-                _product, by_half, *numbers, LEFT=G, RIGHT=Z, SECOND=-1, OUT=spare, OUT2=-1, G=G,
-                B=B, QUINTIC=True, COPY=False, LAST=True, **same,
-            )  # fmt: skip
-            Z, spare = spare, Z
+
+        multiply(by_half, G, G, R, quintic=True)
+        if not last:
+            if first:  # Z is R alone
+                multiply(by_half, R, G, Y)
+            else:
+                multiply(by_both, R, G, Y, also=Z, out2=spare)
+            multiply(by_half, R, Y, G)
+        elif not first:
+            multiply(by_half, R, Z, spare)
+        if first:
+            R, Z = Z, R
         else:
-            # R G and R Z; then R (R G), which may not take the place of G while others read it
-            go(
-                _product, by_both, *numbers, LEFT=G, RIGHT=G, SECOND=Z, OUT=Y, OUT2=spare, G=G,
-                B=B, QUINTIC=True, COPY=first, LAST=False, **same,
-            )  # fmt: skip
-            go(
-                _product, by_half, *numbers, LEFT=G, RIGHT=Y, SECOND=-1, OUT=Z, OUT2=-1, G=G, B=B,
-                QUINTIC=True, COPY=False, LAST=False, **same,
-            )  # fmt: skip
-            G, Z, spare = Z, spare, G
+            Z, spare = spare, Z
     go(_finish, by_whole, Z=Z, OPERAND=operand_type(T, T, device), PRECISION=exact, **products)
