@@ -211,6 +211,8 @@ def test_no_surge_without_cause():
         ("window", 0),
         ("window", 1.5),
         ("window", math.inf),
+        ("rise", -0.1),
+        ("rise", math.nan),
     ],
 )
 def test_rule_out_of_range(name, value):
