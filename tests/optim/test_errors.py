@@ -184,13 +184,14 @@ def test_an_error_after_a_warm_start_keeps_the_start():
     assert losses[-1] < losses[0]
 
 
-def test_an_error_in_a_start_inverts_no_factor_twice(monkeypatch):
-    """Such as one of memory, in the second layer: the first has its inverse by then, in the place
-    of the average of the warm start."""
+@pytest.mark.parametrize("block_size", [None, 3], ids=["second layer", "second block"])
+def test_an_error_in_a_start_inverts_no_factor_twice(block_size, monkeypatch):
+    """Such as one of memory: the first has its inverse by then, in the place of the average of the
+    warm start, which is that of the minibatch here."""
     inverses = []
     for failing in (False, True):
-        model, opt = build(newton, None)
-        opt.warm_start([rows(30, 4, seed=8)])
+        model, opt = build(newton, None, block_size=block_size)
+        opt.warm_start([rows(12, 4)])
         good = good_of(model, opt)
         if failing:
             with monkeypatch.context() as patch:
@@ -198,7 +199,7 @@ def test_an_error_in_a_start_inverts_no_factor_twice(monkeypatch):
                 with pytest.raises(MemoryError):
                     opt.step(good)
         opt.step(good)
-        inverses.append([layer["H_a"] for layer in opt.layers])
+        inverses.append([f["H_a"] for layer in opt.layers for f in layer.activations])
     for H_a, wanted in zip(*inverses, strict=True):
         torch.testing.assert_close(H_a, wanted)
 
