@@ -61,8 +61,8 @@ struct JudgeRule {
 template <typename T>
 KBFGS_HOST_DEVICE inline void judge(const Judge<T>& j, const JudgeRule& rule, bool ok) {
   const double before = *j.scale, loss = *j.loss, loss_next = *j.loss_next;
-  const double decrease = loss - loss_next + rule.noise * (loss < 0 ? -loss : loss);
-  const bool undo = !(decrease >= 0);
+  const double rise = loss_next - loss, room = rule.noise * (loss < 0 ? -loss : loss);
+  const bool undo = !is_finite(loss_next) || rise > room;
   bool order = false;
   if (rule.after > 0) {
     const double window = static_cast<double>(rule.window);
@@ -81,7 +81,7 @@ KBFGS_HOST_DEVICE inline void judge(const Judge<T>& j, const JudgeRule& rule, bo
     }
   }
   double scale = before * rule.grow;
-  if (j.slope != nullptr && !(decrease >= -rule.sufficient * *j.slope)) scale = before / rule.grow;
+  if (j.slope != nullptr && !(room - rise >= -rule.sufficient * *j.slope)) scale = before / rule.grow;
   if (undo) scale = before * rule.shrink;
   if (scale < rule.smallest) scale = rule.smallest;
   if (scale > 1) scale = 1;

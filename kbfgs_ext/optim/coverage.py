@@ -198,7 +198,8 @@ def divide(
 
     Raises:
         TypeError: a group is no mapping with an entry "params".
-        ValueError: a group has a parameter that the model does not train, or that another has.
+        ValueError: a group has a parameter that the model does not train, or that another has, or
+            layers that share a bias are in different groups.
     """
     trained = {id(p) for layer in layers for p in layer.parameters()}
     trained |= {id(p) for p in rest.values()}
@@ -219,8 +220,16 @@ def divide(
                     f"groups[{i}]: a parameter of shape {tuple(p.shape)} is in"
                     f" groups[{home[id(p)] - 1}] already"
                 )
+    owners: dict[int, CoveredLayer] = {}  # of the biases, of which a layer may have a part
     for layer in layers:
-        divided[home.get(id(layer.weight), 0)][1].append(layer)
+        at = home.get(id(layer.weight), 0)
+        owner = layer if layer.bias is None else owners.setdefault(id(layer.bias), layer)
+        if home.get(id(owner.weight), 0) != at:
+            raise ValueError(
+                f"groups: layers '{owner.name}' and '{layer.name}' have parts of one bias, so one"
+                " group must hold the weights of both"
+            )
+        divided[at][1].append(layer)
     return [(options, part) for options, part in divided if part]
 
 

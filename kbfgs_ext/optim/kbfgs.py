@@ -37,8 +37,8 @@ class KBFGS(CoveredOptimizer):
 
     Args:
         model: layers of a known kind with a trained weight are covered: `torch.nn.Linear`,
-            convolutions in up to 32 groups, `torch.nn.MultiheadAttention`, transformers' `Conv1D`,
-            and what `register_kind` was given.
+            convolutions in up to 32 groups, transposed ones, `torch.nn.MultiheadAttention`,
+            transformers' `Conv1D`, and what `register_kind` was given.
             Every other trained parameter goes to ``fallback``, and a warning says so once.
         lr: learning rate, at least 0; a number or a scalar tensor. With step_length="layer" it is
             the length of a step in every layer: the root mean square over the rows of [W, b].
@@ -76,7 +76,7 @@ class KBFGS(CoveredOptimizer):
             not with the square of it. None makes one block of every side, however long.
         restart_after: put a factor back to its start, on the device, after so many rejected pairs
             in a row; and all of them after so many steps in a row that the safeguard has undone at
-            its smallest scale, or when it sees the loss surge. None never does.
+            its smallest scale, or with direction="newton" when the loss surges. None never does.
         initial_scale: gamma, above 0: H_g starts as gamma*I, the paper's as I. "damping" takes
             1/lam_g, the inverse of a curvature of which the damping is all that is known.
         step_length: "direction" moves a layer by -lr*P, the paper's. "balanced" shares the

@@ -31,12 +31,13 @@ def memory_usage(
         usage[kind] = usage.get(kind, 0) + elements * dtype.itemsize
 
     for layer in layers:
-        for name, (shape, dtype) in layer.kept_shapes().items():
+        kept = layer.kept_shapes()
+        for name, (shape, dtype) in kept.items():
             kind = name.partition(".")[0]  # of a block
             add(kind if len(shape) == 2 else "vectors", math.prod(shape), dtype)
         for name, shape in layer.scratch_shapes().items():
             add(name if len(shape) == 2 else "vectors", math.prod(shape), layer.dtype)
-        if not layer.view.in_place:
+        if not layer.view.in_place and "master_W" not in kept:
             add("W", layer.n_g * layer.d_in, layer.weight.dtype)
     first = layers[0]
     add("product", product_scratch_elements(layers, settings, first.weight.device), first.dtype)

@@ -72,9 +72,11 @@ class Moved:
 
 def turn_back(part: Part) -> None:
     """(2) solved for the M of before, in place: M <- (M - (1-momentum)*D)/momentum, with [W, b] and
-    the gradients as the step had them. Without momentum the M of before has no say any more."""
+    the gradients as the step had them. Without momentum the M of before has no say any more, and
+    where the caller has dropped a gradient since, nothing tells it: M stays then."""
     momentum, decay = part.group["momentum"], part.group["weight_decay"]
-    if not momentum:
+    dropped = any(p.grad is None for layer in part.layers for p in layer.moving)
+    if not momentum or dropped:
         return
     inside, share = (decay if part.halved else 0.0), momentum - 1
     columns = zip(part["M"], part.W(), part.b(), part.dW(inside), part.db(inside), strict=True)

@@ -3,7 +3,7 @@
 The second pass yields the loss at the new point on the same minibatch, with the same random
 numbers, for nothing. `Safeguard.judge` compares it with the first pass's loss, on the device:
 
-    undo     = not loss_next <= loss + rise*|loss|        (so a NaN is undone too)
+    undo     = loss_next is not finite, or loss_next - loss > rise*|loss|
     enough   = loss - loss_next >= -sufficient*slope      (Armijo's condition)
     scale   <- shrink*scale            where undone, at least `smallest`
                min(1, grow*scale)      where kept, and the decrease was enough
@@ -80,7 +80,6 @@ class SafeguardRule:
 
 
 FINITE = SafeguardRule(rise=math.inf, sufficient=0.0, surge=math.inf)
-ANY = 1e30  # times the loss: an infinite rise that 0 times it is still 0
 
 
 class Safeguard:
@@ -172,7 +171,7 @@ class Safeguard:
             [loss],
             [loss_next],
             [] if slope is None else [slope],
-            noise + min(rule.rise, ANY),
+            noise + rule.rise,
             rule.shrink,
             rule.grow,
             rule.sufficient,

@@ -182,7 +182,8 @@ class Step:
             seen = any(layer.observer.has_inputs() for layer in active)
             # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
             late = self.kind[0] and settings.keep_A and all(x.has_shown_inputs for x in active)
-            ok = moved.ok = guard.admit(loss, found.norms, seen and not late)
+            judged_first = late and guard.rule is not None
+            ok = moved.ok = guard.admit(loss, found.norms, seen and not judged_first)
             clipped = found.clip(settings.max_grad_norm)
             started = all(layer.started for layer in active) or gradients.known_true(ok)
             if started and fallback is not None:

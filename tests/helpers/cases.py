@@ -369,6 +369,7 @@ ALL = [
     Case("judge_", ":no-restarts", judge(restart_after=None, ordered=True)),
     Case("judge_", ":ordered-before", judge("undone", "stuck", ordered=True, ok=YES)),
     Case("judge_", ":void", judge(ok=NO, ordered=True)),
+    Case("judge_", ":any-rise", judge(sloped=False, noise=float("inf"))),
     Case("polar_", ":layers", polar([(2, 17), (17, 2), (1, 9), (9, 1), (1, 1), (12, 12)])),
     Case("polar_", ":wide", polar([(63, 129), (100, 200)])),
     Case("polar_", ":tall", polar([(129, 63), (65, 66)])),

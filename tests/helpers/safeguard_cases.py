@@ -24,6 +24,8 @@ JUDGED = {
     "surge": (0.5, (0, 50, 30, 9), 20.0, 19.0, -1.0),
     "negative": (0.5, (0, 50, -3, -9), -2.0, -3.0, -1.0),
     "enough": (0.5, (0, 4, 10, math.inf), 10.0, 9.0, -1.9),
+    "zero": (0.5, (0, 4, 10, math.inf), 0.0, 0.1, -1.0),
+    "bottomless": (0.5, (0, 4, 10, math.inf), 10.0, -math.inf, -1.0),
 }
 
 
@@ -46,7 +48,9 @@ def admit(*lengths, value=1.0, loss=2.0, take=False, ordered=False):
     return build
 
 
-def judge(*kinds: str, sloped=True, restart_after=AFTER, ok=None, ordered=False, take=False):
+def judge(
+    *kinds: str, sloped=True, restart_after=AFTER, ok=None, ordered=False, take=False, noise=1e-5
+):
     """All kinds unless some are named; ``ordered``: an activation side is still to restart."""
 
     def build(dtype):
@@ -59,7 +63,7 @@ def judge(*kinds: str, sloped=True, restart_after=AFTER, ok=None, ordered=False,
         decision = [torch.tensor([True, True, ordered, True, False]) for _ in rows]
         return dict(
             scale=scale, watched=watched, counts=counts, decision=decision, loss=loss,
-            loss_next=loss_next, slope=slope if sloped else [], noise=1e-5, shrink=0.5, grow=1.1,
+            loss_next=loss_next, slope=slope if sloped else [], noise=noise, shrink=0.5, grow=1.1,
             sufficient=0.5, smallest=SMALLEST, surge=2.0, window=WINDOW,
             restart_after=restart_after, take=take, ok=ok,
         )  # fmt: skip

@@ -24,6 +24,8 @@ EXPECTED = {
     "surge": (False, True, 1.1, (0, 0, 0, math.inf)),
     "negative": (False, False, 1.1, (0, 50, -2.98, -9)),
     "enough": (False, False, 1.1, (0, 5, 10, math.inf)),
+    "zero": (True, False, 0.5, (0, 5, 8, math.inf)),
+    "bottomless": (True, False, 0.5, (0, 5, 10, math.inf)),
 }
 
 
@@ -43,6 +45,16 @@ def test_judgement(backend, kind, dtype):
     assert scale.item() == pytest.approx(factor * JUDGED[kind][0], rel=1e-6)
     assert SMALLEST <= scale <= 1
     assert watched.tolist() == pytest.approx(standing, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", backends.BOTH)
+def test_any_rise_is_kept_where_the_noise_is_infinite(backend, dtype):
+    """From a loss of 0 too; a loss that is not finite is undone all the same."""
+    kinds = ("zero", "undone", "negative", "nothing", "bottomless")
+    args = judge(*kinds, sloped=False, noise=math.inf)(dtype)
+    decision = calls.run("judge_", args, backend)["decision"]
+    assert [bool(d[0]) for d in decision] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize("backend", backends.BOTH)

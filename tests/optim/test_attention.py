@@ -335,6 +335,16 @@ def test_a_transformer_of_torch(method):
     assert not model.layer.self_attn._forward_hooks and not model.layer.self_attn._forward_pre_hooks
 
 
+def test_groups_of_layers_that_share_a_bias():
+    """Three weights, and the bias of each is a part of one parameter."""
+    model = attention(kdim=3, vdim=5)
+    with pytest.raises(ValueError, match="layers 'q' and 'k' have parts of one bias"):
+        KBFGS(model, groups=[{"params": model.q_proj_weight, "lr": 0.1}])
+    own = [model.q_proj_weight, model.k_proj_weight, model.v_proj_weight]
+    opt = KBFGS(model, groups=[{"params": own, "lr": 0.1}])
+    assert [len(group["params"]) for group in opt.param_groups] == [2, 4]
+
+
 def test_exclude_and_what_is_not_covered():
     model = nn.ModuleDict(
         {"a": attention(), "b": nn.Linear(3, 2), "c": attention(add_bias_kv=True)}

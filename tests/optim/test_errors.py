@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_value_
 
 from kbfgs_ext.optim import passes
+from kbfgs_ext.optim.factors import ActivationMatrix
 from tests.optim.loops import (
     LEARNED,
     assert_as_before,
@@ -181,6 +182,57 @@ def test_an_error_after_a_warm_start_keeps_the_start():
     assert all(layer.started for layer in opt.layers)
     losses = [opt.step(good).item() for _ in range(5)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("block_size", [None, 3], ids=["second layer", "second block"])
+def test_an_error_in_a_start_inverts_no_factor_twice(block_size, monkeypatch):
+    """Such as one of memory: the first has its inverse by then, in the place of the average of the
+    warm start, which is that of the minibatch here."""
+    inverses = []
+    for failing in (False, True):
+        model, opt = build(newton, None, block_size=block_size)
+        opt.warm_start([rows(12, 4)])
+        good = good_of(model, opt)
+        if failing:
+            with monkeypatch.context() as patch:
+                patch.setattr(ActivationMatrix, "start", fails_after(1, ActivationMatrix.start))
+                with pytest.raises(MemoryError):
+                    opt.step(good)
+        opt.step(good)
+        inverses.append([f["H_a"] for layer in opt.layers for f in layer.activations])
+    for H_a, wanted in zip(*inverses, strict=True):
+        torch.testing.assert_close(H_a, wanted)
+
+
+def fails_after(calls, function):
+    """``function``, which raises MemoryError from some call on."""
+    made = []
+
+    def failing(*args):
+        made.append(1)
+        if len(made) > calls:
+            raise MemoryError
+        return function(*args)
+
+    return failing
+
+
+@METHODS
+def test_an_error_once_the_gradients_are_gone(method):
+    """What the caller has dropped between the passes is no obstacle: but for the momentum all is
+    as before."""
+    model, opt = build_with_norm(method, 2)
+    good, before = good_of(model, opt), everything(model, opt)
+    with opt.first_pass():
+        loss = good()
+    opt.descend(loss)
+    with opt.second_pass():
+        good()
+    opt.zero_grad()
+    with pytest.raises(TypeError, match="real scalar"):
+        opt.finish("no scalar")
+    before |= {name: M for name, M in everything(model, opt).items() if name.endswith(" M")}
+    assert_as_before(before, model, opt, LEARNED, BUFFERS)
 
 
 # ---------------------------------------------------------------------- around the step

@@ -245,6 +245,18 @@ def test_a_streak_outlives_a_checkpoint(method):
         problem(method, restart_after=None)[1].load_state_dict(opt.state_dict())
 
 
+@METHODS
+@ACTIONS
+def test_an_order_is_taken_where_nothing_judges(method, action):
+    """By a run without a safeguard that goes on where one with it was saved."""
+    _, opt, closure = problem(method, hessian_action=action, safeguard=False)
+    opt.step(closure)
+    opt.steps.guard.tensors()["order_a"].fill_(True)
+    opt.step(closure)
+    opt.step(closure)
+    assert restarts(opt) == (0, 1) and not opt.steps.guard.tensors()["order_a"]
+
+
 def test_a_checkpoint_of_another_format_is_refused():
     _, opt, _ = problem()
     saved = opt.state_dict()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kbfgs_ext import KBFGS
-from kbfgs_ext.optim.safeguard import Safeguard, SafeguardRule, resolution
+from kbfgs_ext.optim.safeguard import FINITE, Safeguard, SafeguardRule, resolution
 from tests.optim.models import METHODS, closure_of, mlp, rows
 
 
@@ -33,6 +33,15 @@ def test_rule(loss, loss_next, ok, undo, scale):
     assert bool(judged) is undo
     assert guard.scale.item() == pytest.approx(scale)
     assert int(guard.counters()["undone"]) == int(undo)
+
+
+@pytest.mark.parametrize("loss", [0.0, 1e-40, -1.0, 1e300])
+def test_any_finite_loss_is_kept_along_a_polar_direction(loss):
+    """A loss of 0 too, as a hinge has of a minibatch that is all on its side."""
+    guard = Safeguard(FINITE, torch.device("cpu"))
+    for loss_next in (5.0, math.nan, math.inf, -math.inf):
+        judged = guard.judge(scalar(loss), scalar(loss_next), None, 1e-6, torch.tensor(True))
+        assert bool(judged) is not math.isfinite(loss_next)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +211,8 @@ def test_no_surge_without_cause():
         ("window", 0),
         ("window", 1.5),
         ("window", math.inf),
+        ("rise", -0.1),
+        ("rise", math.nan),
     ],
 )
 def test_rule_out_of_range(name, value):

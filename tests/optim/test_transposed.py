@@ -140,3 +140,21 @@ def test_several_groups_go_to_the_fallback_by_name():
         assert [layer.name for layer in KBFGS(model).layers] == ["1"]
     x = torch.randn(1, 4, 3, 3)
     assert F.relu(model(x)).shape == (1, 2, 4, 4)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_memory_in_sixteen_bits(copies):
+    """A weight that lies otherwise in memory has a 32-bit copy, or one of its own type."""
+    model = nn.Sequential(nn.ConvTranspose1d(3, 4, 2)).to(torch.bfloat16)
+    opt = KBFGS(model, master_weights=copies)
+    stated = opt.memory_usage()
+    opt.step(
+        closure_of(model, opt, *(torch.randn(5, n, k).bfloat16() for n, k in ((3, 6), (4, 7))))
+    )
+    (layer,) = opt.layers
+    held = {
+        t.untyped_storage().data_ptr(): t for t in (*layer.kept.values(), *layer.scratch.values())
+    }
+    assert ("W" in layer.scratch) == ("W" in stated) == (not copies)
+    kept = sum(t.untyped_storage().nbytes() for t in held.values())
+    assert kept == stated["total"] - stated["product"]

@@ -76,9 +76,9 @@ def judge_(
 ) -> None:
     """Decide on the device whether a step is undone, how long the next is, and on restarts.
 
-    (14)  undo   = not loss - loss_next + noise*|loss| >= 0, so that a NaN is undone too
+    (14)  undo   = loss_next is not finite, or loss_next - loss > noise*|loss|
           scale <- shrink*scale          where undone, at least `smallest`
-                   min(1, grow*scale)    where the decrease is at least -sufficient*slope
+                   min(1, grow*scale)    where loss - loss_next + noise*|loss| >= -sufficient*slope
                    scale/grow            otherwise
 
     With ``restart_after`` every factor is ordered to restart where that many steps in a row were
@@ -98,7 +98,8 @@ def judge_(
         loss, loss_next: scalar each, of one minibatch before and after the step.
         slope: scalar each, the sum of (13): what the gradient promises; an empty list takes any
             decrease for enough.
-        noise: relative difference below which two losses say nothing.
+        noise: relative difference below which two losses say nothing; inf: any rise is kept, from
+            a loss of 0 too.
         shrink, grow, sufficient, smallest, surge, window: the numbers of `SafeguardRule`.
         restart_after: None orders no restart, and leaves ``watched`` alone.
         take: the activation sides are updated after the judgement: an order is taken here. Else

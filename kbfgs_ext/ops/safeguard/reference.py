@@ -27,8 +27,8 @@ def judge_(scale, watched, counts, decision, loss, loss_next, slope, noise, shri
            sufficient, smallest, surge, window, restart_after, take, ok) -> None:  # fmt: skip
     for i in range(len(scale)):
         fine = torch.ones_like(decision[i][0]) if ok is None else ok
-        decrease = loss[i] - loss_next[i] + noise * loss[i].abs()
-        undo = ~(decrease >= 0)
+        rise, room = loss_next[i] - loss[i], noise * loss[i].abs()
+        undo = ~torch.isfinite(loss_next[i]) | (rise > room)  # (14)
         order = torch.zeros_like(undo)
         if restart_after is not None:
             stuck, seen, mean, lowest = watched[i].unbind()
@@ -43,7 +43,7 @@ def judge_(scale, watched, counts, decision, loss, loss_next, slope, noise, shri
             watched[i].copy_(torch.where(fine, now, watched[i]))
         new = scale[i] * grow
         if slope:
-            new = torch.where(decrease >= -sufficient * slope[i], new, scale[i] / grow)
+            new = torch.where(room - rise >= -sufficient * slope[i], new, scale[i] / grow)
         new = torch.where(undo, scale[i] * shrink, new).clamp(smallest, 1.0)
         scale[i].copy_(torch.where(fine, new, scale[i]))
         undo = undo & fine

@@ -49,8 +49,8 @@ def _judge(
 ):  # fmt: skip
     before, now = tl.load(scale).to(tl.float64), tl.load(loss).to(tl.float64)
     after_step = tl.load(loss_next).to(tl.float64)
-    decrease = now - after_step + noise * tl.abs(now)
-    undo = tl.where(decrease >= 0, 0, 1)  # of a NaN too
+    rise, room = after_step - now, noise * tl.abs(now)
+    undo = tl.where(finite(after_step) & ~(rise > room), 0, 1)
     fine = flag(ok).to(tl.int32)
     order = tl.full((), 0, tl.int32)
     if WATCH:
@@ -73,7 +73,7 @@ def _judge(
         tl.store(watched + 3, tl.where(order != 0, float("inf"), lowest).to(T), mask=sound)
     new = before * grow
     if slope is not None:
-        enough = decrease >= -sufficient * tl.load(slope).to(tl.float64)
+        enough = room - rise >= -sufficient * tl.load(slope).to(tl.float64)
         new = tl.where(enough, new, before / grow)
     new = tl.where(undo != 0, before * shrink, new)
     new = tl.where(new < smallest, smallest, new)
