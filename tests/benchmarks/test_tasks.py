@@ -22,7 +22,13 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", runs.TASKS)
+LARGE = ("autoencoder", "characters-128")  # make test-all
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.long] if n in LARGE else []) for n in runs.TASKS],
+)
 def test_a_task_is_the_same_again_and_its_steps_reach_something(name: str) -> None:
     row, again = (runs.run(name, "kbfgs", {}, seed=3, steps=4) for _ in range(2))
     strip = [[place[:3] for place in one["curve"]] for one in (row, again)]
