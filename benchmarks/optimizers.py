@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -165,23 +166,43 @@ def resolved(name: str, optimizer: Any, settings: Settings) -> dict[str, Any]:
     return {k: v for k, v in (found | settings.given()).items() if v is not None}
 
 
-class MuonWithAdamW:
-    """Muon for the weight matrices and AdamW for everything else, stepped as one.
+def anneal(optimizer: Any, rates: Sequence[float], spent: float) -> None:
+    """Half a cosine of every group's lr, from its of ``rates`` to 0 as ``spent``, a share of the
+    run, goes from 0 to 1."""
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr * (1 + math.cos(math.pi * min(spent, 1.0))) / 2
 
-    Muon's update is scaled to AdamW's root mean square, so that one learning rate serves both.
+
+class MuonWithAdamW:
+    """torch's Muon for the weights of linear layers and convolutions, these as matrices with an
+    output a row, and AdamW for everything else, stepped as one.
+
+    Args:
+        rest_lr: AdamW's. None: ``lr``, to which Muon's update is scaled, by AdamW's root mean
+            square; otherwise Muon's update has its original scale.
     """
 
-    def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> None:
-        matrices = [p for p in model.parameters() if p.ndim == 2]
-        others = [p for p in model.parameters() if p.ndim != 2]
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        rest_lr: float | None = None,
+    ) -> None:
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        self.weights = [m.weight for m in model.modules() if isinstance(m, kinds)]
+        taken = {id(p) for p in self.weights}
+        others = [p for p in model.parameters() if id(p) not in taken]
+        self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in self.weights]
         self.muon = torch.optim.Muon(
-            matrices,
+            self.matrices,
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
-            adjust_lr_fn="match_rms_adamw",
+            adjust_lr_fn="match_rms_adamw" if rest_lr is None else "original",
         )
-        self.adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(others, lr=rest_lr or lr, weight_decay=weight_decay)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -194,13 +215,16 @@ class MuonWithAdamW:
         return self.muon.param_groups + self.adamw.param_groups
 
     def zero_grad(self) -> None:
-        """Drop the gradients of both."""
-        self.muon.zero_grad()
+        """Drop all gradients."""
+        for p in self.weights:
+            p.grad = None
         self.adamw.zero_grad()
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """One step of both from the one gradient that ``closure`` leaves behind."""
         loss = closure()
+        for p, matrix in zip(self.weights, self.matrices, strict=True):
+            matrix.grad = None if p.grad is None else p.grad.flatten(1)
         self.muon.step()
         self.adamw.step()
         return loss

@@ -30,6 +30,7 @@ from benchmarks import plots, summary
 from benchmarks.environment import ROOT, environment
 from benchmarks.equations import PROBLEMS
 from benchmarks.micro.measure import same_machine, store
+from benchmarks.optimizers import anneal
 from benchmarks.plots import Look
 from benchmarks.progress import REFRESH
 from benchmarks.summary import Row
@@ -135,7 +136,7 @@ def run(
         with watch:
             while (spent := closures if passes else watch.read()) < due:
                 if options.get("cosine"):
-                    anneal(opt, options["lr"], spent / budget)
+                    anneal(opt, [options["lr"]] * len(opt.param_groups), spent / budget)
                 opt.step(closure)
                 steps += 1
         curve.append(evaluated())
@@ -162,12 +163,6 @@ def run(
     }
     error = errors_at(row, [budget])[0]
     return row | {"final_error": float(error) if math.isfinite(error) else None}
-
-
-def anneal(opt: torch.optim.Optimizer, lr: float, spent: float) -> None:
-    """Half a cosine from ``lr`` to 0 as ``spent``, a share of the budget, goes from 0 to 1."""
-    for group in opt.param_groups:
-        group["lr"] = lr * (1 + math.cos(math.pi * min(spent, 1.0))) / 2
 
 
 def errors_at(row: Row, places: Sequence[float]) -> np.ndarray:

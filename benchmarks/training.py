@@ -298,15 +298,13 @@ class _Loop:
         config = self.run.config
         if config.schedule == "constant":
             return
-        groups = self.optimizer.param_groups
         if not self.rates:
-            self.rates = [group["lr"] for group in groups]
+            self.rates = [group["lr"] for group in self.optimizer.param_groups]
         if config.max_seconds is not None:
             share = self.watch.read() / config.max_seconds
         else:
             share = self.steps / (config.epochs * (len(self.train) // config.batch_size))
-        for group, lr in zip(groups, self.rates, strict=True):
-            group["lr"] = lr * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+        optimizers.anneal(self.optimizer, self.rates, share)
 
     def evaluate(self, epoch: float) -> None:
         """Add the row of ``epoch`` and save; the run has diverged if a loss is not finite."""

@@ -26,6 +26,7 @@ from benchmarks import launches
 from benchmarks.cost import cost
 from benchmarks.step.counts import computes
 from benchmarks.step.models import Model
+from benchmarks.step.providers import PAPER
 from kbfgs_ext import KBFGS, presets
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim.settings import Settings
@@ -141,7 +142,7 @@ def _torchs(func: Any, args: tuple, kwargs: dict, result: Any) -> Kernel:
 def settings() -> dict[str, dict[str, Any]]:
     """What is predicted, by name: the paper's recursion with a safeguard, TUNED, the defaults."""
     return {
-        "PUBLISHED, safeguard": presets.PUBLISHED | {"safeguard": True, "restart_after": 10},
+        "PUBLISHED, safeguard": PAPER,
         "TUNED": presets.TUNED,
         "defaults": {},
     }

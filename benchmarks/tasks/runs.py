@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment
+from benchmarks.optimizers import anneal
 from benchmarks.summary import Row, Spread, point_text
 from benchmarks.tasks import problems
 from benchmarks.tasks.optimizers import GRIDS, Point, build
@@ -50,8 +51,7 @@ def run(
     batches, seconds = task.batches(), 0.0
     curve = [[0, *task.reached(), 0.0]]
     for step in range(steps):
-        for group, rate in zip(opt.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        anneal(opt, rates, step / steps)
         batch = next(batches)
         begun = time.perf_counter()
         loss = opt.step(_closure(opt, batch, loss_scale))

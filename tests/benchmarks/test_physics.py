@@ -140,7 +140,7 @@ def test_the_learning_rate_falls_by_a_cosine() -> None:
     opt = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
     rates = []
     for spent in (0.0, 0.5, 1.0, 1.1):
-        physics.anneal(opt, 0.2, spent)
+        physics.anneal(opt, [0.2], spent)
         rates.append(opt.param_groups[0]["lr"])
     assert rates == pytest.approx([0.2, 0.1, 0.0, 0.0])
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.optimizers import MuonWithAdamW
 from benchmarks.summary import point_text, read_rows
 from benchmarks.tasks import __main__ as command
 from benchmarks.tasks import optimizers, runs
@@ -52,7 +53,7 @@ def test_every_optimizer_moves_every_parameter(name: str) -> None:
 
 def test_muon_takes_linear_layers_and_convolutions_and_reaches_their_weights() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 2))
-    muon = optimizers.Muon(model, lr=0.1)
+    muon = MuonWithAdamW(model, lr=0.1)
     assert [tuple(m.shape) for m in muon.matrices] == [(3, 18), (2, 12)]
     taken = muon.matrices[0].data_ptr()
     assert taken == model[0].weight.data_ptr()
