@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
 from tests.helpers import oracles
-from tests.optim.models import snapshot
+from tests.optim.models import closure_of, snapshot
 
 TIGHT = dict(rtol=1e-10, atol=1e-10)
 Work = Callable[[nn.Module], torch.Tensor]  # forward and backward; returns the loss
@@ -152,3 +153,28 @@ def step_of(layer, X: torch.Tensor, lr: float, lam_a: float, D: torch.Tensor) ->
         pushed = int(layer.kept["pushed"])
         H_g = oracles.lbfgs_inverse(list(zip(kept["S"], kept["Y"], strict=True))[:pushed], n_g)
     return lr * oracles.kron_direction(H_g, 0.9 * kept["M"] + 0.1 * D, H_a)
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_one_trajectory(method, model, twin, x, steps=12, **options) -> None:
+    """Losses, parameters and all that is kept are the same."""
+    options = {"lr": 0.1, **options}
+    opt, other = method(model, **options), method(twin, **options)
+    assert len(opt.layers) == len(other.layers) and opt.coverage().share == 1.0
+    target = images(len(x), 3, seed=1)
+    closure, again = closure_of(model, opt, x, target), closure_of(twin, other, x, target)
+    losses = []
+    for _ in range(steps):
+        losses.append(opt.step(closure).item())
+        assert losses[-1] == pytest.approx(other.step(again).item(), rel=1e-10)
+    assert losses[-1] < losses[0]
+    for one, two in zip(opt.layers, other.layers, strict=True):
+        torch.testing.assert_close(one.W(), two.W(), **TIGHT)
+        assert one.kept.keys() == two.kept.keys()
+        for name, tensor in one.kept.items():
+            torch.testing.assert_close(tensor, two.kept[name], **TIGHT)
+        accepted = [int(block["counts_a"][0]) for block in one.activations]
+        assert min(accepted) > 0 or options.get("factor_every", 1) > 1

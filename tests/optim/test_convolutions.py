@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kbfgs_ext import KBFGS
-from tests.optim.loops import TIGHT
+from tests.optim.loops import TIGHT, assert_one_trajectory, images
 from tests.optim.models import METHODS, assert_same, closure_of, snapshot
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
@@ -95,30 +95,6 @@ def network(*convs: nn.Module, x: torch.Tensor) -> nn.Sequential:
         layers += [conv, nn.Tanh()]
     body = nn.Sequential(*layers, nn.Flatten()).double()
     return nn.Sequential(body, nn.Linear(body(x).shape[1], 3, dtype=torch.float64))
-
-
-def images(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_one_trajectory(method, model, twin, x, steps=STEPS, **options) -> None:
-    """Losses, parameters and all that is kept are the same."""
-    opt, other = method(model, lr=0.1, **options), method(twin, lr=0.1, **options)
-    assert len(opt.layers) == len(other.layers) and opt.coverage().share == 1.0
-    target = images(len(x), 3, seed=1)
-    closure, again = closure_of(model, opt, x, target), closure_of(twin, other, x, target)
-    losses = []
-    for _ in range(steps):
-        losses.append(opt.step(closure).item())
-        assert losses[-1] == pytest.approx(other.step(again).item(), rel=1e-10)
-    assert losses[-1] < losses[0]
-    for one, two in zip(opt.layers, other.layers, strict=True):
-        torch.testing.assert_close(one.W(), two.W(), **TIGHT)
-        assert one.kept.keys() == two.kept.keys()
-        for name, tensor in one.kept.items():
-            torch.testing.assert_close(tensor, two.kept[name], **TIGHT)
-        accepted = [int(block["counts_a"][0]) for block in one.activations]
-        assert min(accepted) > 0 or options.get("factor_every", 1) > 1
 
 
 GEOMETRIES = {

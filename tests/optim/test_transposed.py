@@ -9,13 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from kbfgs_ext import KBFGS, presets
-from tests.optim.loops import TIGHT
+from tests.optim.loops import assert_one_trajectory, images
 from tests.optim.models import DEFAULTS, assert_same, closure_of, snapshot
-from tests.optim.test_convolutions import images
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 TYPES = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-STEPS = 12
 
 
 class OnPatches(nn.Module):
@@ -95,19 +93,7 @@ def test_it_is_linear_on_patches(method, action, case):
     twin = copy.deepcopy(model)
     twin.conv = OnPatches(model.conv)
     options = {**presets.PUBLISHED, "lr": 0.1, "hessian_action": action}
-    opt, other = method(model, **options), method(twin, **options)
-    assert opt.coverage().share == 1.0
-    target = images(len(x), 3, seed=1)
-    closure, again = closure_of(model, opt, x, target), closure_of(twin, other, x, target)
-    losses = []
-    for _ in range(STEPS):
-        losses.append(opt.step(closure).item())
-        assert losses[-1] == pytest.approx(other.step(again).item(), rel=1e-10)
-    assert losses[-1] < losses[0]
-    for one, two in zip(opt.layers, other.layers, strict=True):
-        torch.testing.assert_close(one.W(), two.W(), **TIGHT)
-        for name, tensor in one.kept.items():
-            torch.testing.assert_close(tensor, two.kept[name], **TIGHT)
+    assert_one_trajectory(method, model, twin, x, **options)
 
 
 @DEFAULTS
