@@ -18,17 +18,23 @@ import torch
 from kbfgs_ext.ops.registry import Unsupported
 from tests.cuda_host.test_kernels import MORE
 from tests.gpu import ongpu
-from tests.helpers import cases
+from tests.helpers import cases, half_cases
 
-CASES = [*cases.ALL, *MORE]
+PLAIN = [*cases.ALL, *MORE]
+CASES = {
+    torch.float64: PLAIN,
+    torch.float32: [*PLAIN, *half_cases.variants(PLAIN)],
+}
 
 
 def parts() -> Iterator[tuple[str, torch.dtype]]:
     """What processes share out, longest first: they would rarely make the same kernel twice."""
-    ops = [case.op for case in CASES]
-    for op in sorted(set(ops), key=ops.count, reverse=True):
-        for dtype in (torch.float64, torch.float32):
-            yield op, dtype
+    counts = {
+        (case.op, dtype): sum(other.op == case.op for other in found)
+        for dtype, found in CASES.items()
+        for case in found
+    }
+    yield from sorted(counts, key=counts.__getitem__, reverse=True)
 
 
 def compile_part(op: str, dtype: torch.dtype) -> int:
@@ -45,7 +51,7 @@ def compile_part(op: str, dtype: torch.dtype) -> int:
             kernel.warmup(*args, grid=(programs,), **COMPILER, **options)
 
     with recorder.replaced(warm):
-        for case in CASES:
+        for case in CASES[dtype]:
             if case.op == op:
                 try:
                     ongpu.run(op, case.build(dtype), "triton")
@@ -61,7 +67,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
         made = list(pool.map(compile_part, *zip(*parts(), strict=True)))
-    print(f"{sum(made)} launches of {len(CASES)} cases are compiled", flush=True)
+    print(f"{sum(made)} launches of {sum(map(len, CASES.values()))} cases are compiled", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from kbfgs_ext.ops import registry
 from tests.cuda_host.oncpu import check
 from tests.cuda_host.test_kernels import MORE, PAIRS
 from tests.gpu.ongpu import run, to_gpu
-from tests.helpers import calls, cases, compare
+from tests.helpers import calls, cases, compare, half_cases
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float64)
@@ -23,6 +23,11 @@ def test_as_accurate_as_the_reference(backend, case, dtype):
     except registry.Unsupported as reason:
         assert "compact" in case.id or "2049" in case.id or "8193" in case.id, str(reason)  # noqa: PT017
         check(case, dtype, lambda op, args: run(op, args, "auto"))
+
+
+@pytest.mark.parametrize("case", half_cases.variants([*cases.ALL, *MORE]), ids=str)
+def test_16_bit_numbers_beside_32_bit_state(backend, case):
+    check(case, torch.float32, lambda op, args: run(op, args, backend))
 
 
 @pytest.mark.parametrize("op", OPS)
