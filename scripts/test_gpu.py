@@ -4,14 +4,15 @@
 versions, commit, and per stage: state, seconds, counts), ``gpu.log`` (all output) and the rows of
 the benchmarks. It ends within --minutes. A stage that would not fit is cut off, with all processes
 that it started, and counts as failed; a benchmark that is cut off does not, its rows so far stay.
-With --resume what passed before is not run again (same commit, same kind of device). Exit status 0
-means that all stages passed.
+With --resume what passed before is not run again (same commit, same kind of device), with --only
+nothing but the stages that are named. Exit status 0 means that all stages passed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -47,9 +48,11 @@ def stages(out: Path) -> list[Stage]:
     python = sys.executable
     cores = str(os.cpu_count() or 4)
 
+    workers = ["-n", "6"] if importlib.util.find_spec("xdist") else []
+
     def tests(name: str, seconds: float, *what: str) -> Stage:
         junit = out / f"{name}.xml"
-        command = [python, "-m", "pytest", "-q", f"--junitxml={junit}", *what]
+        command = [python, "-m", "pytest", "-q", *workers, f"--junitxml={junit}", *what]
         return Stage(name, command, seconds, junit=junit)
 
     found = [
@@ -181,9 +184,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.log")
     parser.add_argument("--minutes", type=float, default=9, help="time for everything (9)")
     parser.add_argument("--resume", action="store_true", help="leave out what has passed before")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
     out = options.out.resolve()
+    wanted = stages(out)
+    if unknown := set(options.only or ()) - {stage.name for stage in wanted}:
+        parser.error(f"--only: no stage is called {', '.join(sorted(unknown))}")
     out.mkdir(parents=True, exist_ok=True)
 
     here = machine()
@@ -191,7 +198,9 @@ def main(arguments: list[str] | None = None) -> int:
     outcomes: dict[str, dict[str, object]] = {}
     good = True
     with open(out / "gpu.log", "a" if before else "w") as log:
-        for stage in stages(out):
+        for stage in wanted:
+            if options.only and stage.name not in options.only:
+                continue
             again = stage.prepares or stage.name not in before
             outcome = run(stage, deadline, log) if again else before[stage.name]
             outcomes[stage.name] = outcome

@@ -131,7 +131,7 @@ def test_compiled_ahead_is_what_the_tests_launch(monkeypatch):
     made = compiled.compile_part("bfgs_update_", torch.float32)
     wanted = [
         (launch.kernel.__name__, (launch.programs,))
-        for case in compiled.CASES
+        for case in compiled.CASES[torch.float32]
         if case.op == "bfgs_update_"
         for launch in recorder.launches_of(case.op, case.build(torch.float32))
     ]

@@ -4,7 +4,8 @@ Each provider is a way to take a step of the same network on the same batch; the
 that a noisy machine treats them alike, and every time is reported beside its ratio to the eager
 reference: the method in plain PyTorch, with a full second pass. What a step dispatches, launches
 and allocates is counted in steps that are not timed. ``--model-only`` times nothing: it prints what
-a step should take on an H100 by its launches, bytes and FLOPs (prediction.py).
+a step should take on an H100 by its launches, bytes and FLOPs (prediction.py). ``--kernels`` says,
+on a GPU, which kernels a step's time goes to (kernels.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from benchmarks.micro.measure import Row, store
-from benchmarks.step import prediction
+from benchmarks.step import kernels, prediction
 from benchmarks.step.clock import PHASES
 from benchmarks.step.measure import length, measure
 from benchmarks.step.models import MODELS
@@ -91,6 +92,15 @@ def run(name: str, args: argparse.Namespace, everyone: tuple[Provider, ...]) -> 
     return rows
 
 
+def launched(name: str, args: argparse.Namespace, everyone: tuple[Provider, ...]) -> None:
+    """Print where the GPU's time goes in the steps of one model."""
+    console, model = Console(width=110), MODELS[name]
+    able, _ = chosen(everyone, args.providers, model, args.device, args.all)
+    x = model.batch(args.batch_size or model.batch_size).to(args.device)
+    for provider in able:
+        console.print(kernels.table(kernels.kernels(provider, model, x), model.title))
+
+
 def positive(text: str) -> int:
     """A number of rounds, inputs or threads."""
     number = int(text)
@@ -114,6 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--model-only", action="store_true", help="predict the steps on an H100, and run none"
     )
     parser.add_argument(
+        "--kernels", action="store_true", help="time the kernels of a step by name, on a GPU"
+    )
+    parser.add_argument(
         "--device",
         type=torch.device,
         default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
@@ -131,10 +144,15 @@ def main(arguments: list[str] | None = None) -> int:
         if not any(provider.answers([word]) for provider in everyone):
             names = "; ".join(provider.name for provider in everyone)
             parser.error(f"--providers: no name holds {word!r}: {names}")
+    if args.kernels and args.device.type != "cuda":
+        parser.error(f"--kernels: kernels run on a GPU, the device is {args.device}")
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     try:
         for name in args.model:
+            if args.kernels:
+                launched(name, args, everyone)
+                continue
             rows = run(name, args, everyone)
             if args.json:
                 store(args.json, rows, ("dataset",))
