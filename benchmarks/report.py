@@ -73,7 +73,9 @@ def steps() -> str:
 def _step_tables(rows: list[Row], whole: bool) -> str:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["dataset"], row["device"], row["threads"]), []).append(row)
+        groups.setdefault(
+            (row["dataset"], row["precision"], row["device"], row["threads"]), []
+        ).append(row)
     return "\n".join(_step_table(group, whole) for group in groups.values())
 
 
@@ -94,7 +96,7 @@ def _step_table(rows: list[Row], whole: bool) -> str:
     note = f" Means over the steps of a period: {', '.join(means)}." if means else ""
     return markdown(heads, body) + (
         f"\nMedians of {first['rounds']} interleaved rounds, {MODELS[first['dataset']].title},"
-        f" batch {first['batch_size']}, {first['dtype']}; {machine(first)}.{note}\n"
+        f" batch {first['batch_size']}, {first['precision']}; {machine(first)}.{note}\n"
     )
 
 

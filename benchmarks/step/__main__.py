@@ -11,6 +11,7 @@ on a GPU, which kernels a step's time goes to (kernels.py).
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from benchmarks.micro.measure import Row, store
+from benchmarks.precision import PRECISIONS
 from benchmarks.step import kernels, prediction
 from benchmarks.step.clock import PHASES
 from benchmarks.step.measure import length, measure
@@ -31,8 +33,8 @@ def table(rows: list[Row]) -> Table:
     """The rows of one model for people."""
     first = rows[0]
     made = Table(
-        title=f"{MODELS[first['dataset']].title}, batch {first['batch_size']}, {first['dtype']},"
-        f" {first['device']}, {first['threads']} threads: ms a step"
+        title=f"{MODELS[first['dataset']].title}, batch {first['batch_size']},"
+        f" {first['precision']}, {first['device']}, {first['threads']} threads: ms a step"
     )
     calls = "launches" if first["device_type"] == "cuda" else "ops"
     heads = ["provider", "median", "20-80%", "ratio", *PHASES, calls, "allocations", "MiB"]
@@ -67,7 +69,9 @@ def predicted(name: str, size: int | None) -> Table:
     return made
 
 
-def run(name: str, args: argparse.Namespace, everyone: tuple[Provider, ...]) -> list[Row]:
+def run(
+    name: str, precision: str, args: argparse.Namespace, everyone: tuple[Provider, ...]
+) -> list[Row]:
     """Measure one model, print its table and who is not in it."""
     console = Console(width=190)
     able, left_out = chosen(everyone, args.providers, MODELS[name], args.device, args.all)
@@ -84,6 +88,7 @@ def run(name: str, args: argparse.Namespace, everyone: tuple[Provider, ...]) -> 
             args.batch_size,
             args.rounds,
             lambda who: progress.update(bar, advance=1, description=f"{name}: {who}"),
+            precision,
         )
     console.print(table(rows))
     for row in rows:
@@ -92,13 +97,17 @@ def run(name: str, args: argparse.Namespace, everyone: tuple[Provider, ...]) -> 
     return rows
 
 
-def launched(name: str, args: argparse.Namespace, everyone: tuple[Provider, ...]) -> None:
+def launched(
+    name: str, precision: str, args: argparse.Namespace, everyone: tuple[Provider, ...]
+) -> None:
     """Print where the GPU's time goes in the steps of one model."""
     console, model = Console(width=110), MODELS[name]
     able, _ = chosen(everyone, args.providers, model, args.device, args.all)
     x = model.batch(args.batch_size or model.batch_size).to(args.device)
-    for provider in able:
-        console.print(kernels.table(kernels.kernels(provider, model, x), model.title))
+    with PRECISIONS[precision].set():
+        for provider in able:
+            row = kernels.kernels(provider, model, x, precision)
+            console.print(kernels.table(row, f"{model.title}, {precision}"))
 
 
 def positive(text: str) -> int:
@@ -120,6 +129,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=positive, help="inputs; a transformer's are sequences")
     parser.add_argument("--rounds", type=positive, help="steps of each; the model's own number")
     parser.add_argument("--threads", type=positive)
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        nargs="+",
+        default=["fp32"],
+        help="all but fp32 allow TF32 in float32 products; bf16 is autocast",
+    )
     parser.add_argument(
         "--model-only", action="store_true", help="predict the steps on an H100, and run none"
     )
@@ -149,13 +165,13 @@ def main(arguments: list[str] | None = None) -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     try:
-        for name in args.model:
+        for name, precision in itertools.product(args.model, args.precision):
             if args.kernels:
-                launched(name, args, everyone)
+                launched(name, precision, args, everyone)
                 continue
-            rows = run(name, args, everyone)
+            rows = run(name, precision, args, everyone)
             if args.json:
-                store(args.json, rows, ("dataset",))
+                store(args.json, rows, ("dataset", "precision"))
     finally:
         torch.set_num_threads(before)
     return 0

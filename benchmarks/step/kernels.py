@@ -30,9 +30,9 @@ def short(name: str) -> str:
     return (found[2] if found else name).rpartition("::")[2] or name
 
 
-def kernels(provider: Provider, model: Model, x: Tensor) -> Row:
+def kernels(provider: Provider, model: Model, x: Tensor, precision: str) -> Row:
     """The kernels of a step of ``provider``: how many of each name, and microseconds in all."""
-    runner = Runner(provider, model, x, lambda who: None)
+    runner = Runner(provider, model, x, lambda who: None, precision)
 
     def steps() -> None:
         for _ in range(provider.period):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.environment import environment
 from benchmarks.micro.measure import QUANTILES, Row, quantile
+from benchmarks.precision import PRECISIONS
 from benchmarks.step.captured import captured
 from benchmarks.step.clock import PHASES, PhaseClock
 from benchmarks.step.counts import counts
@@ -25,17 +26,22 @@ Tick = Callable[[str], None]  # told the provider's name after every step
 class Runner:
     """A provider at work on its own copy of the model."""
 
-    def __init__(self, provider: Provider, model: Model, x: Tensor, tick: Tick) -> None:
+    def __init__(
+        self, provider: Provider, model: Model, x: Tensor, tick: Tick, precision: str = "fp32"
+    ) -> None:
+        how = PRECISIONS[precision]
         self.provider, self._tick = provider, tick
         self._clock = PhaseClock(x.device)
         self.steps: list[dict[str, float]] = []  # seconds by phase
         self.loss = x.new_zeros(())  # of the last step
         torch.manual_seed(SEED)  # every provider starts from the same weights
-        network = model.build().to(x.device)
+        network = model.build().to(x.device, how.parameters)
         opt = provider.make(network, model.loss)
 
         def loss_of(x: Tensor) -> Tensor:
-            return model.loss(network(x), x)
+            with how.forward(x.device):
+                outputs = network(x.to(how.parameters))
+            return model.loss(outputs.float(), x)
 
         def closure() -> Tensor:
             opt.zero_grad()
@@ -103,6 +109,7 @@ def measure(
     batch_size: int | None = None,
     rounds: int | None = None,
     tick: Tick = lambda name: None,
+    precision: str = "fp32",
 ) -> list[Row]:
     """A row per provider: quantiles of the step, phases, counts, the ratio to the first provider.
 
@@ -116,19 +123,21 @@ def measure(
         "kind": "step",
         "dataset": name,
         "batch_size": len(x),
-        "dtype": "float32",
+        "precision": precision,
         "seed": SEED,
         "rounds": rounds,
     }
     first, *others = providers
-    eager = Runner(first, model, x, tick)
     found: list[Row] = []
-    for company in companies(model, others):
-        runners = [eager, *(Runner(provider, model, x, tick) for provider in company)]
-        take_turns(runners, rounds)
-        found += [figures(runner, eager) for runner in runners[bool(found) :]]
-        del runners
-        _free(device)
+    with PRECISIONS[precision].set():
+        eager = Runner(first, model, x, tick, precision)
+        for company in companies(model, others):
+            new = [Runner(provider, model, x, tick, precision) for provider in company]
+            runners = [eager, *new]
+            take_turns(runners, rounds)
+            found += [figures(runner, eager) for runner in runners[bool(found) :]]
+            del runners, new
+            _free(device)
     here = environment(device)
     return [about | row | here for row in found]
 

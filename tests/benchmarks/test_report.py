@@ -30,7 +30,7 @@ def step_row(dataset, provider, **more):
         "dataset": dataset,
         "provider": provider,
         "batch_size": 4,
-        "dtype": "float32",
+        "precision": "fp32",
         "rounds": 3,
         "ms": {"q20": 9.0, "q50": 12.34, "q80": 15.0},
         "ratio_to_eager": 0.5,
@@ -58,7 +58,7 @@ def test_every_model_and_machine_has_its_table_of_steps(monkeypatch):
     assert "| AdamW | 12.3 | 9.00-15.0 | 0.50 |" + " – |" * 9 in mnist
     assert "| K-FAC | 12.3 | 9.00-15.0 | 0.50 | 1.23 |" in mnist
     assert "| 100 | 100 | 3.00 |" in mnist
-    assert "3 interleaved rounds, MNIST autoencoder, batch 4, float32; a machine, 2 th" in mnist
+    assert "3 interleaved rounds, MNIST autoencoder, batch 4, fp32; a machine, 2 th" in mnist
     assert mnist.endswith("Means over the steps of a period: K-FAC of 20.\n")
     assert " ops |" in mlp and "MLP of 4 layers 4096-4096, batch 4" in mlp
     assert mlp.endswith("commit 0123456789.\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -270,22 +271,60 @@ def test_the_command_prints_a_table_and_writes_rows(
         assert command.main([*line, "--batch-size", str(batch_size)]) == 0
     printed = capsys.readouterr().out
     assert "transformer: K-FAC is left out: it is written for models of linear layers" in printed
-    assert "MLP, batch 6, float32" in printed
+    assert "MLP, batch 6, fp32" in printed
     rows = [json.loads(text) for text in path.read_text().splitlines()]
     assert {row["batch_size"] for row in rows} == {6}
     for name in ("mlp", "transformer"):
         able, _ = chosen(EVERYONE, ("K-BFGS", "K-FAC", "fused"), {"mlp": MLP}.get(name, STACK), CPU)
         assert [r["provider"] for r in rows if r["dataset"] == name] == [p.name for p in able]
     for row in rows:
-        assert {"commit", "dirty", "device", "torch", "threads", "dtype", "seed"} <= set(row)
+        assert {"commit", "dirty", "device", "torch", "threads", "precision", "seed"} <= set(row)
         assert 0 < row["ms"]["q20"] <= row["ms"]["q50"] <= row["ms"]["q80"]
         assert set(row["counts"]) == {"ops", "allocations", "bytes"}
         assert row["loss"] > 0
 
 
 @pytest.mark.parametrize(
+    ("precision", "products", "outputs", "parameters"),
+    [
+        ("fp32", "highest", torch.float32, torch.float32),
+        ("tf32", "high", torch.float32, torch.float32),
+        ("bf16", "high", torch.bfloat16, torch.float32),
+        ("bf16-params", "high", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_a_precision_is_what_its_steps_run_in(
+    tiny: None,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    products: str,
+    outputs: torch.dtype,
+    parameters: torch.dtype,
+) -> None:
+    seen = set()
+
+    def look(module: torch.nn.Module, given: tuple, output: torch.Tensor) -> None:
+        seen.add((torch.get_float32_matmul_precision(), output.dtype, module.weight.dtype))
+
+    build = MLP.build
+
+    def watched() -> torch.nn.Module:
+        model = build()
+        model[0].register_forward_hook(look)
+        return model
+
+    monkeypatch.setitem(measure.MODELS, "mlp", dataclasses.replace(MLP, build=watched))
+    able, _ = chosen(EVERYONE, ("defaults", "AdamW"), MLP, CPU)
+    rows = measure.measure("mlp", able, CPU, precision=precision)
+    assert {row["precision"] for row in rows} == {precision}
+    assert seen == {(products, outputs, parameters)}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("--precision int8", "invalid choice: 'int8'"),
         ("--providers Lion", "no name holds 'Lion': eager K-BFGS, ema, full second pass; "),
         ("--rounds 0", "must be at least 1, got 0"),
         ("--model cifar", "invalid choice: 'cifar'"),
