@@ -18,6 +18,7 @@ from kbfgs_ext import presets
 if TYPE_CHECKING:
     from kbfgs_ext import SafeguardRule
 
+CAPTURED = ("kbfgs", "kbfgsl", "adamw")  # CUDA graphs can take their steps
 QUASI_NEWTON = ("kbfgs", "kbfgsl")
 PRESETS = {"published": presets.PUBLISHED, "tuned": presets.TUNED}
 SOAP_BASIS_EVERY = 10  # steps between new eigenbases: the SOAP paper's, heavyball's own is 2
@@ -113,17 +114,25 @@ def settle(name: str, asked: Settings) -> Settings:
 
 
 def build(
-    name: str, model: nn.Module, settings: Settings, weight_decay: float, loss: Loss
+    name: str,
+    model: nn.Module,
+    settings: Settings,
+    weight_decay: float,
+    loss: Loss,
+    captured: bool = False,
 ) -> torch.optim.Optimizer | MuonWithAdamW:
     """The optimizer ``name`` over all parameters of ``model``, with settled ``settings``.
 
     ``weight_decay`` is added to the gradient (kbfgs, kbfgsl, kfac, sgdm, rmsprop) or decoupled and
     so multiplied by the learning rate (adamw, muon, soap). ``loss`` tells K-FAC which distribution
-    the outputs stand for. All of them are stepped by ``step(closure)``.
+    the outputs stand for. All of them are stepped by ``step(closure)``, and those of `CAPTURED` may
+    be stepped by a CUDA graph if ``captured`` says so.
     """
     reason = missing(name)
     if reason is not None:
         raise SettingsError(reason)
+    if captured and name not in CAPTURED:
+        raise SettingsError(f"no graph follows the schedule of {name}: only {', '.join(CAPTURED)}")
     options = settings.given() | {"weight_decay": weight_decay}
     if name in QUASI_NEWTON:
         import kbfgs_ext
@@ -140,6 +149,9 @@ def build(
     if name == "rmsprop":
         return torch.optim.RMSprop(model.parameters(), **options)
     # Fused: one pass over the parameters, the fastest that torch has on CPU and GPU alike.
+    if captured:
+        device = next(model.parameters()).device
+        options |= {"capturable": True, "lr": torch.tensor(options["lr"], device=device)}
     method = torch.optim.AdamW if name == "adamw" else torch.optim.SGD
     return method(model.parameters(), fused=True, **options)
 
@@ -170,7 +182,11 @@ def anneal(optimizer: Any, rates: Sequence[float], spent: float) -> None:
     """Half a cosine of every group's lr, from its of ``rates`` to 0 as ``spent``, a share of the
     run, goes from 0 to 1."""
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = lr * (1 + math.cos(math.pi * min(spent, 1.0))) / 2
+        rate = lr * (1 + math.cos(math.pi * min(spent, 1.0))) / 2
+        if isinstance(group["lr"], Tensor):  # which a graph reads
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 class MuonWithAdamW:

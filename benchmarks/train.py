@@ -11,6 +11,7 @@ from rich.console import Console
 from benchmarks import data, optimizers, ranks
 from benchmarks.data import faces
 from benchmarks.optimizers import Settings
+from benchmarks.precision import PRECISIONS
 from benchmarks.progress import Display
 from benchmarks.training import SCHEDULES, Config, Observer, train
 from kbfgs_ext.optim.settings import STEP_LENGTHS
@@ -35,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--schedule", choices=SCHEDULES, default="constant", help="of lr")
     made.add_argument("--seed", type=int, default=0, help="of weights and batches")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    made.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network")
+    made.add_argument("--captured", action="store_true", help="steps as CUDA graphs")
     made.add_argument("--threads", type=int, help="CPU threads, default torch's choice")
     made.add_argument("--json", metavar="OUT", help="written after every epoch")
     made.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -111,6 +114,8 @@ def config_of(arguments: argparse.Namespace) -> Config:
         schedule=arguments.schedule,
         seed=arguments.seed,
         device=arguments.device,
+        precision=arguments.precision,
+        captured=arguments.captured,
         threads=arguments.threads,
     )
 

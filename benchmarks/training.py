@@ -5,11 +5,12 @@ The command line (``train.py``), the demo and the comparisons all call :func:`tr
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from benchmarks.data import Dataset
 from benchmarks.environment import environment
 from benchmarks.models import AUTOENCODERS, Loss
 from benchmarks.optimizers import Settings
+from benchmarks.precision import PRECISIONS
+from benchmarks.step.captured import captured
 
 SCHEDULES = ("constant", "cosine")
 EVALUATION_BATCH = 1_000  # images; the published notebook averages over batches of this size
@@ -44,6 +47,8 @@ class Config:
     weight_decay: float = 1e-5  # the paper's
     warm_start: bool = True  # factors start from all training batches, as in the paper
     schedule: str = "constant"  # of lr; "cosine": to 0 at the end of the seconds, or the epochs
+    precision: str = "fp32"  # one of `PRECISIONS`; losses are evaluated in fp32 products
+    captured: bool = False  # steps as CUDA graphs, by those that can
     seed: int = 0
     device: str = "auto"  # auto: the GPU if there is one
     threads: int | None = None  # of the CPU; None: as torch has it
@@ -58,6 +63,9 @@ class Config:
                 raise ValueError(f"{name} must be at least {smallest}, got {value}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise ValueError(f"precision must be one of {known}, got {self.precision!r}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
         if self.evaluate_every is not None and self.evaluate_every < 1:
@@ -173,10 +181,13 @@ def train(
     settings = optimizers.settle(config.optimizer, config.settings)
     torch.manual_seed(config.seed)
     autoencoder = AUTOENCODERS[config.dataset]
-    model = autoencoder.build().to(device)  # built on the CPU: the same weights on every device
+    if config.captured and device.type != "cuda":
+        raise ValueError(f"captured steps are CUDA graphs, the device is {device}")
+    model = autoencoder.build()  # on the CPU: the same weights on every device
+    model.to(device, PRECISIONS[config.precision].parameters)
     network = ranks.wrapped(model)
     optimizer = optimizers.build(
-        config.optimizer, network, settings, config.weight_decay, autoencoder.loss
+        config.optimizer, network, settings, config.weight_decay, autoencoder.loss, config.captured
     )
     run = Run(
         config=config,
@@ -204,7 +215,8 @@ def train(
     )
     observer.started(run, steps_per_epoch)
     try:
-        loop.run_all()
+        with PRECISIONS[config.precision].set():
+            loop.run_all()
     finally:
         loop.save()
         observer.ended(run)
@@ -236,8 +248,9 @@ class _Loop:
         self.evaluate(0)
         if config.warm_start and hasattr(self.optimizer, "warm_start"):
             with self.watch:
+                dtype = PRECISIONS[config.precision].parameters
                 whole = batches(self.train, config.batch_size)
-                self.optimizer.warm_start(map(ranks.part, whole))
+                self.optimizer.warm_start(ranks.part(images).to(dtype) for images in whole)
             self.run.warm_start_seconds = self.watch.seconds
         for epoch in range(config.epochs):
             self.epoch(epoch)
@@ -275,14 +288,7 @@ class _Loop:
         """A step on each batch, given up at a loss seen not finite."""
         for images in map(ranks.part, images_of_steps):
             self.set_lr()
-
-            def closure(images: Tensor = images) -> Tensor:
-                self.optimizer.zero_grad()
-                loss = self.loss(self.network(images), images)
-                loss.backward()
-                return loss
-
-            loss = self.optimizer.step(closure)
+            loss = self.step(images)
             self.steps += 1
             seconds = self.watch.read()
             if seconds - self.last_read >= READ_EVERY:
@@ -293,13 +299,37 @@ class _Loop:
                     self.run.status = "diverged"
                     return
 
+    @functools.cached_property
+    def step(self) -> Callable[[Tensor], Tensor]:
+        """A step of the optimizer on a batch; the loss."""
+        if self.run.config.captured:
+            return captured(self.optimizer, self.loss_of)
+
+        def step(images: Tensor) -> Tensor:
+            def closure() -> Tensor:
+                self.optimizer.zero_grad()
+                loss = self.loss_of(images)
+                loss.backward()
+                return loss
+
+            return self.optimizer.step(closure)
+
+        return step
+
+    def loss_of(self, images: Tensor) -> Tensor:
+        """The mean loss of a batch."""
+        how = PRECISIONS[self.run.config.precision]
+        with how.forward(images.device):
+            outputs = self.network(images.to(how.parameters))
+        return self.loss(outputs.float(), images)
+
     def set_lr(self) -> None:
         """That of the step which comes next."""
         config = self.run.config
         if config.schedule == "constant":
             return
         if not self.rates:
-            self.rates = [group["lr"] for group in self.optimizer.param_groups]
+            self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         if config.max_seconds is not None:
             share = self.watch.read() / config.max_seconds
         else:
@@ -339,8 +369,10 @@ def batches(rows: Tensor, size: int) -> Iterator[Tensor]:
 def mean_loss(model: nn.Module, loss: Loss, images: Tensor) -> float:
     """Mean over ``images`` of the loss per image, without weight decay."""
     total = torch.zeros((), dtype=torch.float64, device=images.device)
-    for batch in images.split(EVALUATION_BATCH):
-        total += loss(model(batch), batch).double() * len(batch)
+    dtype = next(model.parameters()).dtype
+    with PRECISIONS["fp32"].set():
+        for batch in images.split(EVALUATION_BATCH):
+            total += loss(model(batch.to(dtype)).float(), batch).double() * len(batch)
     return float(total) / len(images)
 
 

@@ -15,12 +15,9 @@ LossOf = Callable[[Tensor], Tensor]  # the forward alone
 BEFORE_REPLAYS = graph.WARM_UP + 1  # calls: ordinary steps, and the one that captures
 
 
-def captured(opt: torch.optim.Optimizer, loss_of: LossOf, x: Tensor) -> Callable[[], Tensor]:
-    """A step of ``opt`` on ``x`` that becomes a graph after `graph.WARM_UP` calls."""
-    if isinstance(opt, KBFGS):
-        step = CapturedStep(opt, loss_of)
-        return lambda: step(x)
-    return OrdinaryCapture(opt, loss_of, x)
+def captured(opt: torch.optim.Optimizer, loss_of: LossOf) -> Callable[[Tensor], Tensor]:
+    """A step of ``opt`` on a batch that becomes a graph after `graph.WARM_UP` calls."""
+    return CapturedStep(opt, loss_of) if isinstance(opt, KBFGS) else OrdinaryCapture(opt, loss_of)
 
 
 class OrdinaryCapture:
@@ -29,20 +26,22 @@ class OrdinaryCapture:
     A replay copies its inputs to the graph's first, as training on new batches must.
     """
 
-    def __init__(self, opt: torch.optim.Optimizer, loss_of: LossOf, x: Tensor) -> None:
+    def __init__(self, opt: torch.optim.Optimizer, loss_of: LossOf) -> None:
         self._opt, self._loss_of = opt, loss_of
-        self._given, self._x = x, x.clone()
+        self._x = torch.empty(0)  # the graph's
         self._calls = 0
         self._graph: graph.Graph | None = None
         self._stream: Any = None  # made by the first step
 
-    def __call__(self) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         self._calls += 1
         if self._calls <= graph.WARM_UP:
+            self._x = x
             return self._on_the_side()
         if self._graph is None:
+            self._x = x.clone()
             self._graph = graph.Graph(self._step, self._stream)
-        self._x.copy_(self._given, non_blocking=True)
+        self._x.copy_(x, non_blocking=True)
         self._graph.replay()
         return self._graph.result
 

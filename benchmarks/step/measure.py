@@ -50,7 +50,8 @@ class Runner:
             return loss
 
         if provider.captured:
-            self._step = captured(opt, loss_of, x)
+            step = captured(opt, loss_of)
+            self._step = lambda: step(x)
         else:
             self._clock.watch(opt)
             if not isinstance(opt, KBFGS):  # which tells its two passes apart by itself

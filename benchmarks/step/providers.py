@@ -13,7 +13,6 @@ from torch import nn
 
 from benchmarks import optimizers
 from benchmarks.baselines.kfac import INVERSE_EVERY
-from benchmarks.micro.cases import OURS
 from benchmarks.models import Loss
 from benchmarks.optimizers import SOAP_BASIS_EVERY
 from benchmarks.optimizers import Settings as Asked
@@ -29,6 +28,8 @@ LR = 1e-4  # of all but ours, which look after themselves: no network blows up u
 EAGER = "eager K-BFGS, ema, full second pass"
 PAPER = presets.PUBLISHED | {"safeguard": True, "restart_after": 10}
 GRAPH = ", graph"  # ends the name of a captured step
+# What a user has: a GPU's own choice, op by op, and the same without the compiled extension.
+CHOICES = {"cpu": ("cpu",), "cuda": ("auto", "triton")}
 
 Make = Callable[[nn.Module, Loss], Any]
 
@@ -62,7 +63,7 @@ def providers(device: torch.device) -> tuple[Provider, ...]:
             "eager K-BFGS, minibatch, full",
             _ours(KBFGS, **PAPER | eager | {"hessian_action": "minibatch"}),
         ),
-        *itertools.chain.from_iterable(_backend(name, device) for name in OURS[device.type]),
+        *itertools.chain.from_iterable(_backend(name, device) for name in CHOICES[device.type]),
         *_ordinary(device),
         Provider("Muon", _built("muon")),
         Provider(
@@ -131,7 +132,9 @@ def _ordinary(device: torch.device) -> list[Provider]:
 
 
 def unavailable(backend: str) -> str | None:
-    """Why ``backend`` cannot run here, or None."""
+    """Why ``backend`` cannot run here, or None; "auto" is that of the extension and Triton."""
+    if backend == "auto":
+        return unavailable("cuda") or unavailable("triton")
     reasons = (registry.implementation(op, backend).unavailable() for op in registry.ops())
     return next((reason for reason in reasons if reason is not None), None)
 

@@ -1,7 +1,6 @@
 // spectral's op on CUDA.
 #include "../bindings.h"
 
-#include <ATen/Context.h>
 #include <ATen/ops/mm.h>
 
 #include <stdexcept>
@@ -37,8 +36,7 @@ PolarLayer<T> layer_of(const Matrices& m, double* partial) {
           m.Z.data_ptr<T>(), partial, int(m.P.size(0)), int(m.P.size(1)), int(m.G.size(0))};
 }
 
-// Products are cuBLAS's. Those of the iteration are fp32 even where torch may use TF32: an iteration
-// multiplies the rounding of G by the square of what it does to the smallest singular values.
+// Products are cuBLAS's, TF32 where torch allows it.
 void polar_cuda(const Call& call) {
   const Tensors &P = call.tensors("P"), &work = call.tensors("work");
   const auto iterations = quintics(call.numbers("coefficients"));
@@ -65,25 +63,21 @@ void polar_cuda(const Call& call) {
       return out;
     };
     scale_to_one(layers(), args.stream());
-    {
-      const at::NoTF32Guard exact;
-      for (auto& l : m) at::mm_out(l.G, l.short_side, l.short_side.t());  // (16)
-      normalise(layers(), ridge, args.stream());                         // (17)
-      for (size_t t = 0; t < iterations.size(); ++t) {                   // (18)
-        const auto& [a, b, c] = iterations[t];
-        const bool first = t == 0, last = t + 1 == iterations.size();
-        for (auto& l : m) at::mm_out(l.B, l.G, l.G);
-        quintic(
-            layers(), a, b, c, ridge, first, last, args.stream());
-        for (auto& l : m) {
-          if (!last) {
-            at::mm_out(l.Y, l.B, l.G);
-            at::mm_out(l.G, l.B, l.Y);
-          }
-          if (!first) {
-            at::mm_out(l.Y, l.B, l.Z);
-            std::swap(l.Y, l.Z);
-          }
+    for (auto& l : m) at::mm_out(l.G, l.short_side, l.short_side.t());  // (16)
+    normalise(layers(), ridge, args.stream());                         // (17)
+    for (size_t t = 0; t < iterations.size(); ++t) {                   // (18)
+      const auto& [a, b, c] = iterations[t];
+      const bool first = t == 0, last = t + 1 == iterations.size();
+      for (auto& l : m) at::mm_out(l.B, l.G, l.G);
+      quintic(layers(), a, b, c, ridge, first, last, args.stream());
+      for (auto& l : m) {
+        if (!last) {
+          at::mm_out(l.Y, l.B, l.G);
+          at::mm_out(l.G, l.B, l.Y);
+        }
+        if (!first) {
+          at::mm_out(l.Y, l.B, l.Z);
+          std::swap(l.Y, l.Z);
         }
       }
     }

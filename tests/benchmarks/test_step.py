@@ -220,14 +220,14 @@ def test_a_gpu_has_every_backend_eager_and_captured() -> None:
     found = {provider.name: provider for provider in providers(CUDA)}
     for method in ("K-BFGS", "K-BFGS(L)"):
         for action in ("ema", "minibatch"):
-            for backend in ("cuda", "triton"):
+            for backend in ("auto", "triton"):
                 plain = f"{method}, {action}, {backend}"
                 assert not found[plain].captured
                 assert found[plain + GRAPH].captured
     assert {"AdamW, fused" + GRAPH, "SGD, fused" + GRAPH, "Muon", "SOAP", "K-FAC"} <= set(found)
     if not torch.cuda.is_available():
         assert "torch sees no CUDA device" in (found["K-BFGS, ema, triton"].missing or "")
-        assert found["K-BFGS, ema, cuda"].missing
+        assert found["K-BFGS, ema, auto"].missing
 
 
 def test_what_is_missing_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,6 +222,31 @@ def test_a_cosine_ends_at_zero_by_epochs_and_by_seconds(images: Dataset) -> None
     assert late.rows[-1].train_loss == pytest.approx(late.rows[0].train_loss)  # lr is 0 by then
     with pytest.raises(ValueError, match="schedule must be one of .*, got 'linear'"):
         config(schedule="linear")
+
+
+def test_a_graph_reads_a_rate_that_is_annealed() -> None:
+    group = {"lr": torch.tensor(2.0)}
+    rate = group["lr"]
+    optimizers.anneal(SimpleNamespace(param_groups=[group]), [2.0], 0.5)
+    assert group["lr"] is rate and rate.item() == pytest.approx(1.0)
+
+
+def test_captured_runs_are_of_those_that_can(images: Dataset) -> None:
+    with pytest.raises(ValueError, match="captured steps are CUDA graphs, the device is cpu"):
+        train(config(captured=True, device="cpu"), images)
+    settings = optimizers.settle("muon", Settings())
+    with pytest.raises(SettingsError, match="no graph follows the schedule of muon: only kbfgs,"):
+        optimizers.build("muon", nn.Linear(2, 2), settings, 0.0, half_squared_error, captured=True)
+
+
+@pytest.mark.parametrize("name", ["kbfgs", "adamw"])
+def test_a_run_in_16_bits_is_nearly_that_in_32(images: Dataset, name: str) -> None:
+    wanted = train(config(optimizer=name), images).rows[-1].train_loss
+    for precision in ("tf32", "bf16", "bf16-params"):
+        run = train(config(optimizer=name, precision=precision), images)
+        assert run.rows[-1].train_loss == pytest.approx(wanted, rel=0.02)
+        assert run.payload()["config"]["precision"] == precision
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_seconds_limit_a_run(images: Dataset) -> None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from kbfgs_ext.ops import registry
-from kbfgs_ext.ops.lbfgs_two_loop.api import compact_pays
 from tests.helpers import calls, cases
 
 TRITON_FIRST = ("triton", "cuda", "cpu", "reference")
@@ -17,25 +16,21 @@ def test_most_ops_keep_the_order():
 
 
 @pytest.mark.parametrize(
-    ("form", "pairs", "first"),
+    ("form", "columns", "first"),
     [
-        ("auto", 13, "cuda"),
-        ("auto", 14, "triton"),
-        ("recursion", 100, "cuda"),
-        ("compact", 2, "triton"),
+        ("auto", 3, "triton"),
+        ("auto", None, "cuda"),
+        ("recursion", 3, "triton"),
+        ("recursion", None, "cuda"),
+        ("compact", None, "triton"),
     ],
 )
-def test_many_pairs_go_where_the_compact_form_is_three_launches(form, pairs, first):
-    call = cases.two_loop((5, 7), pairs, 3, 4, form)(torch.float32)
+def test_matrices_go_to_the_faster_recursion(form, columns, first):
+    call = cases.two_loop((5, 7), 2, 2, columns, form)(torch.float32)
     assert registry.order("lbfgs_two_loop_", call)[0] == first
     assert registry.order("lbfgs_two_loop_", calls.empty(call))[0] == (
         "triton" if form == "compact" else "cuda"
     )
-
-
-def test_the_model_of_both_forms():
-    """1.4 us a pair against 0.3 us a pair and 15 us of launches."""
-    assert next(p for p in range(1, 30) if compact_pays(p)) == 14
 
 
 def test_a_named_backend_is_taken_all_the_same(monkeypatch):

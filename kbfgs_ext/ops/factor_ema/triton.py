@@ -49,7 +49,6 @@ from kbfgs_ext.ops.triton_common import (
     number,
     operand_type,
     pointer,
-    precision,
     real_type,
     size,
     store_both,
@@ -67,15 +66,14 @@ WORDS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """X~'X~ by tiles of 64 x 64, along 32 rows of X at a time.
+    """X~'X~ by tiles of 64 x 64, along 16 rows of X at a time.
 
-    The MNIST autoencoder then has 456 tiles for 132 SMs; 128 x 128 would leave it 127. Three stages
-    of two 64 x 32 fp32 operands are 48 KB of shared memory: four programs per H100 SM. Eight warps,
+    The MNIST autoencoder then has 456 tiles for 132 SMs; 128 x 128 would leave it 127. Eight warps,
     because with four the addresses of the tile and of its mirror spill.
     """
 
     tile: int = 64
-    rows: int = 32
+    rows: int = 16
     warps: int = 8
     stages: int = 3
 
@@ -103,7 +101,7 @@ class Rows:
 
 
 # The first is taken unless KBFGS_AUTOTUNE=1 (autotune.py) finds another faster.
-TILES = (Tiles(), Tiles(tile=128), Tiles(tile=32, warps=4))
+TILES = (Tiles(), Tiles(tile=128, rows=32), Tiles(tile=32, rows=32, warps=4))
 COLUMNS, ROWS_OF_X = Columns(), Rows()
 
 
@@ -139,8 +137,8 @@ def _columns(
 def _squares(
     starts, column_starts, rows, bad, ok, decay: tl.float64,
     WORDS: tl.constexpr, ENTRIES: tl.constexpr, XT: tl.constexpr, OPERAND: tl.constexpr,
-    T: tl.constexpr, PRECISION: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr,
+    T: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     entry, t = locate(starts, ENTRIES)
     row = rows + entry * WORDS
@@ -156,7 +154,7 @@ def _squares(
     for r0 in tl.range(0, tl.where(keep, m, 0), ROWS):
         r = r0 + tl.arange(0, ROWS)
         x_i, x_j = tile_of_X(row, r, i, XT, OPERAND), tile_of_X(row, r, j, XT, OPERAND)
-        total = tl.dot(tl.trans(x_i), x_j, total, input_precision=PRECISION, out_dtype=T)
+        total = tl.dot(tl.trans(x_i), x_j, total, input_precision="ieee", out_dtype=T)
     A, stride = at(row, H, T), tl.load(row + LD_H)
     old = tile(A, stride, i, j, n, n)
     new = number(decay, T) * old + divide(number(1 - decay, T) * total, m.to(T))  # (1)
@@ -233,8 +231,9 @@ def launch_partials(table, at_launch: int, parts: torch.Tensor, X, words: int, T
 def factor_ema_(A, a_bar, X, decay, ok) -> None:
     """(1) for all layers: two launches, or one for the means alone.
 
-    fp32 products are fp32 throughout, unless `torch.set_float32_matmul_precision` allows TF32
-    ("high") or bf16 operands ("medium"); sums are fp32.
+    Products of fp32 are fp32, unless `torch.set_float32_matmul_precision` allows bf16 operands
+    ("medium"); sums are fp32. TF32 is not faster: tensor cores want its operands along the sum,
+    which is over the rows of X.
     """
     if not X:
         return
@@ -264,9 +263,9 @@ def _factor_ema(tiles: Tiles, A, a_bar, X, decay, ok) -> None:
     if A:
         launch(
             _squares, table.programs[1], table.starts[1], table.starts[0], table.rows, bad, ok,
-            decay, OPERAND=operand_type(XT, T, device), PRECISION=precision(T, device),
-            PARTS=triton.next_power_of_2(max(by_columns)), TILE=tiles.tile, ROWS=tiles.rows,
-            num_warps=warps(tiles.warps, T), num_stages=tiles.stages, **common,
+            decay, OPERAND=operand_type(XT, T, device), TILE=tiles.tile, ROWS=tiles.rows,
+            PARTS=triton.next_power_of_2(max(by_columns)), num_warps=warps(tiles.warps, T),
+            num_stages=tiles.stages, **common,
         )  # fmt: skip
 
 

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 
 from kbfgs_ext.ops.bfgs_update.reference import CURVATURE_GATE
-from kbfgs_ext.ops.lbfgs_two_loop.api import compact_pays
 from kbfgs_ext.ops.registry import Unsupported
 from kbfgs_ext.ops.triton_common import (
     TABLES,
@@ -293,7 +292,8 @@ def _as_matrix(q: torch.Tensor) -> torch.Tensor:
 def lbfgs_two_loop_(out, Q, S, Y, rho, pushed, form) -> None:
     """(11) for all layers: one launch by the recursion, three by the compact form.
 
-    All products are fp32 (or fp64) throughout. "auto" takes the compact form for long memories.
+    All products are fp32 (or fp64) throughout. "auto" takes the compact form for vectors that the
+    recursion cannot hold.
     """
     shapes = [(s.shape[1], s.shape[0], _as_matrix(q).shape[1]) for s, q in zip(S, Q, strict=True)]
     if not any(n * columns for n, _, columns in shapes):
@@ -302,10 +302,7 @@ def lbfgs_two_loop_(out, Q, S, Y, rho, pushed, form) -> None:
     Q, S, Y = by_rows([_as_matrix(q) for q in Q]), by_rows(S), by_rows(Y)
     longest = triton.next_power_of_2(max(n for n, _, _ in shapes))
     most, limit = max(p for _, p, _ in shapes), RECURSION.longest // warps(1, T)
-    if form == "auto":
-        compact = compact_pays(most) or longest > limit
-    else:
-        compact = form == "compact"
+    compact = form == "compact" or (form == "auto" and longest > limit)
     if not compact and longest > limit:
         raise Unsupported(f"the recursion takes vectors of up to {limit}, got {longest}")
     rows, first, second = [], 0, 0

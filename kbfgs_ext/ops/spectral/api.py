@@ -20,10 +20,19 @@ COEFFICIENTS = (
 )  # fmt: skip
 
 
+MULTIPLE = 16  # elements: rows in ``work`` may begin on 64 bytes in float32
+
+
+def rounded_up(n: int) -> int:
+    """``n`` rounded up to `MULTIPLE`."""
+    return -(-n // MULTIPLE) * MULTIPLE
+
+
 def workspace_size(n_g: int, n_a: int) -> int:
-    """Elements of one layer's ``work`` in `polar_`: five k x k matrices and a copy of P."""
-    k = min(n_g, n_a)
-    return 5 * k * k + n_g * n_a
+    """Elements of one layer's ``work`` in `polar_`: five k x k matrices, P and P', all with sides
+    rounded up."""
+    k, n = sorted(map(rounded_up, (n_g, n_a)))
+    return k * (5 * k + 2 * n)
 
 
 @op("spectral", writes=("P", "work"))

@@ -43,7 +43,9 @@ def test_layers_of_several_types_are_one_call(op):
     compared(op, args, calls.run(op, args, "triton"))
     plain = next(c for c in cases.of(op) if half_cases.variants([c])).build(torch.float32)
     once = len(recorder.launches_of(op, calls.apply(plain, calls.copy)))
-    assert len(recorder.launches_of(op, calls.apply(args, calls.copy))) == 2 * once
+    of_state = 2 if op == "kron_step_" else 0  # its products: M and P are of one type
+    found = recorder.launches_of(op, calls.apply(args, calls.copy))
+    assert len(found) == 2 * once - of_state
 
 
 @pytest.mark.parametrize("op", half_cases.OPS)
