@@ -26,11 +26,11 @@ RESIDENT = {
     "action_kernel": (256, 3),
     "two_loop_kernel": (256, 1),
     "push_kernel": (512, 1),
-    "momentum_kernel": (256, 4),
-    "descend_kernel": (256, 4),
-    "slope_kernel": (256, 4),
-    "output_change_kernel": (256, 4),
-    "restore_kernel": (256, 4),
+    "momentum_kernel": (128, 4),
+    "descend_kernel": (128, 4),
+    "slope_kernel": (128, 4),
+    "output_change_kernel": (128, 4),
+    "restore_kernel": (128, 4),
     "small_kernel": (256, 1),
     **dict.fromkeys(
         ("admit_kernel", "judge_kernel", "lengths_kernel", "measure_inputs_kernel"), (32, 4)

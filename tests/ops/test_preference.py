@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kbfgs_ext import environment
 from kbfgs_ext.ops import registry
 from tests.helpers import calls, cases
 
@@ -31,6 +32,15 @@ def test_matrices_go_to_the_faster_recursion(form, columns, first):
     assert registry.order("lbfgs_two_loop_", calls.empty(call))[0] == (
         "triton" if form == "compact" else "cuda"
     )
+
+
+@pytest.mark.parametrize("op", ["kron_precondition_", "kron_step_"])
+def test_directions_in_tf32_go_to_triton(op, monkeypatch):
+    call = cases.first(op).build(torch.float32)
+    for precision, first in (("highest", "cuda"), ("high", "triton"), ("medium", "triton")):
+        monkeypatch.setattr(environment, "float32_matmul_precision", lambda device, p=precision: p)
+        assert registry.order(op, call)[0] == first
+        assert registry.order(op, cases.first(op).build(torch.float64))[0] == "cuda"
 
 
 def test_a_named_backend_is_taken_all_the_same(monkeypatch):

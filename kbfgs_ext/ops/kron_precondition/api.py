@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import torch
 
+from kbfgs_ext import environment
 from kbfgs_ext.ops import checks
 from kbfgs_ext.ops.checks import Tensors
 from kbfgs_ext.ops.library import op
+from kbfgs_ext.ops.registry import Call, prefer
 
 
 @op("kron_precondition", writes=("P", "work"))
@@ -275,6 +277,18 @@ def kron_step_(
     wanted = _shapes(M)
     for name, tensors in {"H_g": H_g, "H_a": H_a, "P": P, "work": work}.items():
         checks.shapes(name, tensors, wanted[name])
+
+
+def _in_tf32(call: Call) -> bool:
+    P = call["P"]
+    if not P or P[0].dtype is not torch.float32:
+        return False
+    return environment.float32_matmul_precision(P[0].device) != "highest"
+
+
+# On an H100, the MNIST autoencoder's directions in TF32: 0.16 ms, and 0.25 of cuBLAS's products.
+prefer("kron_precondition_", "triton", _in_tf32)
+prefer("kron_step_", "triton", _in_tf32)
 
 
 def _shapes(M: Tensors) -> dict[str, list[tuple[int, int]]]:
