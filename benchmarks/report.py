@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import coverage, summary
+from benchmarks import coverage, gpu, summary
 from benchmarks import physics as physics_runs
 from benchmarks.demo import TARGETS, seconds_to
 from benchmarks.grids import GRIDS
@@ -61,8 +61,10 @@ def demo() -> str:
 
 
 def step() -> str:
-    """Milliseconds of a whole step of the MNIST autoencoder, and of its parts."""
-    return _step_tables([row for row in lines_of("step") if row["dataset"] == "mnist"], False)
+    """Milliseconds of a whole step of the MNIST autoencoder, and of its parts: on the last CPU."""
+    rows = [r for r in lines_of("step") if r["dataset"] == "mnist" and r["device_type"] == "cpu"]
+    last = rows[-1]["device"]
+    return _step_tables([row for row in rows if row["device"] == last], False)
 
 
 def steps() -> str:
@@ -342,6 +344,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "physics": physics,
     "tasks": tasks,
     "coverage": coverage.table,
+    "gpu-steps": gpu.steps,
+    "gpu-training": gpu.training,
 }
 
 

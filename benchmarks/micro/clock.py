@@ -91,7 +91,13 @@ def _captured(call: Call) -> Call:
     except RuntimeError:  # not capturable
         torch.cuda.synchronize()
         return call
-    return graph.replay
+    return functools.partial(_replay, graph, call)
+
+
+def _replay(graph: Any, call: Call) -> None:
+    """Replay what was captured of ``call``, whose tensors live as long as it: the graph, which reads
+    and writes them, does not hold them."""
+    graph.replay()
 
 
 def _event_seconds(call: Call) -> float:
