@@ -25,8 +25,9 @@ from benchmarks.data import DataError, Dataset, faces
 from benchmarks.environment import ROOT, environment
 from benchmarks.grids import GRIDS, SIZE
 from benchmarks.optimizers import Settings
+from benchmarks.records import Run
 from benchmarks.summary import Row
-from benchmarks.training import Config, Run, train
+from benchmarks.training import Config, train
 
 TUNING_SEED = 0
 EPOCHS = 1_000_000  # more than the seconds allow anywhere

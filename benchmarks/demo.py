@@ -18,7 +18,8 @@ from benchmarks.grids import GRIDS
 from benchmarks.optimizers import Settings
 from benchmarks.plots import LOOKS, loss_against_seconds
 from benchmarks.progress import Display
-from benchmarks.training import Config, Run, train, write_json
+from benchmarks.records import Run, write_json
+from benchmarks.training import Config, train
 
 OUT = Path(__file__).resolve().parent / "results" / "demo"
 

@@ -1,8 +1,8 @@
 """Training on a GPU, steps as CUDA graphs: ``python -m benchmarks.gpu --data DIR``.
 
-The paper's MNIST autoencoder for 20 epochs in TF32, a cosine of the learning rate for all: K-BFGS as
-its constructor makes it, AdamW and Muon at several rates. Rows go to ``results/gpu.jsonl``, a
-plot of one of each beside them; the tables of docs/gpu.md are made of them.
+The paper's MNIST autoencoder for 20 epochs in TF32, a cosine of the learning rate for all: K-BFGS
+as its constructor makes it, AdamW and Muon at several rates. Rows go to ``results/gpu.jsonl``, a
+plot of one run of each beside them; tables in README.md and docs/gpu.md are made of them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from benchmarks import data, plots
 from benchmarks.optimizers import CAPTURED, Settings
 from benchmarks.plots import LOOKS
 from benchmarks.precision import PRECISIONS
+from benchmarks.records import Run
 from benchmarks.step.models import MODELS
 from benchmarks.summary import Row
 from benchmarks.tables import RESULTS, lines_of, machine, markdown, number, significant
-from benchmarks.training import Config, Run, train
+from benchmarks.training import Config, train
 
 EPOCHS = 20
 RATES = {"adamw": (5e-4, 1e-3, 2e-3, 5e-3), "muon": (5e-3, 1e-2, 2e-2)}

@@ -68,7 +68,7 @@ _TRITON: dict[str, Callable[[Arguments], int]] = {
     "curvature_update_": lambda a: 5 if a["X"] else 4,
     "lbfgs_two_loop_": lambda a: 3 if a["form"] == "compact" else 1,
     "kron_precondition_": lambda a: 2 if a["H_g"] else 1,
-    "kron_step_": lambda a: 2,
+    "kron_step_": lambda a: 4,
     "polar_": lambda a: 3 * _iterations(a) + 4 - (_iterations(a) == 1),
 }
 

@@ -14,7 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.training import Observer, Row, Run
+from benchmarks.records import Row, Run
+from benchmarks.training import Observer
 
 # The display's thread shares the cores with training: no more often than the loss is read.
 REFRESH = 2.0  # per second

@@ -17,7 +17,8 @@ from rich.progress import track
 
 from benchmarks.data import load
 from benchmarks.optimizers import Settings
-from benchmarks.training import Config, Run, train
+from benchmarks.records import Run
+from benchmarks.training import Config, train
 from kbfgs_ext import SafeguardRule
 
 RULES: dict[str, bool | SafeguardRule] = {

@@ -95,8 +95,8 @@ def _captured(call: Call) -> Call:
 
 
 def _replay(graph: Any, call: Call) -> None:
-    """Replay what was captured of ``call``, whose tensors live as long as it: the graph, which reads
-    and writes them, does not hold them."""
+    """Replay what was captured of ``call``, whose tensors live as long as this: the graph reads and
+    writes them, and does not hold them."""
     graph.replay()
 
 

@@ -1,7 +1,7 @@
 """The time of a step on an H100, predicted from what it launches, moves and multiplies.
 
-No GPU has measured these figures; they are written down so that one can confirm or refute them. A
-step runs on tensors without values: torch's ops are counted as they come, ours by
+Written down before a GPU had run one; docs/gpu.md has what one then measured beside it. A step
+runs on tensors without values: torch's ops are counted as they come, ours by
 `benchmarks.launches` and `benchmarks.cost`. A kernel takes the longer of its bytes at copy speed
 and its FLOPs at peak, and a gap before it; an eager step, whose launches are the host's work
 beside that of the device, takes the longer of the two. Bytes and FLOPs are those of the arguments:

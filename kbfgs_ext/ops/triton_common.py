@@ -166,14 +166,9 @@ def warps(fp32: int, T: tl.dtype) -> int:
 
 
 def precision(T: tl.dtype, device: torch.device) -> str:
-    """Of products of fp32: "tf32" where torch's own may use it, else three TF32 products for one.
-
-    A number is the sum of two TF32 numbers but for 2^-22 of it, so that three products are as exact
-    as fp32 sums are. On an H100 `polar_` takes a quarter of the time of fp32's own instructions.
-    """
-    if T is not tl.float32:
-        return "ieee"
-    return "tf32x3" if environment.float32_matmul_precision(device) == "highest" else "tf32"
+    """Of products: "ieee", or "tf32" for fp32 where torch's own products may use it too."""
+    exact = T is not tl.float32 or environment.float32_matmul_precision(device) == "highest"
+    return "ieee" if exact else "tf32"
 
 
 def _names(types: set[torch.dtype]) -> str:

@@ -1,7 +1,9 @@
 """The clock of the microbenchmarks: turns, readings, peaks, and a GPU's with a stand-in for it."""
 
 import functools
+import gc
 import time
+import weakref
 
 import pytest
 import torch
@@ -114,3 +116,19 @@ def test_gpu_clock_reads_one_cold_call_and_many_warm_ones(monkeypatch, capturabl
         assert meters[cache]() == pytest.approx(2e-5)
         assert fake.calls - before == calls
         assert fake.flushed - flushed == (cache == "cold")
+
+
+def test_a_graph_keeps_what_it_reads_and_writes(monkeypatch):
+    """The allocator may give their memory away, or back, as soon as no one has them."""
+    fake = FakeCuda(True)
+    fake.patch(monkeypatch)
+    tensors = [torch.ones(3)]
+    alive = weakref.ref(tensors[0])
+    call = functools.partial(lambda given: fake.call(), tensors)
+    meters = clock.meters(call, torch.device("cuda"))
+    del tensors, call
+    gc.collect()
+    assert alive() is not None
+    del meters
+    gc.collect()
+    assert alive() is None

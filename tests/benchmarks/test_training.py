@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import optimizers, training
+from benchmarks import optimizers, records, training
 from benchmarks.data import Dataset
 from benchmarks.environment import environment
 from benchmarks.models import AUTOENCODERS, Autoencoder, cross_entropy, half_squared_error
@@ -258,7 +258,7 @@ def test_seconds_limit_a_run(images: Dataset) -> None:
 class Interrupt(Observer):
     """Presses Ctrl-C after the first epoch."""
 
-    def evaluated(self, row: training.Row) -> None:
+    def evaluated(self, row: records.Row) -> None:
         """Stop at epoch 1."""
         if row.epoch == 1:
             raise KeyboardInterrupt
@@ -278,7 +278,7 @@ def test_an_unfinished_file_never_says_complete(images: Dataset, tmp_path: Path)
     seen = []
 
     class Reader(Observer):
-        def evaluated(self, row: training.Row) -> None:
+        def evaluated(self, row: records.Row) -> None:
             seen.append(json.loads(path.read_text())["status"])
 
     train(config(), images, observer=Reader(), json_path=path)

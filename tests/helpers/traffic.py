@@ -78,7 +78,7 @@ TRITON = {
     "curvature_update_, minibatch": _sum(
         lambda x: 3.5 * x.n_a**2 + 2.5 * x.n_g**2 + (1 + 2 / 32) * x.X
     ),
-    "kron_step_": _sum(lambda x: x.n_g**2 + x.n_a**2 + 11 * x.weights),
+    "kron_step_": _sum(lambda x: x.n_g**2 + x.n_a**2 + 12 * x.weights),
 }
 
 

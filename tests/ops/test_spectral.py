@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kbfgs_ext import ops
 from kbfgs_ext.ops.spectral import api
+from kbfgs_ext.ops.spectral.reference import polar
 from tests.helpers import compare
 from tests.helpers.backends import BOTH
 
@@ -68,6 +70,58 @@ def test_against_the_float64_reference(backend, dtype, ridge):
     for p, s, t in zip(got, same, truth, strict=True):
         bound = compare.allowed(s, t, scale=slope)
         assert compare.error(p, t) <= bound, f"{tuple(p.shape)}: {compare.error(p, t)} > {bound}"
+
+
+class Rounded(TorchDispatchMode):
+    """Context in which products round their float32 operands to ``bits`` of mantissa."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.spare = 23 - bits
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            args = tuple(self.rounded(x) if getattr(x, "dim", int)() == 2 else x for x in args)
+        return func(*args, **(kwargs or {}))
+
+    def rounded(self, x):
+        whole = x.contiguous().view(torch.int32)
+        half = (1 << (self.spare - 1)) - 1 + ((whole >> self.spare) & 1)
+        return ((whole + half) >> self.spare << self.spare).view(torch.float32)
+
+
+SPECTRA = {
+    "flat": lambda k: torch.ones(k),
+    "random": lambda k: torch.linalg.svdvals(randn(k, 2 * k)),
+    "1/i": lambda k: 1 / torch.arange(1, k + 1),
+    "1/i^2": lambda k: 1 / torch.arange(1, k + 1) ** 2,
+    "low rank": lambda k: torch.cat([torch.ones(20), torch.full((k - 20,), 1e-3)]),
+    "exponential": lambda k: torch.logspace(0, -4, k),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_what_tf32_makes_of_it(spectrum):
+    """All products at the precision of TF32: a direction that is nearly the exact one."""
+    k = 400
+    P = with_spectrum(k, 2 * k, SPECTRA[spectrum](k).double())[0].float()
+    exact = polar(P, api.COEFFICIENTS, 0.0)
+    with Rounded(10):
+        got = polar(P, api.COEFFICIENTS, 0.0)
+    assert not torch.equal(got, exact)
+    assert torch.cosine_similarity(got.flatten(), exact.flatten(), dim=0) >= 0.997
+    assert torch.linalg.svdvals(got)[0] <= 1.06
+
+
+@pytest.mark.slow
+def test_what_bf16_would_make_of_it():
+    P = with_spectrum(400, 800, SPECTRA["1/i^2"](400).double())[0].float()
+    exact = polar(P, api.COEFFICIENTS, 0.0)
+    with Rounded(7):
+        got = polar(P, api.COEFFICIENTS, 0.0)
+    assert torch.cosine_similarity(got.flatten(), exact.flatten(), dim=0) < 0.9
+    assert torch.linalg.svdvals(got)[0] > 1.5
 
 
 @pytest.mark.parametrize("backend", BOTH)

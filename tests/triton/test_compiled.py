@@ -98,10 +98,9 @@ def test_no_spill_and_it_fits(arch, dtype, tmp_path):
 
 
 SQUARES = "factor_ema._squares"
-PRODUCTS = (
-    SQUARES, "kron_precondition._left", "kron_precondition._right",
-    "spectral._gram", "spectral._product", "spectral._finish",
-)  # fmt: skip
+DIRECTION = ("kron_precondition._left", "kron_precondition._right")
+POLAR = ("spectral._gram", "spectral._product", "spectral._finish")
+PRODUCTS = (SQUARES, *DIRECTION, *POLAR)
 
 
 def qualified(launch: recorder.Launch) -> str:
@@ -112,8 +111,8 @@ def qualified(launch: recorder.Launch) -> str:
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_tensor_cores_where_asked_for(arch, precision, tmp_path):
-    """TF32 at "high", three of them for one at "highest", bf16 operands at "medium"; A takes no
-    TF32, and 16-bit activations as they are."""
+    """TF32 at "high", bf16 operands at "medium"; at "highest" `polar_` alone, by three products for
+    one. A takes no TF32, and 16-bit activations as they are."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -121,7 +120,9 @@ def test_tensor_cores_where_asked_for(arch, precision, tmp_path):
         found = launches.__wrapped__(torch.float32, inputs)
     finally:
         torch.set_float32_matmul_precision(before)
-    wanted = set(PRODUCTS) - ({SQUARES} if precision == "high" else set())
+    wanted = {
+        "highest": {SQUARES, *POLAR}, "high": {*DIRECTION, *POLAR}, "medium": set(PRODUCTS),
+    }[precision]  # fmt: skip
     seen = set()
     for what, launch in found:
         name = qualified(launch)
@@ -138,11 +139,11 @@ def test_fp32_products_are_as_exact_as_fp32(tmp_path):
     seen = set()
     for _, launch in launches(torch.float32):
         name = qualified(launch)
-        if name == SQUARES:
+        if name == SQUARES or name in DIRECTION:
             sass = dump(compiled(launch, 90), "-sass", tmp_path)
             assert not re.search(TENSOR_CORES[80], sass)
             assert not re.search(TENSOR_CORES[90], sass)
-        elif name in PRODUCTS:
+        elif name in POLAR:
             assert launch.options["PRECISION"] == "tf32x3"
         seen.add(name)
     assert seen >= set(PRODUCTS)

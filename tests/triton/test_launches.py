@@ -37,7 +37,7 @@ LAUNCHES = {
     "slope_": 1,
     "output_change_": 1,
     "restore_": 1,
-    "kron_step_": 2,
+    "kron_step_": 4,
     "polar_": 3 * 4 + 4,
     "measure_inputs_": 1,
     "measure_pair_": 1,

@@ -54,20 +54,23 @@ from kbfgs_ext.ops.triton_common import (
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Tiles of 64 x 64 along 32 at a time, 4 warps: one warp group, as tensor cores want it.
+    """Square tiles along ``depth`` at a time; 64 x 64 are 744 of the MNIST autoencoder.
 
-    The MNIST autoencoder then has 744 tiles for 132 SMs; 128 x 128 would leave it 196, and its
-    narrow layers almost empty ones.
+    The first of each precision is the fastest of some on an H100 (README.md in this folder); in
+    fp32 that had three stages, with which it spills.
     """
 
-    tile: int = 64
-    depth: int = 32
-    warps: int = 4
+    tile: int
+    depth: int
+    warps: int
     stages: int = 3
 
 
 # The first is taken unless KBFGS_AUTOTUNE=1 (autotune.py) finds another faster.
-PRODUCTS = (Product(), Product(tile=128, warps=8), Product(tile=32))
+PRODUCTS = {
+    "ieee": (Product(64, 16, 4, stages=2), Product(64, 16, 8), Product(32, 32, 4)),
+    "tf32": (Product(128, 32, 8), Product(64, 32, 4), Product(32, 32, 4)),
+}
 
 
 @triton.jit
@@ -140,7 +143,8 @@ def kron_precondition_(P, H_g, M, H_a, work) -> None:
     if not P:
         return
     args = (P, by_rows(H_g), by_rows(M), by_rows(H_a), work)
-    _precondition(choose("kron_precondition_", PRODUCTS, _precondition, args), *args)
+    products = PRODUCTS[precision(real_type(*P), P[0].device)]
+    _precondition(choose("kron_precondition_", products, _precondition, args), *args)
 
 
 def _precondition(product: Product, P, H_g, M, H_a, work) -> None:

@@ -295,7 +295,8 @@ def polar_(P, work, coefficients, ridge) -> None:
     """(16) to (19) for all layers: 3t + 4 launches for t iterations; layers that share their work
     go one after the other.
 
-    Products are TF32 where torch's own may be, else three TF32 products for one: as exact as fp32.
+    Products are TF32 where torch's own may be, else three TF32 products for one: a number is the
+    sum of two of TF32 but for 2^-22 of it, so that three are as exact as one of fp32.
     """
     if len({w.data_ptr() for w in work}) < len(work):
         for i in range(len(P)):
@@ -325,7 +326,9 @@ def _polar(product: Product, P, work, coefficients, ridge) -> None:
     by_tile, by_square, by_half, by_both, by_whole = range(5)
     largest = torch.empty(most, dtype=P[0].dtype, device=device)
     partial = torch.empty(2 * sums, dtype=torch.float64, device=device)
-    tiny = torch.finfo(P[0].dtype).tiny
+    tiny, exact = torch.finfo(P[0].dtype).tiny, precision(T, device)
+    if T is tl.float32 and exact == "ieee":
+        exact = "tf32x3"
     aligned = all(w.data_ptr() % 16 == 0 for w in work)
     common: dict[str, Any] = dict(
         WORDS=WORDS, ENTRIES=table.entries, T=T, ALIGNED=aligned, device=device
@@ -333,7 +336,7 @@ def _polar(product: Product, P, work, coefficients, ridge) -> None:
     elements = dict(ROWS=e.rows, COLS=e.cols, num_warps=warps(e.warps, T), **common)
     products = dict(
         TILE=side, DEPTH=product.depth, num_warps=warps(product.warps, T),
-        num_stages=product.stages, PRECISION=precision(T, device), **common,
+        num_stages=product.stages, PRECISION=exact, **common,
     )  # fmt: skip
     parts = 64
 
