@@ -17,6 +17,11 @@ class Precision:
     autocast: torch.dtype | None = None  # of the forward pass
     parameters: torch.dtype = torch.float32
 
+    @property
+    def numbers(self) -> torch.dtype:
+        """Of what a layer reads and of its gradients."""
+        return self.autocast or self.parameters
+
     @contextlib.contextmanager
     def set(self) -> Iterator[None]:
         """Within it float32 matrices are multiplied so, the optimizer's too."""

@@ -119,7 +119,9 @@ def micro() -> str:
     rows = lines_of("micro")
     for row in rows:
         if row["us"] is not None:
-            group = groups.setdefault((row["device"], row["threads"], row["cache"]), {})
+            group = groups.setdefault(
+                (row["precision"], row["device"], row["threads"], row["cache"]), {}
+            )
             group.setdefault((row["kernel"], row["shape"]), {})[row["provider"]] = row
     tables = [_micro_table(cases) for cases in groups.values()]
     return "\n".join(tables) or markdown(["kernel", "shape"], [])
@@ -141,9 +143,9 @@ def _micro_table(cases: dict[tuple, dict[str, Row]]) -> str:
     cache = {"cold": ", cold L2", "warm": ", warm L2"}.get(first["cache"], "")
     copy, product = (significant(first[f"ceiling_{x}_per_s"], 2) for x in ("gb", "tflop"))
     return markdown(heads, body) + (
-        f"\nMedians of interleaved rounds{cache}, batch {first['batch_size']}, {first['dtype']},"
-        f" seed {first['seed']}; ceilings {copy} GB/s (copy) and {product} TFLOP/s (product);"
-        f" {machine(first)}.\n"
+        f"\nMedians of interleaved rounds{cache}, batch {first['batch_size']},"
+        f" {first['precision']}, seed {first['seed']}; ceilings {copy} GB/s (copy) and"
+        f" {product} TFLOP/s (product); {machine(first)}.\n"
     )
 
 

@@ -20,6 +20,7 @@ from benchmarks.micro import check
 from benchmarks.micro.cases import cases, is_ours
 from benchmarks.micro.clock import ceiling
 from benchmarks.micro.measure import Bench, Row, load, same_machine, store
+from benchmarks.precision import PRECISIONS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "micro.jsonl"
 
@@ -45,7 +46,7 @@ def line(row: Row) -> str:
 
 def bench(args: argparse.Namespace, console: Console) -> int:
     """Measure and print; write rows where asked; 1 where a kernel of ours is wrong."""
-    chosen = cases(args.full, args.kernel, args.shape)
+    chosen = cases(args.full, args.kernel, args.shape, args.precision)
     measure = Bench(args.device, ceiling(args.device), args.seconds, args.full)
     console.print(
         f"{measure.environment['device']}, {measure.environment['threads']} threads: copies"
@@ -66,10 +67,14 @@ def bench(args: argparse.Namespace, console: Console) -> int:
 def compare(args: argparse.Namespace, console: Console) -> int:
     """Compare with the committed rows: 1 where a kernel has slowed, 2 without rows to compare."""
     here = environment(args.device)
-    committed = check.speeds(row for row in load(args.check) if same_machine(row, here))
+    committed = check.speeds(
+        row
+        for row in load(args.check)
+        if same_machine(row, here) and row["precision"] == args.precision
+    )
     chosen = [
         case
-        for case in cases(args.full, args.kernel, args.shape)
+        for case in cases(args.full, args.kernel, args.shape, args.precision)
         if any(key[:2] == case.key for key in committed)
     ]
     if not chosen:
@@ -92,6 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
     parser.add_argument("--shape", default="", help="only shapes whose name holds this")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing a case (1)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="all but fp32 allow TF32 in float32 products; the 16-bit ones narrow activations,"
+        " parameters and gradients",
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument(
         "--device",

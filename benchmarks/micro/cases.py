@@ -21,6 +21,7 @@ from benchmarks.micro import (
 )
 from benchmarks.micro.kernel import Arguments, Kernel, Layer, Layers, Numbers
 from benchmarks.models import AUTOENCODERS
+from benchmarks.precision import PRECISIONS
 from kbfgs_ext.ops import registry
 
 EAGER, COMPILED, BLAS = "eager", "torch.compile", "BLAS"
@@ -41,6 +42,7 @@ KERNELS = tuple(
     )
     for kernel in family.KERNELS
 )
+NARROW = ("X", "W", "b", "dW", "db")  # what may be 16-bit
 SQUARES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHORT_SHAPES = (
     "mnist", "curves", "faces", "mnist 784-1000",
@@ -59,6 +61,7 @@ class Case:
     kernel: Kernel
     shape: str
     layers: Layers
+    precision: str = "fp32"  # with 16 bits: of activations, parameters and gradients
 
     @property
     def key(self) -> tuple[str, str]:
@@ -66,8 +69,10 @@ class Case:
         return self.kernel.name, self.shape
 
     def build(self, device: torch.device | str) -> Arguments:
-        """The arguments of the call."""
-        return self.kernel.build(self.layers, Numbers(device))
+        """The arguments of the call; state is 32-bit at any precision."""
+        args = self.kernel.build(self.layers, Numbers(device))
+        half = PRECISIONS[self.precision].numbers
+        return args | {name: [t.to(half) for t in args[name]] for name in NARROW if args.get(name)}
 
 
 @functools.cache
@@ -81,10 +86,12 @@ def shapes() -> dict[str, Layers]:
     return found | {f"square {n}": (Layer(n, n, bias=False),) for n in SQUARES}
 
 
-def cases(full: bool = False, kernels: str = "", only: str = "") -> list[Case]:
+def cases(
+    full: bool = False, kernels: str = "", only: str = "", precision: str = "fp32"
+) -> list[Case]:
     """All cases, or the short selection; of kernels and shapes whose names hold these words."""
     return [
-        Case(kernel, shape, layers)
+        Case(kernel, shape, layers, precision)
         for kernel in KERNELS
         for shape, layers in shapes().items()
         if full or (shape in SHORT_SHAPES and (kernel.name, shape) not in LONG)

@@ -19,6 +19,7 @@ def _ema_blas(A: list, a_bar: list, X: list, decay: float) -> None:
         m, d = x.shape
         mean.fill_(1)
         mean[:d] = x.mean(0)
+        x = x.to(A_i.dtype)
         A_i[:d, :d].addmm_(x.T, x, beta=decay, alpha=(1 - decay) / m)
         if len(A_i) > d:  # the implied column of ones
             A_i[d].lerp_(mean, 1 - decay)
@@ -35,6 +36,7 @@ def _action(layers: Layers, make: Numbers) -> Arguments:
 def _action_blas(y: list, X: list, s: list, lam: list) -> None:
     for y_i, x, s_i, lam_i in zip(y, X, s, lam, strict=True):
         m, d = x.shape
+        x = x.to(s_i.dtype)
         Xs: Tensor = x @ s_i[:d]
         if len(s_i) > d:
             Xs += s_i[d]

@@ -24,10 +24,12 @@ from benchmarks.micro.cases import (
 from benchmarks.micro.clock import Ceiling, Meter, interleaved, meters, peak_bytes
 from benchmarks.micro.gate import Gate, copies
 from benchmarks.micro.kernel import Numbers
+from benchmarks.precision import PRECISIONS
 from kbfgs_ext.ops import registry
 
 Row = dict[str, Any]
 QUANTILES = (0.2, 0.5, 0.8)
+CASE = ("kernel", "shape", "precision")  # what the rows of a case have in common
 
 
 class Bench:
@@ -43,6 +45,10 @@ class Bench:
 
     def rows(self, case: Case, wanted: Callable[[str], bool] = lambda name: True) -> list[Row]:
         """The rows of a case: of the eager reference and of the other providers ``wanted``."""
+        with PRECISIONS[case.precision].set():
+            return self._rows(case, wanted)
+
+    def _rows(self, case: Case, wanted: Callable[[str], bool]) -> list[Row]:
         args = case.build(self.device)
         gate = Gate(case.kernel.op, args)
         runs = {n: r for n, r in providers(case, self.device).items() if n == EAGER or wanted(n)}
@@ -100,7 +106,7 @@ class Bench:
             "shape": case.shape,
             "layers": [[x.n_g, x.n_a] for x in case.layers],
             "batch_size": Numbers.batch,
-            "dtype": "float32",
+            "precision": case.precision,
             "seed": Numbers.seed,
             "provider": provider,
             "cache": cache,
@@ -145,7 +151,7 @@ def same_machine(row: Row, other: Row) -> bool:
     return all(row[name] == other[name] for name in ("device", "device_type", "threads"))
 
 
-def store(path: Path, rows: list[Row], case: Sequence[str] = ("kernel", "shape")) -> None:
+def store(path: Path, rows: list[Row], case: Sequence[str] = CASE) -> None:
     """Write the rows in place of those of the same cases from the same kind of device.
 
     ``case`` names the keys that a case's rows have in common.

@@ -28,10 +28,12 @@ inline std::vector<Quintic> quintics(const std::vector<double>& coefficients) {
   return found;
 }
 
-// Elements of `work`: five k x k matrices and a copy of P. The CPU uses four of the five.
+// Elements of `work`: five k x k matrices, P and P', with sides rounded up to 16 as Triton wants them. The CPU
+// uses four of the five and P.
 inline int64_t polar_workspace(int64_t n_g, int64_t n_a) {
-  const int64_t k = std::min(n_g, n_a);
-  return 5 * k * k + n_g * n_a;
+  const auto up = [](int64_t n) { return (n + 15) / 16 * 16; };
+  const int64_t k = up(std::min(n_g, n_a)), n = up(std::max(n_g, n_a));
+  return k * (5 * k + 2 * n);
 }
 
 // Layers go one after the other: they may share `work`.

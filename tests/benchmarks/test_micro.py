@@ -1,5 +1,6 @@
 """The microbenchmarks: what they time, the gate before it, their rows, and the guard."""
 
+import dataclasses
 import json
 import time
 
@@ -174,7 +175,7 @@ def test_rows_hold_what_a_row_must(tmp_path, capsys):
     for row in timed:
         assert {"commit", "dirty", "device", "driver", "torch", "cuda", "triton"} <= set(row)
         assert row["layers"] == [[32, 32]] and row["batch_size"] == 1000
-        assert (row["dtype"], row["seed"], row["threads"]) == ("float32", 0, 1)
+        assert (row["precision"], row["seed"], row["threads"]) == ("fp32", 0, 1)
         assert 0 < row["us"]["q20"] <= row["us"]["q50"] <= row["us"]["q80"]
         assert row["rounds"] >= clock.FEWEST_ROUNDS
         seconds = row["us"]["q50"] * 1e-6
@@ -190,7 +191,7 @@ def fake_row(provider, ratio, cache="any", **changes):
         "kernel": "momentum_", "shape": "square 32", "provider": provider, "cache": cache,
         "us": {"q20": 9.0, "q50": 1234.5, "q80": 11.0}, "ratio_to_eager": ratio, "bound": "memory",
         "gb_per_s": 12.345, "tflop_per_s": 0.01, "share_of_ceiling": 0.5, "peak_bytes": 2**20,
-        "batch_size": 1000, "dtype": "float32", "seed": 0, "ceiling_gb_per_s": 24.0,
+        "batch_size": 1000, "precision": "fp32", "seed": 0, "ceiling_gb_per_s": 24.0,
         "ceiling_tflop_per_s": 0.2, "device": "a CPU", "device_type": "cpu", "threads": 2,
         "torch": "2.13.0", "commit": "0123456789abcdef", "dirty": False,
     }  # fmt: skip
@@ -225,7 +226,7 @@ def test_table_of_kernels(monkeypatch):
         " | 50 % |\n" in text
     )
     assert "10.0 GFLOP/s | 50 % | – | – | – | – | – | – |\n" in text
-    assert "cold L2, batch 1000, float32, seed 0; ceilings 24 GB/s (copy) and 0.20 TFLOP/s" in text
+    assert "cold L2, batch 1000, fp32, seed 0; ceilings 24 GB/s (copy) and 0.20 TFLOP/s" in text
     monkeypatch.setattr(report, "lines_of", lambda name: [])
     assert report.micro().startswith("| kernel |")
 
@@ -300,3 +301,18 @@ def test_guard_catches_a_kernel_slowed_on_purpose(kernel_of, tmp_path, capsys):
 def test_guard_without_rows_says_so(tmp_path, capsys):
     assert micro.main(["--check", str(tmp_path / "none.jsonl"), *SHORT]) == 2
     assert "has no rows from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["factor_ema_", "momentum_", "kron_step_"])
+def test_16_bit_numbers_beside_32_bit_state(name):
+    """Ours are right on them, and their rows say so."""
+    case = dataclasses.replace(small(name), precision="bf16")
+    args = case.build(CPU)
+    for argument, tensors in args.items():
+        if isinstance(tensors, list) and tensors and tensors[0].is_floating_point():
+            half = argument in ("X", "W", "b", "dW", "db")
+            assert all(t.dtype in ((torch.bfloat16,) if half else (torch.float32, torch.float64))
+                       for t in tensors), argument  # fmt: skip
+    rows = measure.Bench(CPU, CEILING, seconds=0.0).rows(case)
+    assert {row["precision"] for row in rows} == {"bf16"}
+    assert all(row["us"] is not None for row in rows if row["provider"] in (EAGER, "cpu"))

@@ -217,7 +217,7 @@ def test_layers_may_share_their_work(backend):
 
 def test_bad_arguments_are_named():
     P, work = [torch.ones(2, 3)], [torch.empty(api.workspace_size(2, 3))]
-    with pytest.raises(ValueError, match=r"work\[0\] must be a vector of at least 26 elements"):
+    with pytest.raises(ValueError, match=r"work\[0\] must be a vector of at least 1792 elements"):
         ops.polar_(P, [work[0][:20]], api.COEFFICIENTS)
     with pytest.raises(ValueError, match="coefficients must be triples, got 4 numbers"):
         ops.polar_(P, work, (1.0, 2.0, 3.0, 4.0))

@@ -53,13 +53,19 @@ def test_the_new_setting_after_the_old():
 
 
 @pytest.mark.parametrize("tuned", [False, True], ids=["", "autotuned"])
-@pytest.mark.parametrize(("setting", "wanted"), [("ieee", "ieee"), ("tf32", "tf32")])
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("ieee", {"kron_precondition_": "ieee", "kron_step_": "ieee", "polar_": "tf32x3"}),
+        ("tf32", {"kron_precondition_": "tf32", "kron_step_": "tf32", "polar_": "tf32"}),
+    ],
+)
 def test_launches_follow_the_new_settings(setting, wanted, tuned, monkeypatch):
     monkeypatch.setenv("KBFGS_AUTOTUNE", str(int(tuned)))
     monkeypatch.setattr(autotune, "_seconds", lambda *_: 1.0)
     monkeypatch.setattr(autotune, "_chosen", {})
     torch.backends.fp32_precision = setting
     calls = recorder.calls_of((7, 5), torch.float32, batch=3)
-    for what in ("factor_ema_", "kron_precondition_", "kron_step_"):
+    for what, precision in wanted.items():
         found = [launch.options.get("PRECISION") for launch in recorder.launches_of(*calls[what])]
-        assert wanted in found and set(found) <= {wanted, None}, what
+        assert precision in found and set(found) <= {precision, None}, what
