@@ -118,7 +118,7 @@ def tile_at(row, t, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def _largest(
     starts, rows, most, WORDS: tl.constexpr, ENTRIES: tl.constexpr, T: tl.constexpr,
-    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     entry, t = locate(starts, ENTRIES)
     row = rows + entry * WORDS
@@ -329,14 +329,12 @@ def _polar(product: Product, P, work, coefficients, ridge) -> None:
     tiny, exact = torch.finfo(P[0].dtype).tiny, precision(T, device)
     if T is tl.float32 and exact == "ieee":
         exact = "tf32x3"
-    aligned = all(w.data_ptr() % 16 == 0 for w in work)
-    common: dict[str, Any] = dict(
-        WORDS=WORDS, ENTRIES=table.entries, T=T, ALIGNED=aligned, device=device
-    )
+    aligned = dict(ALIGNED=all(w.data_ptr() % 16 == 0 for w in work))
+    common: dict[str, Any] = dict(WORDS=WORDS, ENTRIES=table.entries, T=T, device=device)
     elements = dict(ROWS=e.rows, COLS=e.cols, num_warps=warps(e.warps, T), **common)
     products = dict(
         TILE=side, DEPTH=product.depth, num_warps=warps(product.warps, T),
-        num_stages=product.stages, PRECISION=exact, **common,
+        num_stages=product.stages, PRECISION=exact, **common, **aligned,
     )  # fmt: skip
     parts = 64
 
@@ -344,9 +342,9 @@ def _polar(product: Product, P, work, coefficients, ridge) -> None:
         launch(kernel, table.programs[on], table.starts[on], table.rows, *args, **options)
 
     go(_largest, by_tile, largest, **elements)
-    go(_scaled, by_tile, largest, tiny, PARTS=parts, **elements)
+    go(_scaled, by_tile, largest, tiny, PARTS=parts, **elements, **aligned)
     go(_gram, by_half, partial, **products)
-    go(_normalise, by_square, partial, ridge, tiny, PARTS=parts, TILE=side, **elements)
+    go(_normalise, by_square, partial, ridge, tiny, PARTS=parts, TILE=side, **elements, **aligned)
     G, R, Y, Z, spare = range(5)
     iterations = [coefficients[t : t + 3] for t in range(0, len(coefficients), 3)]
     for t, numbers in enumerate(iterations):
