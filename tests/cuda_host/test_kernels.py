@@ -192,7 +192,7 @@ def test_layers_of_polar_that_share_their_work_are_declined(host):
     """Neighbours or not: all layers are worked on at once."""
     args = cases.polar([(3, 5), (2, 2), (4, 3)])(torch.float32)
     before = [p.clone() for p in args["P"]]
-    args["work"][2] = args["work"][0] = torch.empty(100)
+    args["work"][2] = args["work"][0] = torch.empty(2000)
     with pytest.raises(Unsupported, match="work is shared"):
         registry.implementation("polar_", "cuda").run(args)
     for p, b in zip(args["P"], before, strict=True):
