@@ -333,8 +333,9 @@ def _polar(product: Product, P, work, coefficients, ridge) -> None:
     common: dict[str, Any] = dict(WORDS=WORDS, ENTRIES=table.entries, T=T, device=device)
     elements = dict(ROWS=e.rows, COLS=e.cols, num_warps=warps(e.warps, T), **common)
     products = dict(
-        TILE=side, DEPTH=product.depth * 4 // P[0].element_size(), num_warps=warps(product.warps, T),
-        num_stages=product.stages, PRECISION=exact, **common, **aligned,
+        TILE=side, DEPTH=product.depth * 4 // P[0].element_size(),
+        num_warps=warps(product.warps, T), num_stages=product.stages, PRECISION=exact, **common,
+        **aligned,
     )  # fmt: skip
     parts = 64
 
