@@ -124,9 +124,11 @@ def _descend(a: Arguments) -> int:
     return 2 * _sum(torch.numel, a["P"])
 
 
-def _polar(n_g: int, n_a: int, iterations: int) -> int:
-    k, n = min(n_g, n_a), max(n_g, n_a)
-    return 3 * k * k * n + (4 * iterations - 3) * k**3
+def _polar(a: Arguments) -> int:
+    """k^3 FLOPs for an inverse, and for a product of which half is made."""
+    inner = 4 * (len(a["coefficients"]) // 3) - 3 if a["shifts"] is None else len(a["shifts"])
+    sides = [sorted(P.shape) for P in a["P"]]
+    return sum(3 * k * k * n + inner * k**3 for k, n in sides)
 
 
 _FLOPS: dict[str, Callable[[Arguments], int]] = {
@@ -150,6 +152,6 @@ _FLOPS: dict[str, Callable[[Arguments], int]] = {
     "lengths_": lambda a: 0,
     "measure_inputs_": lambda a: 0,
     "measure_pair_": lambda a: 7 * _sum(len, a["g_bar"]),
-    "polar_": lambda a: _sum(lambda P: _polar(*P.shape, len(a["coefficients"]) // 3), a["P"]),
+    "polar_": _polar,
     "kron_step_": lambda a: _momentum(a) + _kron_precondition(a) + _descend(a),
 }

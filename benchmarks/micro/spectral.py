@@ -13,10 +13,12 @@ from kbfgs_ext.ops.spectral.api import workspace_size
 def _polar(layers: Layers, make: Numbers) -> Arguments:
     P = [make.normal(x.n_g, x.n_a) for x in layers]
     work = [make.unset(workspace_size(x.n_g, x.n_a)) for x in layers]
-    return dict(P=P, work=work, coefficients=COEFFICIENTS, ridge=0.0)
+    return dict(P=P, work=work, coefficients=COEFFICIENTS, ridge=0.0, shifts=None)
 
 
-def _polar_blas(P: list[Tensor], work: list[Tensor], coefficients: tuple, ridge: float) -> None:
+def _polar_blas(
+    P: list[Tensor], work: list[Tensor], coefficients: tuple, ridge: float, shifts: None
+) -> None:
     for p in P:
         X = p if len(p) <= p.shape[1] else p.T
         G = X @ X.T

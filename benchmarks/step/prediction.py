@@ -29,6 +29,7 @@ from benchmarks.step.models import Model
 from benchmarks.step.providers import PAPER
 from kbfgs_ext import KBFGS, presets
 from kbfgs_ext.ops import registry
+from kbfgs_ext.ops.spectral import COEFFICIENTS
 from kbfgs_ext.optim.settings import Settings
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -118,6 +119,8 @@ class Trace(TorchDispatchMode):
     def _ours(self, op: str, args: tuple, kwargs: dict) -> Kernel:
         call = registry.declaration(op).call(args, kwargs)
         del call["backend"]
+        if op == "polar_":
+            call |= {"coefficients": COEFFICIENTS, "shifts": None}  # on a GPU
         backend = self._backend
         if backend == "auto":
             backend = registry.order(op, call)[0]

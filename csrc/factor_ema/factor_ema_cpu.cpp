@@ -112,7 +112,7 @@ void update_block(const FactorEma<T>& f, double decay, int64_t begin, int64_t en
       a = (decay == 0 ? T{0} : keep * a) + rest * f.a_bar[i];
     }
   }
-  vectorised<MirrorBody>(f.A, n, begin, end == cols ? n : end);
+  vectorised<MirrorBody>(f.A, n, n, begin, end == cols ? n : end);
 }
 
 }  // namespace

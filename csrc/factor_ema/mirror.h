@@ -45,7 +45,7 @@ KBFGS_INLINE void symmetrise(V (&r)[L], const I& lane) {
 // L x L entries are turned in registers.
 struct MirrorBody {
   template <int W, typename T>
-  static KBFGS_INLINE void run(T* A, int64_t n, int64_t begin, int64_t end) {
+  static KBFGS_INLINE void run(T* A, int64_t ld, int64_t n, int64_t begin, int64_t end) {
     using S = Simd<T, W>;
     constexpr int L = S::L;
     constexpr int64_t kBlock = 64;  // 2 x 64 x 64 entries stay in the L1 cache between tiles
@@ -60,18 +60,18 @@ struct MirrorBody {
         for (int64_t i = row; i < row_end; i += L) {
           for (int64_t j = std::max(i, col); j < col_end; j += L) {
             typename S::V r[L];
-            for (int k = 0; k < L; ++k) r[k] = S::load(A + (i + k) * n + j);
+            for (int k = 0; k < L; ++k) r[k] = S::load(A + (i + k) * ld + j);
             if (i == j)
               symmetrise<L>(r, lane);
             else
               transpose<L, L / 2>(r);
-            for (int k = 0; k < L; ++k) S::store(A + (j + k) * n + i, r[k]);
+            for (int k = 0; k < L; ++k) S::store(A + (j + k) * ld + i, r[k]);
           }
         }
       }
     }
     for (int64_t i = begin; i < end; ++i)  // fewer than L columns at the right edge
-      for (int64_t j = std::max(i + 1, whole); j < n; ++j) A[j * n + i] = A[i * n + j];
+      for (int64_t j = std::max(i + 1, whole); j < n; ++j) A[j * ld + i] = A[i * ld + j];
   }
 };
 

@@ -23,7 +23,15 @@ void polar_cpu(const Call& call) {
       layers.push_back(
           {n_g, n_a, args.state("P", i, n_g * n_a), args.state("work", i, scratch)});
     }
-    polar(layers, quintics(call.numbers("coefficients")), call.number("ridge"));
+    const auto& coefficients = call.numbers("coefficients");
+    const double ridge = call.number("ridge");
+    if (!call.has("shifts")) return polar(layers, quintics(coefficients), ridge);
+    const auto& shifts = call.numbers("shifts");
+    if (shifts.empty() || coefficients.size() != shifts.size() + 1 || shifts.size() > kMostInverses)
+      throw std::invalid_argument("coefficients and shifts do not fit");
+    polar(
+        layers, Inverses{coefficients[0], {coefficients.begin() + 1, coefficients.end()}, shifts},
+        ridge);
   });
 }
 

@@ -40,6 +40,7 @@ PolarLayer<T> layer_of(const Matrices& m, double* partial) {
 void polar_cuda(const Call& call) {
   const Tensors &P = call.tensors("P"), &work = call.tensors("work");
   const auto iterations = quintics(call.numbers("coefficients"));
+  if (call.has("shifts")) throw Unsupported("the cuda kernels make no inverses");
   const double ridge = call.number("ridge");
   by_dtype("cuda", P, [&](auto zero) {
     using T = decltype(zero);

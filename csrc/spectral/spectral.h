@@ -28,8 +28,16 @@ inline std::vector<Quintic> quintics(const std::vector<double>& coefficients) {
   return found;
 }
 
-// Elements of `work`: five k x k matrices, P and P', with sides rounded up to 16 as Triton wants them. The CPU
-// uses four of the five and P.
+// (18'): Z = constant*I + sum of weights_i (G + shifts_i*I)^-1, at most kMostInverses of them.
+struct Inverses {
+  double constant;
+  std::vector<double> weights, shifts;
+};
+
+constexpr size_t kMostInverses = 3;
+
+// Elements of `work`, as in api.py: five k x k matrices, P and P', with sides rounded up. The CPU uses
+// P and four of the five; or kMostInverses matrices, and half as much to invert them in.
 inline int64_t polar_workspace(int64_t n_g, int64_t n_a) {
   const auto up = [](int64_t n) { return (n + 15) / 16 * 16; };
   const int64_t k = up(std::min(n_g, n_a)), n = up(std::max(n_g, n_a));
@@ -40,5 +48,8 @@ inline int64_t polar_workspace(int64_t n_g, int64_t n_a) {
 template <typename T>
 void polar(
     const std::vector<Polar<T>>& layers, const std::vector<Quintic>& iterations, double ridge);
+
+template <typename T>
+void polar(const std::vector<Polar<T>>& layers, const Inverses& inverses, double ridge);
 
 }  // namespace kbfgs

@@ -1,8 +1,10 @@
-// P <- polar factor of P, by Newton-Schulz iterations on the Gram matrix of the shorter side.
+// P <- polar factor of P, from the Gram matrix of the shorter side: by Newton-Schulz iterations on it,
+// or by inverses.
 //
-// Per layer, k = min(n_g, n_a), n = max, t iterations: k^2 n FLOPs for the Gram matrix, (4t - 3) k^3
-// for the iterations and 2 k^2 n for the last product. All products but the last are of symmetric
-// matrices that commute, so they are symmetric: only blocks on and above the diagonal are multiplied.
+// Per layer, k = min(n_g, n_a), n = max: k^2 n FLOPs for the Gram matrix, 2 k^2 n for the last product,
+// and between them (4t - 3) k^3 for t iterations or k^3 for every inverse. All products of iterations
+// are of symmetric matrices that commute, so they are symmetric: only blocks on and above the diagonal
+// are multiplied.
 #include "spectral.h"
 
 #include <cmath>
@@ -13,6 +15,7 @@
 #include "../common/parallel.h"
 #include "../common/simd.h"
 #include "../factor_ema/mirror.h"
+#include "inverse.h"
 
 namespace kbfgs {
 
@@ -114,7 +117,7 @@ void symmetric_product(T* C, const Matrix<T>& A, const Matrix<T>& B) {
   parallel_units(units, k * A.cols, [&](int64_t unit) {
     const int64_t begin = unit * rows, end = std::min(begin + rows, k);
     gemm(C + begin * k + begin, k, rows_of(A, begin, end), columns_of(B, begin, k), 1, 0);
-    vectorised<MirrorBody>(C, k, begin, end);
+    vectorised<MirrorBody>(C, k, k, begin, end);
   });
 }
 
@@ -128,11 +131,69 @@ T inverse_of_largest(const T* P, int64_t n) {
 }
 
 template <typename T>
-void polar_of(const Polar<T>& l, const std::vector<Quintic>& iterations, double ridge) {
+void add_to_diagonal(T* A, int64_t k, T x) {
+  for (int64_t i = 0; i < k; ++i) A[i * k + i] += x;
+}
+
+// Z of G, by the products of (18); `room` has three matrices.
+template <typename T>
+T* by_products(T* G, T* room, int64_t k, const std::vector<Quintic>& iterations) {
+  const int64_t size = k * k;
+  T *B = room, *Y = B + size, *Z = Y + size;
+  const auto square = [k](const T* data) { return Matrix<T>(data, k, k, k); };
+  for (size_t t = 0; t < iterations.size(); ++t) {
+    const auto& [a, b, c] = iterations[t];
+    symmetric_product(B, square(G), square(G));
+    by_elements(size, [&](int64_t begin, int64_t end) {
+      vectorised<QuinticBody>(
+          B + begin, static_cast<const T*>(G + begin), end - begin, static_cast<T>(b),
+          static_cast<T>(c));
+    });
+    add_to_diagonal(B, k, static_cast<T>(a));
+    if (t + 1 < iterations.size()) {
+      symmetric_product(Y, square(B), square(G));
+      symmetric_product(G, square(B), square(Y));
+    }
+    if (t == 0) {
+      std::swap(Z, B);
+    } else {
+      symmetric_product(Y, square(B), square(Z));
+      std::swap(Z, Y);
+    }
+  }
+  return Z;
+}
+
+// Z of G, by the inverses of (18'), all at once; `room` is behind G.
+template <typename T>
+T* by_inverses(T* G, T* room, int64_t k, const Inverses& inverses) {
+  const int64_t size = k * k;
+  std::vector<T*> M{G};
+  for (; M.size() < inverses.shifts.size(); room += size) M.push_back(room);
+  by_elements(size, [&](int64_t begin, int64_t end) {
+    for (size_t i = 1; i < M.size(); ++i) std::copy(G + begin, G + end, M[i] + begin);
+  });
+  for (size_t i = 0; i < M.size(); ++i)
+    add_to_diagonal(M[i], k, static_cast<T>(inverses.shifts[i]));
+  invert(M, room, k, k);
+  by_elements(size, [&](int64_t begin, int64_t end) {
+    const auto weight = [&](size_t i) { return static_cast<T>(inverses.weights[i]); };
+    vectorised<ScaledBody>(
+        G + begin, static_cast<const T*>(G + begin), end - begin, weight(0));
+    for (size_t i = 1; i < M.size(); ++i)
+      vectorised<QuinticBody>(
+          G + begin, static_cast<const T*>(M[i] + begin), end - begin, weight(i), T{1});
+  });
+  add_to_diagonal(G, k, static_cast<T>(inverses.constant));
+  return G;
+}
+
+// `root(G, room)` makes Z of G, in matrices of k x k from `room` on.
+template <typename T, class Root>
+void polar_of(const Polar<T>& l, double ridge, const Root& root) {
   const int64_t k = l.k(), size = k * k, N = l.n_g * l.n_a;
   const bool wide = l.n_g <= l.n_a;
-  T *G = l.work, *B = G + size, *Y = B + size, *Z = Y + size, *X = Z + size;
-  const auto square = [k](const T* data) { return Matrix<T>(data, k, k, k); };
+  T *X = l.work, *G = X + N;
 
   const T factor = inverse_of_largest(l.P, N);
   if (factor != factor) return std::fill(l.P, l.P + N, factor);
@@ -153,33 +214,14 @@ void polar_of(const Polar<T>& l, const std::vector<Quintic>& iterations, double 
     vectorised<ScaledBody>(
         G + begin, static_cast<const T*>(G + begin), end - begin, static_cast<T>(1 / norm));
   });
-  for (int64_t i = 0; i < k; ++i) G[i * k + i] += static_cast<T>(shift / norm);
+  add_to_diagonal(G, k, static_cast<T>(shift / norm));
 
-  for (size_t t = 0; t < iterations.size(); ++t) {  // (18)
-    const auto& [a, b, c] = iterations[t];
-    symmetric_product(B, square(G), square(G));
-    by_elements(size, [&](int64_t begin, int64_t end) {
-      vectorised<QuinticBody>(
-          B + begin, static_cast<const T*>(G + begin), end - begin, static_cast<T>(b),
-          static_cast<T>(c));
-    });
-    for (int64_t i = 0; i < k; ++i) B[i * k + i] += static_cast<T>(a);
-    if (t + 1 < iterations.size()) {
-      symmetric_product(Y, square(B), square(G));
-      symmetric_product(G, square(B), square(Y));
-    }
-    if (t == 0) {
-      std::swap(Z, B);
-    } else {
-      symmetric_product(Y, square(B), square(Z));
-      std::swap(Z, Y);
-    }
-  }
+  const Matrix<T> Z(root(G, G + size), k, k, k);
   const double last = 1 / std::sqrt(norm);  // (19)
   if (wide)
-    gemm(l.P, l.n_a, square(Z), stored, last, 0);
+    gemm(l.P, l.n_a, Z, stored, last, 0);
   else
-    gemm(l.P, l.n_a, stored, square(Z), last, 0);
+    gemm(l.P, l.n_a, stored, Z, last, 0);
 }
 
 }  // namespace
@@ -187,10 +229,19 @@ void polar_of(const Polar<T>& l, const std::vector<Quintic>& iterations, double 
 template <typename T>
 void polar(
     const std::vector<Polar<T>>& layers, const std::vector<Quintic>& iterations, double ridge) {
-  for (const auto& l : layers) polar_of(l, iterations, ridge);
+  for (const auto& l : layers)
+    polar_of(l, ridge, [&](T* G, T* room) { return by_products(G, room, l.k(), iterations); });
+}
+
+template <typename T>
+void polar(const std::vector<Polar<T>>& layers, const Inverses& inverses, double ridge) {
+  for (const auto& l : layers)
+    polar_of(l, ridge, [&](T* G, T* room) { return by_inverses(G, room, l.k(), inverses); });
 }
 
 template void polar(const std::vector<Polar<float>>&, const std::vector<Quintic>&, double);
 template void polar(const std::vector<Polar<double>>&, const std::vector<Quintic>&, double);
+template void polar(const std::vector<Polar<float>>&, const Inverses&, double);
+template void polar(const std::vector<Polar<double>>&, const Inverses&, double);
 
 }  // namespace kbfgs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kbfgs_ext import ops
-from kbfgs_ext.ops.spectral import COEFFICIENTS
+from kbfgs_ext.ops.spectral import COEFFICIENTS, SHIFTS, WEIGHTS
 from kbfgs_ext.optim.factors import Tensors
 from kbfgs_ext.optim.parts import MOVED, TURNED, Part
 from kbfgs_ext.optim.settings import Settings
@@ -59,13 +59,19 @@ class Direction:
             else:
                 part.gradient.precondition(part, M, work)
             if self._spectral:
-                ops.polar_(part["P"], scratch, COEFFICIENTS, backend=part.backend)
+                self._flatten(part, scratch)
             ops.descend_(W, b, part["P"], self._sizes(part), ok, part.backend)
         part.stage = MOVED
         if part.halved:
             for layer in part.layers:
                 layer.hold()
         part.written()
+
+    def _flatten(self, part: Part, scratch: Tensors) -> None:
+        """P to its polar factor: by the inverses that a CPU is better at, or by products alone."""
+        P, inverses = part["P"], part["P"][0].is_cpu
+        coefficients, shifts = (WEIGHTS, SHIFTS) if inverses else (COEFFICIENTS, None)
+        ops.polar_(P, scratch, coefficients, shifts=shifts, backend=part.backend)
 
     def _sizes(self, part: Part) -> Tensors:
         """What each layer's P is multiplied by."""

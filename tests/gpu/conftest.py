@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kbfgs_ext import environment
+from tests.helpers import spectral_cases
 
 MACHINE = "a machine with an NVIDIA GPU (sm_80 or later) and a CUDA build of torch: make test-gpu"
 
@@ -25,3 +26,8 @@ def backend(request):
     reason = missing[request.param]()
     assert reason is None, f"{request.param}: {reason}"
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _products_alone(monkeypatch):
+    spectral_cases.products_alone(monkeypatch)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kbfgs_ext import KBFGS
-from kbfgs_ext.ops.spectral import COEFFICIENTS
+from kbfgs_ext.ops.spectral import SHIFTS, WEIGHTS
 from kbfgs_ext.ops.spectral.reference import polar
 from kbfgs_ext.optim import factors
 from tests.optim.models import (
@@ -61,7 +61,7 @@ def test_a_step_is_the_polar_factor_of_the_papers(method):
         X = torch.cat([X, torch.ones(len(X), 1, dtype=X.dtype)], 1)
         A = X.T @ X / len(X)
         H_a = torch.linalg.inv(A + 0.3**0.5 * torch.eye(layer.n_a, dtype=A.dtype))
-        P = polar(d @ H_a, COEFFICIENTS, 0.0)
+        P = polar(d @ H_a, WEIGHTS, 0.0, SHIFTS)
         torch.testing.assert_close(b - a, 0.01 * P, rtol=1e-9, atol=1e-13)
         assert torch.linalg.svdvals((b - a) / 0.01).max() < 1.02
 

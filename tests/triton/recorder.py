@@ -186,7 +186,7 @@ def calls_of(
         "output_change_": parameters | dict(change=s, saved=P, a_bar=a_bar, a_bar_next=a_next),
         "restore_": parameters | dict(saved=P, undo=ok),
         "kron_step_": product | parameters | gradient | averaging | dict(step_size=scalars, ok=ok),
-        "polar_": dict(P=P, work=room, coefficients=spectral.COEFFICIENTS, ridge=0.0),
+        "polar_": dict(P=P, work=room, coefficients=spectral.COEFFICIENTS, ridge=0.0, shifts=None),
         "measure_inputs_": of_inputs | dict(elements=(1.0,) * count, share=0.1, ok=ok),
         "measure_pair_": changes | dict(ss=scalars, yy=scalars, share=0.1, ok=ok),
         "lengths_, each": lengths(False),

@@ -19,6 +19,12 @@ COEFFICIENTS = (
     1.956171638884454, -1.337507745944073, 0.3838527013298799,
 )  # fmt: skip
 
+# Of three inverses (18'): no rational function of their degree brings the singular values from 0.01
+# to 1 nearer to 1 (within 0.0126 too); Zolotarev's, and tests/ops/test_spectral.py shows that they
+# alternate.
+WEIGHTS = (0.5448877719135393, 0.015140384707938324, 0.07167816519439324, 0.4342006275139837)
+SHIFTS = (9.300089283695973e-05, 0.0042080026983234535, 0.13924450184498066)
+MOST_INVERSES = 3  # that ``work`` has room for
 
 MULTIPLE = 16  # elements: rows in ``work`` may begin on 64 bytes in float32
 
@@ -41,6 +47,7 @@ def polar_(
     work: Tensors,
     coefficients: Sequence[float],
     ridge: float = 0.0,
+    shifts: Sequence[float] | None = None,
     backend: str = "auto",
 ) -> None:
     """The polar factor of every layer's direction, in its place: singular values of nearly 1.
@@ -48,6 +55,7 @@ def polar_(
     (16)  G = X X',  X = P, or P' where that has fewer rows, over its largest entry
     (17)  G <- (G + ridge*tr(G)/k*I)/norm,  norm = ||G||_F + ridge*tr(G)/k;  Z = I
     (18)  R = a*I + b*G + c*G^2,  Z <- R Z,  G <- R^2 G;  once for every (a, b, c)
+    (18') or, with shifts s:  Z = c_0*I + sum of c_i (G + s_i*I)^-1
     (19)  P <- Z X/sqrt(norm), transposed back
 
     The singular vectors stay, and so does a singular value of 0; those below a hundredth of the
@@ -57,20 +65,33 @@ def polar_(
         P: (n_g, n_a) each, replaced. 0 stays 0. An entry that is not finite makes all of its P NaN.
         work: scratch of `workspace_size` elements each. On the CPU layers may share its storage;
             the GPU backends work on all layers at once and need one each.
-        coefficients: a, b, c of every iteration, one after the other, such as `COEFFICIENTS`.
+        coefficients: a, b, c of every iteration, one after the other, such as `COEFFICIENTS`; with
+            ``shifts`` c, such as `WEIGHTS`.
         ridge: at least 0. Singular values become sigma/sqrt(sigma^2 + ridge*v) with v the mean of
             sigma^2 over the k of a layer: the small ones, where the noise is, stay small.
+        shifts: positive and at most `MOST_INVERSES`, such as `SHIFTS`. Half the time on a CPU;
+            the GPU backends make no inverses.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
-        ValueError: a shape, dtype, device, ``coefficients`` or ``ridge`` does not fit.
+        ValueError: a shape, dtype, device, ``coefficients``, ``shifts`` or ``ridge`` does not fit.
 
     Source: Newton-Schulz iteration on the Gram matrix; coefficients as in Amsel, Persson, Musco,
-    Gower, "The Polar Express", arXiv 2505.16932.
+    Gower, "The Polar Express", arXiv 2505.16932. Inverses: Nakatsukasa, Freund, SIAM Review 58
+    (2016), "Computing fundamental matrix decompositions accurately via the matrix sign function in
+    two iterations: the power of Zolotarev's functions".
     """
     checks.backend(backend)
     checks.same_length(P=P, work=work)
-    if not coefficients or len(coefficients) % 3:
+    if shifts is not None:
+        if not 0 < len(shifts) <= MOST_INVERSES or len(coefficients) != len(shifts) + 1:
+            raise ValueError(
+                f"shifts must be 1 to {MOST_INVERSES} and one fewer than coefficients,"
+                f" got {len(shifts)} and {len(coefficients)}"
+            )
+        if not all(math.isfinite(s) and s > 0 for s in shifts):
+            raise ValueError(f"shifts must be finite and above 0, got {tuple(shifts)}")
+    elif not coefficients or len(coefficients) % 3:
         raise ValueError(f"coefficients must be triples, got {len(coefficients)} numbers")
     if not all(map(math.isfinite, coefficients)):
         raise ValueError(f"coefficients must be finite, got {tuple(coefficients)}")

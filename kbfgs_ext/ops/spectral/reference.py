@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
-def polar(P: torch.Tensor, coefficients: tuple[float, ...], ridge: float) -> torch.Tensor:
-    """(16) to (19) for one layer."""
+def polar(
+    P: torch.Tensor,
+    coefficients: Sequence[float],
+    ridge: float,
+    shifts: Sequence[float] | None = None,
+) -> torch.Tensor:
+    """(16) to (19) for one layer; with ``shifts`` (18') in place of (18)."""
     wide = P.shape[0] <= P.shape[1]
     X = P if wide else P.T  # k x n, k <= n
     k = X.shape[0]
@@ -18,15 +25,20 @@ def polar(P: torch.Tensor, coefficients: tuple[float, ...], ridge: float) -> tor
     norm = norm.clamp(min=tiny)  # P = 0 stays
     eye = torch.eye(k, dtype=P.dtype, device=P.device)
     G = (G + ridge * mean * eye) / norm  # (17)
-    Z = eye
-    for t in range(0, len(coefficients), 3):
-        a, b, c = coefficients[t : t + 3]
-        R = a * eye + b * G + c * (G @ G)  # (18)
-        Z, G = R @ Z, R @ (R @ G)  # (18)
+    if shifts is not None:
+        Z = coefficients[0] * eye
+        for w, s in zip(coefficients[1:], shifts, strict=True):
+            Z = Z + w * torch.linalg.inv_ex(G + s * eye)[0]  # (18')
+    else:
+        Z = eye
+        for t in range(0, len(coefficients), 3):
+            a, b, c = coefficients[t : t + 3]
+            R = a * eye + b * G + c * (G @ G)  # (18)
+            Z, G = R @ Z, R @ (R @ G)  # (18)
     U = (Z / norm.sqrt()) @ X  # (19)
     return U if wide else U.T
 
 
-def polar_(P, coefficients, ridge) -> None:
+def polar_(P, coefficients, ridge, shifts) -> None:
     for p in P:
-        p.copy_(polar(p, tuple(coefficients), ridge))
+        p.copy_(polar(p, coefficients, ridge, shifts))

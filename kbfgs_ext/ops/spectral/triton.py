@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from kbfgs_ext.ops.autotune import choose
+from kbfgs_ext.ops.registry import Unsupported
 from kbfgs_ext.ops.spectral.api import MULTIPLE, rounded_up
 from kbfgs_ext.ops.triton_common import (
     TABLES,
@@ -291,16 +292,18 @@ def _finish(
         tl.store(out + j * stride + i, total, mask=inside)
 
 
-def polar_(P, work, coefficients, ridge) -> None:
+def polar_(P, work, coefficients, ridge, shifts) -> None:
     """(16) to (19) for all layers: 3t + 4 launches for t iterations; layers that share their work
     go one after the other.
 
     Products are TF32 where torch's own may be, else three TF32 products for one: a number is the
     sum of two of TF32 but for 2^-22 of it, so that three are as exact as one of fp32.
     """
+    if shifts is not None:
+        raise Unsupported("the triton kernels make no inverses")
     if len({w.data_ptr() for w in work}) < len(work):
         for i in range(len(P)):
-            polar_(P[i : i + 1], work[i : i + 1], coefficients, ridge)
+            polar_(P[i : i + 1], work[i : i + 1], coefficients, ridge, shifts)
         return
     if P:
         args = (P, work, tuple(coefficients), ridge)

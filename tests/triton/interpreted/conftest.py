@@ -6,7 +6,7 @@ By hand: ``TRITON_INTERPRET=1 python -m pytest tests/triton/interpreted``.
 import pytest
 
 from kbfgs_ext import environment
-from tests.helpers import backends
+from tests.helpers import backends, spectral_cases
 
 if not environment.triton_interpreted():
     collect_ignore_glob = ["test_*.py"]
@@ -16,3 +16,8 @@ if not environment.triton_interpreted():
 def one_thread():
     with backends.threads(1):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _products_alone(monkeypatch):
+    spectral_cases.products_alone(monkeypatch)
