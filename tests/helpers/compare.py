@@ -83,7 +83,10 @@ def entered(op: str, args: calls.Args, before: torch.Tensor, truth: torch.Tensor
         return max(truth.abs().max().item(), args["Q"][0].abs().max().item())
     if op == "polar_":
         return spectral_cases.slope(args["coefficients"])
-    return error(before, torch.zeros_like(before))
+    largest = error(before, torch.zeros_like(before))
+    if op in ("bfgs_update_", "curvature_update_"):
+        return 2 * largest  # (9) is a difference of terms that are larger than H
+    return largest
 
 
 def rounding(dtype: torch.dtype, terms: int, scale: float) -> float:
