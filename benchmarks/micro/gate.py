@@ -7,6 +7,7 @@ dtype, plus a floor of a few roundings of the largest number involved.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,10 @@ class Gate:
         if self._op == "lbfgs_two_loop_":
             return _largest(self._before["Q"][0])
         if self._op == "polar_":  # multiplies small singular values, and rounding, by so much
-            return math.prod(self._before["coefficients"][::3])
+            coefficients, shifts = self._before["coefficients"], self._before["shifts"]
+            if shifts is None:
+                return math.prod(coefficients[::3])
+            return coefficients[0] + sum(map(operator.truediv, coefficients[1:], shifts))
         return _largest(before)
 
 

@@ -1,4 +1,4 @@
-"""spectral: arguments, and the same iterations on P itself, as Muon does them."""
+"""spectral: arguments, and by torch's own: Muon's way for the products, LAPACK for the inverses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.micro.kernel import Arguments, Kernel, Layers, Numbers
-from kbfgs_ext.ops.spectral import COEFFICIENTS
+from kbfgs_ext.ops.spectral import COEFFICIENTS, SHIFTS, WEIGHTS
 from kbfgs_ext.ops.spectral.api import workspace_size
 
 
@@ -16,9 +16,14 @@ def _polar(layers: Layers, make: Numbers) -> Arguments:
     return dict(P=P, work=work, coefficients=COEFFICIENTS, ridge=0.0, shifts=None)
 
 
+def _by_inverses(layers: Layers, make: Numbers) -> Arguments:
+    return _polar(layers, make) | dict(coefficients=WEIGHTS, shifts=SHIFTS)
+
+
 def _polar_blas(
     P: list[Tensor], work: list[Tensor], coefficients: tuple, ridge: float, shifts: None
 ) -> None:
+    """The same iterations on P itself, as Muon does them."""
     for p in P:
         X = p if len(p) <= p.shape[1] else p.T
         G = X @ X.T
@@ -31,4 +36,23 @@ def _polar_blas(
         p.copy_(X if len(p) <= p.shape[1] else X.T)
 
 
-KERNELS = (Kernel("polar_", "polar_", _polar, _polar_blas),)
+def _by_inverses_blas(
+    P: list[Tensor], work: list[Tensor], coefficients: tuple, ridge: float, shifts: tuple
+) -> None:
+    for p in P:
+        X = p if len(p) <= p.shape[1] else p.T
+        G = X @ X.T
+        norm = torch.linalg.matrix_norm(G)
+        G /= norm
+        eye = torch.eye(len(G), dtype=p.dtype, device=p.device)
+        Z = coefficients[0] * eye
+        for weight, shift in zip(coefficients[1:], shifts, strict=True):
+            Z += weight * torch.cholesky_inverse(torch.linalg.cholesky_ex(G + shift * eye)[0])
+        X = (Z / norm.sqrt()) @ X
+        p.copy_(X if len(p) <= p.shape[1] else X.T)
+
+
+KERNELS = (
+    Kernel("polar_", "polar_", _polar, _polar_blas),
+    Kernel("polar_, inverses", "polar_", _by_inverses, _by_inverses_blas),
+)
