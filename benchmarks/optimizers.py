@@ -49,6 +49,7 @@ class Settings:
     hessian_action: str | None = None
     backend: str | None = None
     safeguard: bool | SafeguardRule | None = None
+    master_weights: bool | None = None
 
     def given(self) -> dict[str, Any]:
         """The settings that are not None."""

@@ -74,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
     quasi.add_argument("--backend", choices=("auto", "reference", "cpu", "cuda", "triton"))
     quasi.add_argument("--no-safeguard", dest="safeguard", action="store_false", default=None)
     quasi.add_argument(
+        "--no-master-weights",
+        dest="master_weights",
+        action="store_false",
+        default=None,
+        help="round 16-bit parameters in every step",
+    )
+    quasi.add_argument(
         "--warm-start",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -105,6 +112,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
             hessian_action=arguments.hessian_action,
             backend=arguments.backend,
             safeguard=arguments.safeguard,
+            master_weights=arguments.master_weights,
         ),
         epochs=arguments.epochs,
         max_seconds=arguments.max_seconds,
