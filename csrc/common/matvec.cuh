@@ -112,22 +112,28 @@ __device__ __forceinline__ void dot_rows(
       sum[k] += widened(a[k]) * x;
     }
   };
+  // A lane's elements from j on, kCount of them with all loads in flight together.
   int j = done + lane_id();
-  for (; j + (kScalarsAtOnce - 1) * kWarp < n; j += kScalarsAtOnce * kWarp) {
-    E a[kScalarsAtOnce][kRowsAtOnce];
+  const auto some = [&]<int kCount>(std::integral_constant<int, kCount>) {
+    E a[kCount][kRowsAtOnce];
 #pragma unroll
-    for (int u = 0; u < kScalarsAtOnce; ++u) {
+    for (int u = 0; u < kCount; ++u) {
 #pragma unroll
       for (int k = 0; k < kRowsAtOnce; ++k) a[u][k] = rows[k * step + j + u * kWarp];
     }
 #pragma unroll
-    for (int u = 0; u < kScalarsAtOnce; ++u) add(j + u * kWarp, a[u]);
+    for (int u = 0; u < kCount; ++u) add(j + u * kWarp, a[u]);
+    j += kCount * kWarp;
+  };
+  const auto fits = [&](int count) { return j + (count - 1) * kWarp < n; };
+  static_assert(kScalarsAtOnce == 4 || kScalarsAtOnce == 8);
+  while (fits(kScalarsAtOnce)) some(std::integral_constant<int, kScalarsAtOnce>());
+  // What is left, by halves: at most three latencies where single elements have seven.
+  if constexpr (kScalarsAtOnce == 8) {
+    if (fits(4)) some(std::integral_constant<int, 4>());
   }
-#pragma unroll 1
-  for (; j < n; j += kWarp) {
-    const E a[kRowsAtOnce] = {rows[j], rows[step + j]};
-    add(j, a);
-  }
+  if (fits(2)) some(std::integral_constant<int, 2>());
+  if (fits(1)) some(std::integral_constant<int, 1>());
 #pragma unroll
   for (int k = 0; k < kRowsAtOnce; ++k) sum[k] = warp_sum(sum[k]);
 }

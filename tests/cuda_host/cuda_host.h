@@ -43,7 +43,7 @@ Settings& settings();
 
 struct Warp {
   static constexpr int kLanes = 32;
-  unsigned char values[2][kLanes][16];
+  alignas(16) unsigned char values[2][kLanes * 16];
   int arrived = 0;
   uint64_t generation = 0;
 };
@@ -71,16 +71,16 @@ Barrier& grid_barrier();
 void progress();
 void run_grid(unsigned blocks, unsigned threads, unsigned shared_bytes, const std::function<void()>&);
 
-// One exchange between the lanes of a warp. Two buffers, used in turn: a lane that runs ahead writes
-// the other one, and cannot get two exchanges ahead.
+// What all lanes of a warp hold, good until this lane's next exchange. Two buffers, used in turn: a
+// lane that runs ahead writes the other one, and cannot get two exchanges ahead.
 template <typename T>
-T exchange(T value, int source) {
+const T* gather(T value) {
   static_assert(sizeof(T) <= 16);
   const int thread = static_cast<int>(current->threadIdx.x);
   Warp& warp = current->block->warps[thread / Warp::kLanes];
   const uint64_t generation = warp.generation;
-  auto& buffer = warp.values[generation % 2];
-  std::memcpy(buffer[thread % Warp::kLanes], &value, sizeof(T));
+  T* buffer = reinterpret_cast<T*>(warp.values[generation % 2]);
+  std::memcpy(static_cast<void*>(buffer + thread % Warp::kLanes), &value, sizeof(T));
   progress();
   if (++warp.arrived == Warp::kLanes) {
     warp.arrived = 0;
@@ -88,9 +88,12 @@ T exchange(T value, int source) {
   } else {
     while (warp.generation == generation) yield();
   }
-  T out;
-  std::memcpy(&out, buffer[source], sizeof(T));
-  return out;
+  return buffer;
+}
+
+template <typename T>
+T exchange(T value, int source) {
+  return gather(value)[source];
 }
 
 }  // namespace cuda_host

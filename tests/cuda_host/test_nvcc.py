@@ -1,6 +1,7 @@
 """nvcc compiles every .cu for sm_80, sm_90 and sm_100: no spills, and what a kernel may ask for."""
 
 import concurrent.futures
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -42,16 +43,24 @@ RESIDENT = {
     ),
 }
 
+FOLDER = build.CACHE.parent / "nvcc"
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(NVCC is None, reason="needs nvcc 13: a machine with the CUDA toolkit"),
 ]
 
 
-def report(source: Path, architecture: int, folder: Path) -> str:
-    """What ptxas says of the kernels in ``source``; kept by the hash of all that goes in."""
+def compiled(source: Path, architecture: int, folder: Path) -> Path:
+    """Where what ptxas says of the kernels in ``source`` is kept, beside the kernels: by the hash
+    of all that goes in."""
     name = build._digest(source, *build.HEADERS, str(architecture), NVCC)
-    kept = folder / f"{source.stem}-{architecture}-{name}.txt"
+    return folder / f"{source.stem}-{architecture}-{name}.txt"
+
+
+def report(source: Path, architecture: int, folder: Path) -> str:
+    """What ptxas says of the kernels in ``source``."""
+    kept = compiled(source, architecture, folder)
     if not kept.exists():
         done = subprocess.run(
             [
@@ -69,7 +78,7 @@ def report(source: Path, architecture: int, folder: Path) -> str:
 @pytest.fixture(scope="module")
 def kernels():
     """(kernel, dtype, architecture) to what it uses."""
-    folder = build.CACHE.parent / "nvcc"
+    folder = FOLDER
     jobs = [(path, arch) for path in build.KERNELS for arch in ARCHITECTURES]
     with build.alone(folder), concurrent.futures.ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(lambda job: report(*job, folder), jobs))
@@ -111,3 +120,28 @@ def test_registers_leave_room_for_the_resident_blocks(kernels):
 def test_no_static_shared_memory(kernels):
     """All shared memory is asked for at the launch, where the launcher holds it to the device."""
     assert all(used["shared"] == 0 for used in kernels.values())
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the toolkit, or the one that Triton brings."""
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(Path(NVCC).parent))
+    if found is None and (triton := importlib.util.find_spec("triton")):
+        brought = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+        found = str(brought) if brought.exists() else None
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_factors_of_16_bit_inputs_use_tensor_cores(kernels, architecture):
+    """Of both 16-bit types, with 32-bit sums; those of 32-bit inputs do not."""
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton")
+    source = next(path for path in build.KERNELS if path.stem == "factor_ema_cuda")
+    cubin = compiled(source, architecture, FOLDER).with_suffix(".cubin")
+    text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True).stdout
+    found = {}
+    for part in text.split("Function : ")[1:]:
+        dtype = re.match(r"\S*factor_kernelI([fd])E", part)[1]
+        found[dtype] = set(re.findall(r"\b[A-Z]*MMA\.\S+", part))
+    assert found == {"f": {"HMMA.16816.F32", "HMMA.16816.F32.BF16"}, "d": set()}
