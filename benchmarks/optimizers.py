@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines.kfac import KFAC
 from benchmarks.models import Loss
+from benchmarks.precision import PRECISIONS
 from kbfgs_ext import presets
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 CAPTURED = ("kbfgs", "kbfgsl", "adamw")  # CUDA graphs can take their steps
 QUASI_NEWTON = ("kbfgs", "kbfgsl")
+SCALED = (*CAPTURED, "sgdm", "rmsprop")  # a gradient scaler can step them
 PRESETS = {"published": presets.PUBLISHED, "tuned": presets.TUNED}
 SOAP_BASIS_EVERY = 10  # steps between new eigenbases: the SOAP paper's, heavyball's own is 2
 
@@ -96,6 +98,16 @@ def missing(name: str) -> str | None:
     if name == "soap" and importlib.util.find_spec("heavyball") is None:
         return "SOAP needs heavyball (pip install heavyball)"
     return None
+
+
+def check_scaled(name: str, precision: str, captured: bool) -> None:
+    """Raise where losses are to be scaled and ``name`` has no such step."""
+    if not PRECISIONS[precision].scaled:
+        return
+    if name not in SCALED:
+        raise SettingsError(f"no gradient scaler steps {name}: only {', '.join(SCALED)}")
+    if captured:
+        raise SettingsError(f"no graph takes a gradient scaler: {precision} cannot be captured")
 
 
 def settle(name: str, asked: Settings) -> Settings:

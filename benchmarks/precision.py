@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from kbfgs_ext import KBFGS
+
+LossOf = Callable[[Tensor], Tensor]  # the loss of a batch
+Closure = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -16,6 +23,7 @@ class Precision:
     products: str = "highest"  # of float32 matrices: torch.set_float32_matmul_precision
     autocast: torch.dtype | None = None  # of the forward pass
     parameters: torch.dtype = torch.float32
+    scaled: bool = False  # losses, on their way backward: fp16 has few exponents
 
     @property
     def numbers(self) -> torch.dtype:
@@ -36,10 +44,40 @@ class Precision:
         """The context of a forward pass."""
         return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
 
+    def step(
+        self,
+        opt: Any,
+        loss_of: LossOf,
+        device: torch.device,
+        watched: Callable[[Closure], Closure] = lambda closure: closure,
+    ) -> Callable[[Tensor], Tensor]:
+        """A step of ``opt`` on a batch, by a closure that ``watched`` may wrap; gives the loss."""
+        scaler = torch.amp.GradScaler(device.type, enabled=self.scaled)
+
+        def step(x: Tensor) -> Tensor:
+            def closure() -> Tensor:
+                opt.zero_grad()
+                loss = loss_of(x)
+                scaler.scale(loss).backward()
+                return loss
+
+            if not self.scaled:
+                return opt.step(watched(closure))
+            if isinstance(opt, KBFGS):
+                loss = opt.step(watched(closure), scaler=scaler)
+            else:
+                loss = watched(closure)()
+                scaler.step(opt)
+            scaler.update()
+            return loss
+
+        return step
+
 
 PRECISIONS = {
     "fp32": Precision(),
     "tf32": Precision(products="high"),
     "bf16": Precision(products="high", autocast=torch.bfloat16),
+    "fp16": Precision(products="high", autocast=torch.float16, scaled=True),
     "bf16-params": Precision(products="high", parameters=torch.bfloat16),
 }

@@ -141,6 +141,7 @@ def train(
     settings = optimizers.settle(config.optimizer, config.settings)
     torch.manual_seed(config.seed)
     autoencoder = AUTOENCODERS[config.dataset]
+    optimizers.check_scaled(config.optimizer, config.precision, config.captured)
     if config.captured and device.type != "cuda":
         raise ValueError(f"captured steps are CUDA graphs, the device is {device}")
     model = autoencoder.build()  # on the CPU: the same weights on every device
@@ -264,17 +265,8 @@ class _Loop:
         """A step of the optimizer on a batch; the loss."""
         if self.run.config.captured:
             return captured(self.optimizer, self.loss_of)
-
-        def step(images: Tensor) -> Tensor:
-            def closure() -> Tensor:
-                self.optimizer.zero_grad()
-                loss = self.loss_of(images)
-                loss.backward()
-                return loss
-
-            return self.optimizer.step(closure)
-
-        return step
+        how = PRECISIONS[self.run.config.precision]
+        return how.step(self.optimizer, self.loss_of, self.watch.device)
 
     def loss_of(self, images: Tensor) -> Tensor:
         """The mean loss of a batch."""

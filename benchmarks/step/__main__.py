@@ -74,7 +74,8 @@ def run(
 ) -> list[Row]:
     """Measure one model, print its table and who is not in it."""
     console = Console(width=190)
-    able, left_out = chosen(everyone, args.providers, MODELS[name], args.device, args.all)
+    scaled = PRECISIONS[precision].scaled
+    able, left_out = chosen(everyone, args.providers, MODELS[name], args.device, args.all, scaled)
     for provider, reason in left_out.items():
         console.print(f"{name}: {provider} is left out: {reason}", markup=False, soft_wrap=True)
     columns = TextColumn("{task.description:50}"), BarColumn(), TimeElapsedColumn()
@@ -102,7 +103,8 @@ def launched(
 ) -> None:
     """Print where the GPU's time goes in the steps of one model."""
     console, model = Console(width=110), MODELS[name]
-    able, _ = chosen(everyone, args.providers, model, args.device, args.all)
+    scaled = PRECISIONS[precision].scaled
+    able, _ = chosen(everyone, args.providers, model, args.device, args.all, scaled)
     x = model.batch(args.batch_size or model.batch_size).to(args.device)
     with PRECISIONS[precision].set():
         for provider in able:
@@ -134,7 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
         choices=PRECISIONS,
         nargs="+",
         default=["fp32"],
-        help="all but fp32 allow TF32 in float32 products; bf16 is autocast",
+        help="all but fp32 allow TF32 in float32 products; bf16 and fp16 are autocast, the losses"
+        " of fp16 scaled",
     )
     parser.add_argument(
         "--model-only", action="store_true", help="predict the steps on an H100, and run none"

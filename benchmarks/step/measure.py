@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.environment import environment
 from benchmarks.micro.measure import QUANTILES, Row, quantile
-from benchmarks.precision import PRECISIONS
+from benchmarks.precision import PRECISIONS, Closure
 from benchmarks.step.captured import captured
 from benchmarks.step.clock import PHASES, PhaseClock
 from benchmarks.step.counts import counts
@@ -43,20 +43,16 @@ class Runner:
                 outputs = network(x.to(how.parameters))
             return model.loss(outputs.float(), x)
 
-        def closure() -> Tensor:
-            opt.zero_grad()
-            loss = loss_of(x)
-            loss.backward()
-            return loss
-
         if provider.captured:
             step = captured(opt, loss_of)
-            self._step = lambda: step(x)
         else:
             self._clock.watch(opt)
-            if not isinstance(opt, KBFGS):  # which tells its two passes apart by itself
-                closure = self._clock.timed(closure, PHASES[0])
-            self._step = lambda: opt.step(closure)
+
+            def watched(closure: Closure) -> Closure:  # ours tells its two passes apart by itself
+                return closure if isinstance(opt, KBFGS) else self._clock.timed(closure, PHASES[0])
+
+            step = how.step(opt, loss_of, x.device, watched)
+        self._step = lambda: step(x)
         for _ in range(provider.warm_up):
             self.step()
         self.counts = counts(self.step, provider.period, x.device)

@@ -43,6 +43,7 @@ class Provider:
     missing: str | None = None  # why it cannot run here
     period: int = 1  # steps, of unequal cost, whose mean is one reading
     captured: bool = False
+    scales: bool = True  # a gradient scaler can step it
 
     @property
     def warm_up(self) -> int:
@@ -65,11 +66,15 @@ def providers(device: torch.device) -> tuple[Provider, ...]:
         ),
         *itertools.chain.from_iterable(_backend(name, device) for name in CHOICES[device.type]),
         *_ordinary(device),
-        Provider("Muon", _built("muon")),
+        Provider("Muon", _built("muon"), scales=False),
         Provider(
-            "SOAP", _built("soap"), missing=optimizers.missing("soap"), period=SOAP_BASIS_EVERY
+            "SOAP",
+            _built("soap"),
+            missing=optimizers.missing("soap"),
+            period=SOAP_BASIS_EVERY,
+            scales=False,
         ),
-        Provider("K-FAC", _kfac, period=INVERSE_EVERY),
+        Provider("K-FAC", _kfac, period=INVERSE_EVERY, scales=False),
     )
 
 
@@ -79,11 +84,13 @@ def chosen(
     model: Model,
     device: torch.device,
     patient: bool = False,
+    scaled: bool = False,
 ) -> tuple[list[Provider], dict[str, str]]:
     """Those whose name holds one of ``words``, all without any, and who of them is left out, why.
 
     The eager reference is always among them: ratios are to it. What takes long on ``model`` is
-    left out unless one is ``patient`` or has asked for it by ``words``.
+    left out unless one is ``patient`` or has asked for it by ``words``; what no gradient scaler
+    steps, where losses are ``scaled``.
     """
     short = model.long if device.type == "cpu" and not patient and not words else ()
     able, left_out = [], {}
@@ -91,6 +98,8 @@ def chosen(
         if provider.name != EAGER and words and not provider.answers(words):
             continue
         reason = provider.missing or model.senseless.get(provider.name)
+        if reason is None and scaled and (provider.captured or not provider.scales):
+            reason = "no gradient scaler steps it"
         if reason is None and provider.name in short:
             reason = f"its {provider.period} steps take minutes on a CPU (--all, or ask for it)"
         if reason is None:

@@ -290,6 +290,7 @@ def test_the_command_prints_a_table_and_writes_rows(
         ("fp32", "highest", torch.float32, torch.float32),
         ("tf32", "high", torch.float32, torch.float32),
         ("bf16", "high", torch.bfloat16, torch.float32),
+        ("fp16", "high", torch.float16, torch.float32),
         ("bf16-params", "high", torch.bfloat16, torch.bfloat16),
     ],
 )
@@ -319,6 +320,12 @@ def test_a_precision_is_what_its_steps_run_in(
     assert {row["precision"] for row in rows} == {precision}
     assert seen == {(products, outputs, parameters)}
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_what_no_gradient_scaler_steps_is_left_out() -> None:
+    able, left_out = chosen(EVERYONE, ("defaults", "Muon", "K-FAC", "AdamW"), MLP, CPU, scaled=True)
+    assert {"AdamW, fused", "K-BFGS, defaults"} <= {provider.name for provider in able}
+    assert left_out == dict.fromkeys(["Muon", "K-FAC"], "no gradient scaler steps it")
 
 
 @pytest.mark.parametrize(

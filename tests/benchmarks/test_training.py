@@ -242,11 +242,18 @@ def test_captured_runs_are_of_those_that_can(images: Dataset) -> None:
 @pytest.mark.parametrize("name", ["kbfgs", "adamw"])
 def test_a_run_in_16_bits_is_nearly_that_in_32(images: Dataset, name: str) -> None:
     wanted = train(config(optimizer=name), images).rows[-1].train_loss
-    for precision in ("tf32", "bf16", "bf16-params"):
+    for precision in ("tf32", "bf16", "fp16", "bf16-params"):
         run = train(config(optimizer=name, precision=precision), images)
         assert run.rows[-1].train_loss == pytest.approx(wanted, rel=0.02)
         assert run.payload()["config"]["precision"] == precision
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_scaled_losses_are_for_those_that_can(images: Dataset) -> None:
+    with pytest.raises(SettingsError, match="no gradient scaler steps muon: only kbfgs, kbfgsl,"):
+        train(config(optimizer="muon", precision="fp16"), images)
+    with pytest.raises(SettingsError, match="fp16 cannot be captured"):
+        train(config(precision="fp16", captured=True), images)
 
 
 def test_seconds_limit_a_run(images: Dataset) -> None:
