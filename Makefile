@@ -55,10 +55,10 @@ test-gpu: install  ## everything that needs a GPU: build, ops, captured steps, c
 	$(PY) scripts/test_gpu.py --out $(OUT)/gpu
 
 bench: install  ## time every kernel against its alternatives; rows go to benchmarks/results
-	$(PY) -m benchmarks.micro --json benchmarks/results/micro.jsonl
+	$(PY) -m kbfgs_ext.bench --json benchmarks/results/micro.jsonl
 
 bench-check: install  ## name what has slowed by more than 15% since the committed rows
-	$(PY) -m benchmarks.micro --check
+	$(PY) -m kbfgs_ext.bench --check benchmarks/results/micro.jsonl
 
 # What an extra of the installed package asks for, without building that again. A Python given
 # from outside must have it.

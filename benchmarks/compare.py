@@ -22,12 +22,12 @@ from rich.console import Console
 
 from benchmarks import data, optimizers, plots, report, summary
 from benchmarks.data import DataError, Dataset, faces
-from benchmarks.environment import ROOT, environment
 from benchmarks.grids import GRIDS, SIZE
 from benchmarks.optimizers import Settings
 from benchmarks.records import Run
 from benchmarks.summary import Row
 from benchmarks.training import Config, train
+from kbfgs_ext.bench.environment import ROOT, environment
 
 TUNING_SEED = 0
 EPOCHS = 1_000_000  # more than the seconds allow anywhere

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.environment import environment
-from benchmarks.micro.measure import load, store
 from kbfgs_ext import KBFGS
+from kbfgs_ext.bench.environment import environment
+from kbfgs_ext.bench.measure import load, store
 
 OUT = Path(__file__).resolve().parent / "results" / "coverage.jsonl"
 BATCH, IMAGE, TOKENS, CLASSES = 16, 32, 32, 10

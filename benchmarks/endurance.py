@@ -25,9 +25,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.data import embedded_digits
-from benchmarks.environment import environment
 from benchmarks.models import AUTOENCODERS, Loss
 from kbfgs_ext import KBFGS, KBFGSL, presets
+from kbfgs_ext.bench.environment import environment
 
 OUT = Path(__file__).resolve().parent / "results" / "endurance.jsonl"
 METHODS: dict[str, type[KBFGS]] = {"kbfgs": KBFGS, "kbfgsl": KBFGSL}

@@ -18,12 +18,12 @@ from rich.console import Console
 from benchmarks import data, plots
 from benchmarks.optimizers import CAPTURED, Settings
 from benchmarks.plots import LOOKS
-from benchmarks.precision import PRECISIONS
 from benchmarks.records import Run
 from benchmarks.step.models import MODELS
 from benchmarks.summary import Row
 from benchmarks.tables import RESULTS, lines_of, machine, markdown, number, significant
 from benchmarks.training import Config, train
+from kbfgs_ext.bench.precision import PRECISIONS
 
 EPOCHS = 20
 RATES = {"adamw": (5e-4, 1e-3, 2e-3, 5e-3), "muon": (5e-3, 1e-2, 2e-2)}

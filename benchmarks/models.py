@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kbfgs_ext.bench.cases import WIDTHS
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -24,22 +26,17 @@ def half_squared_error(outputs: Tensor, pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """Widths from the pixels to the code and back, and the loss of its outputs."""
+    """Widths from the pixels to the code and back to the pixels, and the loss of its outputs."""
 
-    encoder: tuple[int, ...]  # pixels, ..., code
+    widths: tuple[int, ...]
     loss: Loss
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Widths from the pixels to the code and back to the pixels."""
-        return self.encoder + self.encoder[-2::-1]
 
     def build(self) -> nn.Sequential:
         """Linear layers with PyTorch's default init, ReLU between them, none after code or output.
 
         Draws from the global generator: seed it first.
         """
-        code = len(self.encoder) - 2
+        code = len(self.widths) // 2 - 1
         layers: list[nn.Module] = []
         for i, (d_in, d_out) in enumerate(itertools.pairwise(self.widths)):
             layers.append(nn.Linear(d_in, d_out))
@@ -49,7 +46,7 @@ class Autoencoder:
 
 
 AUTOENCODERS = {
-    "mnist": Autoencoder((784, 1000, 500, 250, 30), cross_entropy),
-    "curves": Autoencoder((784, 400, 200, 100, 50, 25, 6), cross_entropy),
-    "faces": Autoencoder((625, 2000, 1000, 500, 30), half_squared_error),
+    "mnist": Autoencoder(WIDTHS["mnist"], cross_entropy),
+    "curves": Autoencoder(WIDTHS["curves"], cross_entropy),
+    "faces": Autoencoder(WIDTHS["faces"], half_squared_error),
 }

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.baselines.kfac import KFAC
 from benchmarks.models import Loss
-from benchmarks.precision import PRECISIONS
 from kbfgs_ext import presets
+from kbfgs_ext.bench.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from kbfgs_ext import SafeguardRule

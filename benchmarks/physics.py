@@ -27,15 +27,15 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks import plots, summary
-from benchmarks.environment import ROOT, environment
 from benchmarks.equations import PROBLEMS
-from benchmarks.micro.measure import same_machine, store
 from benchmarks.optimizers import anneal
 from benchmarks.plots import Look
 from benchmarks.progress import REFRESH
 from benchmarks.summary import Row
 from benchmarks.training import Stopwatch, counters
 from kbfgs_ext import KBFGS
+from kbfgs_ext.bench.environment import ROOT, environment
+from kbfgs_ext.bench.measure import same_machine, store
 
 OUT = ROOT / "benchmarks" / "results"
 EVALUATIONS = 60  # of a run, evenly over its budget

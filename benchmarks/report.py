@@ -21,7 +21,6 @@ from benchmarks import physics as physics_runs
 from benchmarks.demo import TARGETS, seconds_to
 from benchmarks.grids import GRIDS
 from benchmarks.grids import TARGETS as TRAINING_TARGETS
-from benchmarks.micro.cases import APART, BLAS, COMPILED, EAGER, OURS
 from benchmarks.optimizers import QUASI_NEWTON
 from benchmarks.plots import LOOKS
 from benchmarks.step.clock import PHASES
@@ -29,6 +28,7 @@ from benchmarks.step.models import MODELS
 from benchmarks.summary import Row, Spread
 from benchmarks.tables import RESULTS, lines_of, machine, markdown, number, significant
 from benchmarks.tasks.table import tasks
+from kbfgs_ext.bench.cases import APART, BLAS, COMPILED, EAGER, OURS
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"(<!-- rows: (\S+) -->\n).*?(<!-- end -->)", flags=re.S)

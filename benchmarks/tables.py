@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from benchmarks.environment import ROOT
-from benchmarks.micro.measure import load
 from benchmarks.summary import Row
+from kbfgs_ext.bench.environment import ROOT
+from kbfgs_ext.bench.measure import load
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from benchmarks import data, optimizers, ranks
 from benchmarks.data import faces
 from benchmarks.optimizers import Settings
-from benchmarks.precision import PRECISIONS
 from benchmarks.progress import Display
 from benchmarks.training import SCHEDULES, Config, Observer, train
+from kbfgs_ext.bench.precision import PRECISIONS
 from kbfgs_ext.optim.settings import STEP_LENGTHS
 
 INTERRUPTED = 130  # exit status of a shell command ended by Ctrl-C

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import optimizers, ranks
+from benchmarks.closures import stepper
 from benchmarks.data import Dataset
-from benchmarks.environment import environment
 from benchmarks.models import AUTOENCODERS, Loss
 from benchmarks.optimizers import Settings
-from benchmarks.precision import PRECISIONS
 from benchmarks.records import Row, Run, write_json
 from benchmarks.step.captured import captured
+from kbfgs_ext.bench.environment import environment
+from kbfgs_ext.bench.precision import PRECISIONS
 
 SCHEDULES = ("constant", "cosine")
 EVALUATION_BATCH = 1_000  # images; the published notebook averages over batches of this size
@@ -266,7 +267,7 @@ class _Loop:
         if self.run.config.captured:
             return captured(self.optimizer, self.loss_of)
         how = PRECISIONS[self.run.config.precision]
-        return how.step(self.optimizer, self.loss_of, self.watch.device)
+        return stepper(how, self.optimizer, self.loss_of, self.watch.device)
 
     def loss_of(self, images: Tensor) -> Tensor:
         """The mean loss of a batch."""

@@ -86,7 +86,7 @@ def stages(out: Path) -> list[Stage]:
             )  # fmt: skip
     rows = str(out / "step.jsonl"), str(out / "micro.jsonl")
     step = [python, "-m", "benchmarks.step", "--rounds", "20", "--json", rows[0]]
-    micro = [python, "-m", "benchmarks.micro", "--seconds", "0.2", "--json", rows[1]]
+    micro = [python, "-m", "kbfgs_ext.bench", "--seconds", "0.2", "--json", rows[1]]
     found.append(Stage("step", step, 90, measures=True))
     found.append(Stage("bench", micro, 600, measures=True))  # it writes its rows case by case
     return found

@@ -29,7 +29,7 @@ def test_family_has_one_name_everywhere(family):
         f"kbfgs_ext/ops/{family}/reference.py",
         f"kbfgs_ext/ops/{family}/triton.py",
         f"kbfgs_ext/ops/{family}/api.py",
-        f"benchmarks/micro/{family}.py",
+        f"kbfgs_ext/bench/{family}.py",
     ):
         assert (ROOT / path).is_file(), path
     assert list((ROOT / f"csrc/{family}").glob("*_cpu.cpp"))

@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.micro.measure import Row, store
-from benchmarks.precision import PRECISIONS
 from benchmarks.step import kernels, prediction
 from benchmarks.step.clock import PHASES
 from benchmarks.step.measure import length, measure
 from benchmarks.step.models import MODELS
 from benchmarks.step.providers import Provider, chosen, providers
+from kbfgs_ext.bench.measure import Row, store
+from kbfgs_ext.bench.precision import PRECISIONS
 
 
 def table(rows: list[Row]) -> Table:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.micro.clock import MEMORY, recorded
+from kbfgs_ext.bench.clock import MEMORY, recorded
 from kbfgs_ext.ops import library
 
 LAUNCH = re.compile(r"cu(da)?(Graph)?Launch|cu(da)?Mem(cpy|set)")  # CUDA's calls, by their names

@@ -14,11 +14,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.micro.clock import recorded
-from benchmarks.micro.measure import Row
 from benchmarks.step.measure import Runner
 from benchmarks.step.models import Model
 from benchmarks.step.providers import Provider
+from kbfgs_ext.bench.clock import recorded
+from kbfgs_ext.bench.measure import Row
 
 NAME = re.compile(r"(void )?((\w|::|<unnamed>|\(anonymous namespace\))+)")
 SHOWN = 25  # names in a table

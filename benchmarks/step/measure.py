@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.environment import environment
-from benchmarks.micro.measure import QUANTILES, Row, quantile
-from benchmarks.precision import PRECISIONS, Closure
+from benchmarks.closures import Closure, stepper
 from benchmarks.step.captured import captured
 from benchmarks.step.clock import PHASES, PhaseClock
 from benchmarks.step.counts import counts
 from benchmarks.step.models import MODELS, Model
 from benchmarks.step.providers import Provider
 from kbfgs_ext import KBFGS
+from kbfgs_ext.bench.environment import environment
+from kbfgs_ext.bench.measure import QUANTILES, Row, quantile
+from kbfgs_ext.bench.precision import PRECISIONS
 
 SEED = 0  # of weights and whatever optimizers draw
 Tick = Callable[[str], None]  # told the provider's name after every step
@@ -51,7 +52,7 @@ class Runner:
             def watched(closure: Closure) -> Closure:  # ours tells its two passes apart by itself
                 return closure if isinstance(opt, KBFGS) else self._clock.timed(closure, PHASES[0])
 
-            step = how.step(opt, loss_of, x.device, watched)
+            step = stepper(how, opt, loss_of, x.device, watched)
         self._step = lambda: step(x)
         for _ in range(provider.warm_up):
             self.step()

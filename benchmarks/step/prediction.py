@@ -2,8 +2,8 @@
 
 Written down before a GPU had run one; docs/gpu.md has what one then measured beside it. A step
 runs on tensors without values: torch's ops are counted as they come, ours by
-`benchmarks.launches` and `benchmarks.cost`. A kernel takes the longer of its bytes at copy speed
-and its FLOPs at peak, and a gap before it; an eager step, whose launches are the host's work
+`benchmarks.launches` and `kbfgs_ext.bench.cost`. A kernel takes the longer of its bytes at copy
+speed and its FLOPs at peak, and a gap before it; an eager step, whose launches are the host's work
 beside that of the device, takes the longer of the two. Bytes and FLOPs are those of the arguments:
 a kernel that reads them again moves more, what stays in the L2 costs less, and none reaches the
 peaks.
@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import launches
-from benchmarks.cost import cost
 from benchmarks.step.counts import computes
 from benchmarks.step.models import Model
 from benchmarks.step.providers import PAPER
 from kbfgs_ext import KBFGS, presets
+from kbfgs_ext.bench.cost import cost
 from kbfgs_ext.ops import registry
 from kbfgs_ext.ops.spectral import COEFFICIENTS
 from kbfgs_ext.optim.settings import Settings

@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.environment import ROOT
-from benchmarks.micro.measure import store
 from benchmarks.progress import REFRESH
 from benchmarks.summary import point_text, read_rows
 from benchmarks.tasks.optimizers import GRIDS, Point
 from benchmarks.tasks.runs import IDENTITY, TASKS, best, final, of, run
+from kbfgs_ext.bench.environment import ROOT
+from kbfgs_ext.bench.measure import store
 
 OUT = ROOT / "benchmarks" / "results" / "tasks.jsonl"
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.environment import environment
 from benchmarks.optimizers import anneal
 from benchmarks.summary import Row, Spread, point_text
 from benchmarks.tasks import problems
@@ -19,6 +18,7 @@ from benchmarks.tasks.optimizers import GRIDS, Point, build
 from benchmarks.tasks.problems import Task
 from benchmarks.tasks.reinforcement import PointMass
 from benchmarks.training import counters
+from kbfgs_ext.bench.environment import environment
 
 TASKS: dict[str, type[Task]] = {
     "autoencoder": problems.Autoencoder,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.cost import Cost, cost
-from benchmarks.micro.cases import KERNELS, shapes
-from benchmarks.micro.kernel import Layer, Numbers
+from kbfgs_ext.bench.cases import KERNELS, shapes
+from kbfgs_ext.bench.cost import Cost, cost
+from kbfgs_ext.bench.kernel import Layer, Numbers
 from kbfgs_ext.ops import registry
 from tests.helpers import cases, traffic
 

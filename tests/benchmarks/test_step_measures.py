@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.micro.clock import MEMORY
 from benchmarks.step import captured, clock, counts, measure
 from benchmarks.step.clock import PhaseClock
 from benchmarks.step.providers import GRAPH, Provider
 from kbfgs_ext import KBFGS, CapturedStep, ops
+from kbfgs_ext.bench.clock import MEMORY
 from kbfgs_ext.optim import graph
 from tests.helpers.steps import BY_NAME, CPU, CUDA, MLP, Ticking, runner
 from tests.helpers.tape import Tape

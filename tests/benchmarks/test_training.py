@@ -14,11 +14,11 @@ from torch import nn
 
 from benchmarks import optimizers, records, training
 from benchmarks.data import Dataset
-from benchmarks.environment import environment
 from benchmarks.models import AUTOENCODERS, Autoencoder, cross_entropy, half_squared_error
 from benchmarks.optimizers import Settings, SettingsError
 from benchmarks.training import Config, Observer, train
 from kbfgs_ext import SafeguardRule
+from kbfgs_ext.bench.environment import environment
 
 PAPERS = dict(AUTOENCODERS)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.micro.kernel import Arguments
+from kbfgs_ext.bench.kernel import Arguments
 from kbfgs_ext.ops import registry
 
 TIMES_REFERENCE = 2.0

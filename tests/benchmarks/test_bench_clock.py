@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from benchmarks.micro import clock
+from kbfgs_ext.bench import clock
 
 CPU = torch.device("cpu")
 

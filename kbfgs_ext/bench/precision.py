@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
-
-from kbfgs_ext import KBFGS
-
-LossOf = Callable[[Tensor], Tensor]  # the loss of a batch
-Closure = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,35 +36,6 @@ class Precision:
     def forward(self, device: torch.device) -> torch.autocast:
         """The context of a forward pass."""
         return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
-
-    def step(
-        self,
-        opt: Any,
-        loss_of: LossOf,
-        device: torch.device,
-        watched: Callable[[Closure], Closure] = lambda closure: closure,
-    ) -> Callable[[Tensor], Tensor]:
-        """A step of ``opt`` on a batch, by a closure that ``watched`` may wrap; gives the loss."""
-        scaler = torch.amp.GradScaler(device.type, enabled=self.scaled)
-
-        def step(x: Tensor) -> Tensor:
-            def closure() -> Tensor:
-                opt.zero_grad()
-                loss = loss_of(x)
-                scaler.scale(loss).backward()
-                return loss
-
-            if not self.scaled:
-                return opt.step(watched(closure))
-            if isinstance(opt, KBFGS):
-                loss = opt.step(watched(closure), scaler=scaler)
-            else:
-                loss = watched(closure)()
-                scaler.step(opt)
-            scaler.update()
-            return loss
-
-        return step
 
 
 PRECISIONS = {

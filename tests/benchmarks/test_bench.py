@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.micro import __main__ as micro
-from benchmarks.micro import check, clock, measure
-from benchmarks.micro.cases import (
+from kbfgs_ext.bench import __main__ as micro
+from kbfgs_ext.bench import check, clock, measure
+from kbfgs_ext.bench.cases import (
     APART,
     BLAS,
     COMPILED,
@@ -23,8 +23,8 @@ from benchmarks.micro.cases import (
     shapes,
     why_not_compiled,
 )
-from benchmarks.micro.gate import Gate, copies, written
-from benchmarks.micro.kernel import Layer
+from kbfgs_ext.bench.gate import Gate, copies, written
+from kbfgs_ext.bench.kernel import Layer
 from kbfgs_ext.ops import registry
 from tests.helpers import backends
 
@@ -62,7 +62,7 @@ def test_every_op_is_timed_under_its_family():
     assert {kernel.op for kernel in KERNELS} == set(registry.ops())
     for kernel in KERNELS:
         build = getattr(kernel.build, "func", kernel.build)  # behind a partial
-        assert build.__module__ == f"benchmarks.micro.{registry.ops()[kernel.op]}"
+        assert build.__module__ == f"kbfgs_ext.bench.{registry.ops()[kernel.op]}"
     assert len({kernel.name for kernel in KERNELS}) == len(KERNELS)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.micro.kernel import Arguments, Kernel, Layers, Numbers
+from kbfgs_ext.bench.kernel import Arguments, Kernel, Layers, Numbers
 from kbfgs_ext.ops.spectral import COEFFICIENTS, SHIFTS, WEIGHTS
 from kbfgs_ext.ops.spectral.api import workspace_size
 

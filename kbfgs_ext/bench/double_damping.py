@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.micro.kernel import Arguments, Kernel, Layers, Numbers
+from kbfgs_ext.bench.kernel import Arguments, Kernel, Layers, Numbers
 
 
 def _ema(layers: Layers, make: Numbers) -> Arguments:

@@ -12,8 +12,8 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from benchmarks.micro.cases import EAGER, Case, is_ours
-from benchmarks.micro.measure import Row
+from kbfgs_ext.bench.cases import EAGER, Case, is_ours
+from kbfgs_ext.bench.measure import Row
 
 LIMIT = 1.15
 AGAIN = 4  # further measurements of a suspect

@@ -1,15 +1,15 @@
-"""Single kernels under pytest-benchmark: ``pytest benchmarks/micro --benchmark-only``.
+"""Single kernels under pytest-benchmark: ``pytest benchmarks/test_kernels.py --benchmark-only``.
 
 For a look at one kernel with that tool's statistics and its ``--benchmark-compare``. Providers take
-turns and rows are written only by ``python -m benchmarks.micro``.
+turns and rows are written only by ``python -m kbfgs_ext.bench``.
 """
 
 import pytest
 import torch
 
-from benchmarks.cost import cost
-from benchmarks.micro.cases import Case, cases, providers
-from benchmarks.micro.gate import Gate, copies
+from kbfgs_ext.bench.cases import Case, cases, providers
+from kbfgs_ext.bench.cost import cost
+from kbfgs_ext.bench.gate import Gate, copies
 from kbfgs_ext.ops import registry
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

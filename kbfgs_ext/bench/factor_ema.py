@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from benchmarks.micro.kernel import Arguments, Kernel, Layers, Numbers
+from kbfgs_ext.bench.kernel import Arguments, Kernel, Layers, Numbers
 
 
 def _ema(layers: Layers, make: Numbers) -> Arguments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.micro.kernel import Arguments, Kernel, Layers, Numbers
+from kbfgs_ext.bench.kernel import Arguments, Kernel, Layers, Numbers
 from kbfgs_ext.ops.safeguard.api import WORDS
 from kbfgs_ext.optim.safeguard import SafeguardRule
 

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from benchmarks.micro.kernel import Arguments, Kernel, Layers, Numbers
+from kbfgs_ext.bench.kernel import Arguments, Kernel, Layers, Numbers
 from kbfgs_ext.ops import registry
 
 MEMORIES = (10, 100)

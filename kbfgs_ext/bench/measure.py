@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cost import Cost, cost
-from benchmarks.environment import environment
-from benchmarks.micro.cases import (
+from kbfgs_ext.bench.cases import (
     COMPILED,
     COMPILED_SHAPES,
     EAGER,
@@ -21,10 +19,12 @@ from benchmarks.micro.cases import (
     providers,
     why_not_compiled,
 )
-from benchmarks.micro.clock import Ceiling, Meter, interleaved, meters, peak_bytes
-from benchmarks.micro.gate import Gate, copies
-from benchmarks.micro.kernel import Numbers
-from benchmarks.precision import PRECISIONS
+from kbfgs_ext.bench.clock import Ceiling, Meter, interleaved, meters, peak_bytes
+from kbfgs_ext.bench.cost import Cost, cost
+from kbfgs_ext.bench.environment import environment, state
+from kbfgs_ext.bench.gate import Gate, copies
+from kbfgs_ext.bench.kernel import Numbers
+from kbfgs_ext.bench.precision import PRECISIONS
 from kbfgs_ext.ops import registry
 
 Row = dict[str, Any]
@@ -85,9 +85,11 @@ class Bench:
         del gate
 
         readings = interleaved(clocks, self.seconds)
+        now = state(self.device)
         price = cost(case.kernel.op, args)
         rows = [
             self._row(case, name, cache)
+            | now
             | {"peak_bytes": peaks[name]}
             | self._figures(times, readings[EAGER, cache], price)
             for (name, cache), times in readings.items()

@@ -1,8 +1,9 @@
-"""Time of every kernel beside its alternatives: ``python -m benchmarks.micro``.
+"""Time of every kernel beside its alternatives: ``python -m kbfgs_ext.bench``.
 
 Each case is first checked against the float64 reference: what is wrong gets no time. Providers take
 turns, and every time stands beside its ratio to the eager reference of the same rounds. With
-``--check`` our ratios are compared with the committed rows of the same kind of device instead.
+``--check`` our ratios are compared with a file's rows of the same kind of device instead, and with
+``--compare`` two files with each other: of two commits, or of two machines.
 """
 
 from __future__ import annotations
@@ -12,36 +13,20 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
-from benchmarks.environment import environment
-from benchmarks.micro import check
-from benchmarks.micro.cases import cases, is_ours
-from benchmarks.micro.clock import ceiling
-from benchmarks.micro.measure import Bench, Row, load, same_machine, store
-from benchmarks.precision import PRECISIONS
+try:
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"{error}: pip install 'kbfgs_ext[bench]'") from error
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "micro.jsonl"
-
-
-def line(row: Row) -> str:
-    """A row for people."""
-    cache = {"cold": ", cold", "warm": ", warm"}.get(row["cache"], "")
-    name = f"{row['kernel']:28} {row['shape']:16} {row['provider'] + cache:24}"
-    if row["us"] is None:
-        return f"{name} {row['note']}"
-    us = row["us"]
-    rate = (
-        f"{row['gb_per_s']:7.1f} GB/s   "
-        if row["bound"] == "memory"
-        else f"{row['tflop_per_s']:7.3f} TFLOP/s"
-    )
-    return (
-        f"{name} {us['q50']:10.1f} us ({us['q20']:.1f}-{us['q80']:.1f})"
-        f"  {row['ratio_to_eager']:6.3f} of eager  {rate} {row['share_of_ceiling']:6.1%}"
-        f"  +{row['peak_bytes'] / 2**20:.1f} MiB"
-    )
+from kbfgs_ext.bench import check, show, verdict
+from kbfgs_ext.bench.cases import cases, is_ours
+from kbfgs_ext.bench.clock import ceiling
+from kbfgs_ext.bench.environment import environment
+from kbfgs_ext.bench.measure import Bench, load, same_machine, store
+from kbfgs_ext.bench.precision import PRECISIONS
 
 
 def bench(args: argparse.Namespace, console: Console) -> int:
@@ -53,19 +38,23 @@ def bench(args: argparse.Namespace, console: Console) -> int:
         f" {measure.ceiling.bytes_per_second / 1e9:.0f} GB/s, multiplies"
         f" {measure.ceiling.flops_per_second / 1e12:.2f} TFLOP/s"
     )
-    wrong = False
+    wrong, made = False, []
     for case in track(chosen, "cases", console=Console(stderr=True)):
         rows = measure.rows(case)
         for row in rows:
             wrong |= is_ours(row["provider"]) and row.get("note", "").startswith("wrong")
-            console.print(line(row), highlight=False, soft_wrap=True)
+            console.print(show.line(row), highlight=False, soft_wrap=True)
         if args.json:
             store(args.json, rows)
+        made += rows
+    console.print(show.table(made))
+    if args.plot and show.headlines(made):
+        show.plot(made, args.plot)
     return int(wrong)
 
 
-def compare(args: argparse.Namespace, console: Console) -> int:
-    """Compare with the committed rows: 1 where a kernel has slowed, 2 without rows to compare."""
+def guard(args: argparse.Namespace, console: Console) -> int:
+    """Compare with the rows of a file: 1 where a kernel has slowed, 2 without rows to compare."""
     here = environment(args.device)
     committed = check.speeds(
         row
@@ -90,9 +79,31 @@ def compare(args: argparse.Namespace, console: Console) -> int:
     return int(bool(named))
 
 
+def compare(old: Path, new: Path, console: Console) -> int:
+    """Print what has changed from one file to the other: 1 where a kernel has slowed, 2 where none
+    is in both."""
+    found = list(verdict.verdicts(load(old), load(new)))
+    if not found:
+        console.print(f"no kernel of ours has a time in {old} and in {new}")
+        return 2
+    made = Table("kernel", "shape", "provider", "cache", title=f"{old} to {new}")
+    for head in ("old us", "new us", "new / old", "range"):
+        made.add_column(head, justify="right")
+    made.add_column("verdict")
+    for one in found:
+        times = f"{one.old_us:.1f}", f"{one.new_us:.1f}", f"{one.growth:.2f}"
+        names = one.kernel, one.shape, one.provider, one.cache
+        made.add_row(*names, *times, f"{one.low:.2f}-{one.high:.2f}", one.word)
+    console.print(made)
+    words = [one.word for one in found]
+    counts = (f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+    console.print(f"{len(found)} kernels: {', '.join(counts)}")
+    return int(verdict.SLOWER in words)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.micro", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kbfgs_ext.bench", description=__doc__)
     parser.add_argument("--full", action="store_true", help="every layer, every square, compiled")
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
     parser.add_argument("--shape", default="", help="only shapes whose name holds this")
@@ -112,13 +123,30 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the rows here, in place of older ones")
     parser.add_argument(
-        "--check", type=Path, nargs="?", const=RESULTS, help="compare with the rows of this file"
+        "--plot", type=Path, help="draw ours beside the alternatives: png, svg, pdf"
+    )
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE", help="compare with the rows of a file"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("OLD", "NEW"),
+        help="compare two files, run nothing",
     )
     args = parser.parse_args(arguments)
+    console = Console(width=170)
+    if args.compare:
+        missing = [str(path) for path in args.compare if not path.exists()]
+        if missing:
+            parser.error(f"--compare: no such file: {', '.join(missing)}")
+        old, new = args.compare
+        return compare(old, new, console)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     try:
-        return (compare if args.check else bench)(args, Console(width=170))
+        return (guard if args.check else bench)(args, console)
     finally:
         torch.set_num_threads(before)
 

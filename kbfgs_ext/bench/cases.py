@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.micro import (
+from kbfgs_ext.bench import (
     bfgs_update,
     double_damping,
     factor_ema,
@@ -19,9 +19,8 @@ from benchmarks.micro import (
     safeguard,
     spectral,
 )
-from benchmarks.micro.kernel import Arguments, Kernel, Layer, Layers, Numbers
-from benchmarks.models import AUTOENCODERS
-from benchmarks.precision import PRECISIONS
+from kbfgs_ext.bench.kernel import Arguments, Kernel, Layer, Layers, Numbers
+from kbfgs_ext.bench.precision import PRECISIONS
 from kbfgs_ext.ops import registry
 
 EAGER, COMPILED, BLAS = "eager", "torch.compile", "BLAS"
@@ -42,6 +41,11 @@ KERNELS = tuple(
     )
     for kernel in family.KERNELS
 )
+WIDTHS = {  # of the paper's autoencoders, from the pixels to the code and back
+    "mnist": (784, 1000, 500, 250, 30, 250, 500, 1000, 784),
+    "curves": (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784),
+    "faces": (625, 2000, 1000, 500, 30, 500, 1000, 2000, 625),
+}
 NARROW = ("X", "W", "b", "dW", "db")  # what may be 16-bit
 SQUARES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHORT_SHAPES = (
@@ -79,8 +83,8 @@ class Case:
 def shapes() -> dict[str, Layers]:
     """The autoencoders, each of their layers, and squares."""
     found: dict[str, Layers] = {}
-    for name, task in AUTOENCODERS.items():
-        layers = tuple(itertools.starmap(Layer, itertools.pairwise(task.widths)))
+    for name, widths in WIDTHS.items():
+        layers = tuple(itertools.starmap(Layer, itertools.pairwise(widths)))
         found[name] = layers
         found |= {f"{name} {x.d_in}-{x.d_out}": (x,) for x in layers}
     return found | {f"square {n}": (Layer(n, n, bias=False),) for n in SQUARES}
