@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kbfgs_ext.bench.cases import WIDTHS
+from kbfgs_ext.bench.cases import ENCODERS, mirrored
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,17 +26,22 @@ def half_squared_error(outputs: Tensor, pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """Widths from the pixels to the code and back to the pixels, and the loss of its outputs."""
+    """Widths from the pixels to the code and back, and the loss of its outputs."""
 
-    widths: tuple[int, ...]
+    encoder: tuple[int, ...]  # pixels, ..., code
     loss: Loss
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths from the pixels to the code and back to the pixels."""
+        return mirrored(self.encoder)
 
     def build(self) -> nn.Sequential:
         """Linear layers with PyTorch's default init, ReLU between them, none after code or output.
 
         Draws from the global generator: seed it first.
         """
-        code = len(self.widths) // 2 - 1
+        code = len(self.encoder) - 2
         layers: list[nn.Module] = []
         for i, (d_in, d_out) in enumerate(itertools.pairwise(self.widths)):
             layers.append(nn.Linear(d_in, d_out))
@@ -46,7 +51,7 @@ class Autoencoder:
 
 
 AUTOENCODERS = {
-    "mnist": Autoencoder(WIDTHS["mnist"], cross_entropy),
-    "curves": Autoencoder(WIDTHS["curves"], cross_entropy),
-    "faces": Autoencoder(WIDTHS["faces"], half_squared_error),
+    "mnist": Autoencoder(ENCODERS["mnist"], cross_entropy),
+    "curves": Autoencoder(ENCODERS["curves"], cross_entropy),
+    "faces": Autoencoder(ENCODERS["faces"], half_squared_error),
 }

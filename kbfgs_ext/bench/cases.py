@@ -41,10 +41,10 @@ KERNELS = tuple(
     )
     for kernel in family.KERNELS
 )
-WIDTHS = {  # of the paper's autoencoders, from the pixels to the code and back
-    "mnist": (784, 1000, 500, 250, 30, 250, 500, 1000, 784),
-    "curves": (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784),
-    "faces": (625, 2000, 1000, 500, 30, 500, 1000, 2000, 625),
+ENCODERS = {  # of the paper's autoencoders: widths from the pixels to the code
+    "mnist": (784, 1000, 500, 250, 30),
+    "curves": (784, 400, 200, 100, 50, 25, 6),
+    "faces": (625, 2000, 1000, 500, 30),
 }
 NARROW = ("X", "W", "b", "dW", "db")  # what may be 16-bit
 SQUARES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -79,12 +79,17 @@ class Case:
         return args | {name: [t.to(half) for t in args[name]] for name in NARROW if args.get(name)}
 
 
+def mirrored(encoder: tuple[int, ...]) -> tuple[int, ...]:
+    """Widths to the code and back."""
+    return encoder + encoder[-2::-1]
+
+
 @functools.cache
 def shapes() -> dict[str, Layers]:
     """The autoencoders, each of their layers, and squares."""
     found: dict[str, Layers] = {}
-    for name, widths in WIDTHS.items():
-        layers = tuple(itertools.starmap(Layer, itertools.pairwise(widths)))
+    for name, encoder in ENCODERS.items():
+        layers = tuple(itertools.starmap(Layer, itertools.pairwise(mirrored(encoder))))
         found[name] = layers
         found |= {f"{name} {x.d_in}-{x.d_out}": (x,) for x in layers}
     return found | {f"square {n}": (Layer(n, n, bias=False),) for n in SQUARES}
