@@ -1,7 +1,8 @@
 """Builds kbfgs_ext._C: the C++ kernels always, the CUDA kernels where nvcc and a CUDA torch are.
 
-KBFGS_CUDA=0 leaves the CUDA kernels out. The binary serves the minor version of torch that it was
-built with (kbfgs_ext/environment.py). Everything else about the package stands in pyproject.toml.
+KBFGS_CUDA=0 leaves the CUDA kernels out. The binary is of torch's stable interface and of Python's
+limited API: it serves every torch and every Python that the package supports. Everything else about
+the package stands in pyproject.toml.
 """
 
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -18,9 +20,11 @@ HERE = Path(__file__).resolve().parent
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 USUAL_TOOLKIT = Path("/usr/local/cuda")
 HEADER = "cuda_runtime_api.h"
+# A free-threaded Python has no limited API yet: its binary is its own.
+LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 os.chdir(HERE)
-CUDA_BINDINGS = sorted(Path("csrc").rglob("bindings_cuda.cpp"))
+CUDA_BINDINGS = sorted(Path("csrc").rglob("*_cuda.cpp"))
 try:
     import torch
     from torch.utils import cpp_extension
@@ -49,7 +53,7 @@ def why_no_cuda() -> str | None:
     if os.environ.get("KBFGS_CUDA", "1") == "0":
         return "KBFGS_CUDA=0"
     if not CUDA_BINDINGS:
-        return "bindings_cuda.cpp is not in this source tree"
+        return "*_cuda.cpp is not in this source tree"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
     if toolkit() is None:
@@ -90,11 +94,11 @@ def extension():
     sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path not in CUDA_BINDINGS)
     # No fast-math: curvature quotients decide signs, and NaN must stay NaN.
     cxx = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
-    link = []
-    if sys.platform == "linux":  # torch's own OpenMP runtime; elsewhere kernels run on one thread
-        cxx.append("-fopenmp")
-        link.append("-fopenmp")
-    shared = {"name": "kbfgs_ext._C", "include_dirs": [str(HERE / "csrc")], "extra_link_args": link}
+    shared = {
+        "name": "kbfgs_ext._C",
+        "include_dirs": [str(HERE / "csrc")],
+        "py_limited_api": LIMITED,
+    }
     reason = why_no_cuda()
     if reason is not None:
         print(f"kbfgs_ext: CUDA kernels left out: {reason}")
@@ -117,4 +121,5 @@ if __name__ == "__main__":
     setup(
         ext_modules=[extension()],
         cmdclass={"build_ext": cpp_extension.BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED else {},
     )

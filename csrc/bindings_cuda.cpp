@@ -4,12 +4,27 @@
 
 namespace kbfgs::cuda {
 
-void bind(pybind11::module_& module) {
+namespace {
+
+PyObject* fits(PyObject*, PyObject* arguments) {
+  long long n, columns, p, element_bytes;
+  if (!PyArg_ParseTuple(arguments, "LLLL", &n, &columns, &p, &element_bytes)) return nullptr;
+  return PyBool_FromLong(two_loop_fits(n, columns, p, element_bytes));
+}
+
+PyMethodDef kMethods[] = {
+    {"two_loop_fits", &fits, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+void bind(PyObject* module) {
   for (const auto& ops :
        {bfgs_update_ops(), double_damping_ops(), factor_ema_ops(), kron_precondition_ops(),
         lbfgs_two_loop_ops(), safeguard_ops(), spectral_ops()})
-    define(module, ops);
-  module.def("two_loop_fits", &two_loop_fits);
+    python::define(module, ops);
+  if (PyModule_AddFunctions(module, kMethods) != 0) throw python::ErrorSet();
 }
 
 }  // namespace kbfgs::cuda

@@ -53,16 +53,16 @@ def autotune() -> bool:
 _REBUILD = "`pip install --force-reinstall --no-deps --no-build-isolation .`"
 
 
-def built_for(binary: Path) -> str | None:
-    """The torch version that ``binary`` was compiled for, read from its file; None is unknown."""
+def needs_torch(binary: Path) -> str | None:
+    """The oldest torch that ``binary`` works with, read from its file; None is unknown."""
     with binary.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        found = re.search(rb"kbfgs_ext built for torch ([0-9][0-9A-Za-z.+]*)", text)
+        found = re.search(rb"kbfgs_ext needs torch ([0-9]+\.[0-9]+)", text)
         return found[1].decode() if found else None
 
 
-def _minor(version: str) -> str:
-    """2.13 of 2.13.0+cpu."""
-    return ".".join(version.split(".")[:2])
+def _minor(version: str) -> tuple[int, ...]:
+    """(2, 13) of 2.13.0+cpu."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _binary() -> Path | None:
@@ -74,14 +74,13 @@ def _binary() -> Path | None:
 def _misfit(binary: Path) -> str | None:
     """Why ``binary`` must not be loaded into this torch, or None.
 
-    Its C++ interface holds within a minor version alone. A binary for another one may load and
-    fail in its first call, or worse.
+    It is of torch's stable interface: what works with one torch works with the later ones.
     """
-    built, here = built_for(binary), torch.__version__
-    if built is None:
-        return f"built for an unknown torch, this is {_minor(here)}: rebuild with {_REBUILD}"
-    if _minor(built) != _minor(here):
-        return f"built for torch {_minor(built)}, this is {_minor(here)}: rebuild with {_REBUILD}"
+    needed, here = needs_torch(binary), torch.__version__
+    if needed is None:  # one for one torch alone, which misreads dtypes under others
+        return f"{binary.name} is of an older kbfgs_ext: delete it and rebuild with {_REBUILD}"
+    if _minor(needed) > _minor(here):
+        return f"it needs torch {needed} or newer, this is {here}"
     return None
 
 

@@ -1,9 +1,12 @@
-"""The compiled extension is used with the torch it was built for, and with no other."""
+"""The compiled extension is used with every torch that it works with, and with no other."""
 
 import importlib.metadata
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import types
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from tests.helpers import backends
 ROOT = Path(__file__).parents[1]
 STEPS = """
 import sys, warnings, torch
-torch.__version__ = "2.99.0+cpu"
+torch.__version__ = "2.10.1+cpu"
 import kbfgs_ext
 m = torch.nn.Linear(3, 2); opt = kbfgs_ext.KBFGS(m)
 def closure():
@@ -43,52 +46,70 @@ def fresh():
 
 
 def binary(folder: Path, version: str | None) -> Path:
-    """A file that looks built for ``version``."""
+    """A file that looks like one that needs torch ``version``."""
     path = folder / "_C.so"
-    said = "" if version is None else f"kbfgs_ext built for torch {version}"
+    said = "" if version is None else f"kbfgs_ext needs torch {version}"
     path.write_bytes(b"\x7fELF\0" * 1000 + said.encode() + b"\0.text\0")
     return path
 
 
 @backends.needs_native
-def test_the_binary_says_what_it_was_built_for():
-    built = environment.built_for(environment._binary())
-    assert built.split("+")[0] == torch.__version__.split("+")[0]
+def test_the_binary_says_what_it_needs():
+    needed = environment.needs_torch(environment._binary())
+    asked = (ROOT / "pyproject.toml").read_text()
+    assert f'dependencies = ["torch>={needed}"' in asked
+
+
+@backends.needs_native
+def test_the_binary_is_of_stable_interfaces_alone():
+    """Nothing of torch's C++, whose layout changes, nor of what a Python version has alone."""
+    path = environment._binary()
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        pytest.skip("a free-threaded Python has no limited API")
+    assert ".abi3." in path.name
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("needs nm")
+    said = subprocess.run([nm, "-D", "-u", str(path)], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in said.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert not [n for n in names if re.search(r"_Z.*(2at|3c10|5torch)|THP|_PyObject|pybind", n)]
 
 
 @pytest.mark.parametrize(
-    ("built", "here", "reason"),
+    ("needed", "here", "reason"),
     [
-        ("2.13.0", "2.13.1+cu130", None),
-        ("2.13.0+cpu", "2.13.0a0+git1234", None),
-        ("2.13.0", "2.11.0", "built for torch 2.13, this is 2.11: rebuild with `pip install "),
-        ("2.11.0", "2.13.0+cpu", "built for torch 2.11, this is 2.13: rebuild with `pip install "),
-        ("2.1.0", "2.10.0", "built for torch 2.1, this is 2.10: "),
-        (None, "2.13.0", "built for an unknown torch, this is 2.13: "),
+        ("2.11", "2.11.0", None),
+        ("2.11", "2.13.1+cu130", None),
+        ("2.11", "2.13.0a0+git1234", None),
+        ("2.11", "3.0.0", None),
+        ("2.11", "2.10.2+cpu", "it needs torch 2.11 or newer, this is 2.10.2+cpu"),
+        ("2.11", "2.9.0", "it needs torch 2.11 or newer, this is 2.9.0"),
+        (None, "2.13.0", "_C.so is of an older kbfgs_ext: delete it and rebuild with `pip install"),
     ],
 )
-def test_versions_that_fit(built, here, reason, tmp_path, monkeypatch):
+def test_versions_that_fit(needed, here, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", here)
-    found = environment._misfit(binary(tmp_path, built))
+    found = environment._misfit(binary(tmp_path, needed))
     assert found is None if reason is None else found.startswith(reason)
 
 
 def test_a_misfit_is_never_loaded_and_told_once(fresh, tmp_path, monkeypatch, recwarn):
-    monkeypatch.setattr(environment, "_binary", lambda: binary(tmp_path, "1.0.0"))
+    monkeypatch.setattr(environment, "_binary", lambda: binary(tmp_path, "99.0"))
     monkeypatch.setattr(environment.importlib, "import_module", lambda name: pytest.fail(name))
     for _ in range(3):
         assert environment.native_missing().startswith(
-            "the compiled extension is not used: built for torch 1.0, this is "
+            "the compiled extension is not used: it needs torch 99.0 or newer, this is "
         )
         assert environment.cuda_missing() == environment.native_missing()
-    assert len(recwarn) == 1 and "built for torch 1.0" in str(recwarn[0].message)
+    assert len(recwarn) == 1 and "needs torch 99.0" in str(recwarn[0].message)
 
 
 def test_one_that_does_not_load_is_told_once(fresh, tmp_path, monkeypatch, recwarn):
     def fail(name: str) -> types.ModuleType:
         raise ImportError("libc10_cuda.so: cannot open shared object file")
 
-    monkeypatch.setattr(environment, "_binary", lambda: binary(tmp_path, torch.__version__))
+    monkeypatch.setattr(environment, "_binary", lambda: binary(tmp_path, "2.11"))
     monkeypatch.setattr(environment.importlib, "import_module", fail)
     for _ in range(2):
         assert "does not load: libc10_cuda.so" in environment.native_missing()
@@ -107,7 +128,7 @@ def test_one_that_is_not_there_is_no_reason_to_warn(fresh, tmp_path, monkeypatch
 
 
 def test_disabled_on_purpose_is_silent(fresh, tmp_path, monkeypatch, recwarn):
-    monkeypatch.setattr(environment, "_binary", lambda: binary(tmp_path, "1.0.0"))
+    monkeypatch.setattr(environment, "_binary", lambda: binary(tmp_path, "99.0"))
     monkeypatch.setenv("KBFGS_DISABLE_NATIVE", "1")
     assert environment.native_missing() == "KBFGS_DISABLE_NATIVE=1"
     assert not recwarn
@@ -115,15 +136,14 @@ def test_disabled_on_purpose_is_silent(fresh, tmp_path, monkeypatch, recwarn):
 
 @backends.needs_native
 def test_the_optimizer_goes_on_without_it(tmp_path):
-    """A whole process under a torch of another version: one warning, steps, an explanation."""
+    """A whole process under a torch that is too old: one warning, steps, an explanation."""
     done = subprocess.run(
         [sys.executable, "-c", STEPS],
         env={"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    built = ".".join(environment.built_for(environment._binary()).split(".")[:2])
-    said = f"built for torch {built}, this is 2.99: rebuild with"
+    said = "it needs torch 2.11 or newer, this is 2.10.1+cpu"
     first, *rest = done.stdout.splitlines()
     assert said in first and not any("is not used" in line for line in rest[:1])
     assert f"compiled extension: missing, the compiled extension is not used: {said}" in done.stdout

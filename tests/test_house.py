@@ -98,7 +98,7 @@ def test_explain_of_one_call_tries_it():
     assert said.startswith("bfgs_update/bfgs_update_: cpu; not cuda: ")
     half = calls.apply(args, lambda t: t.half() if t.is_floating_point() else t)
     said = registry.explain(op="bfgs_update_", args=half | {"ok": None})
-    assert "not cpu: the cpu kernels take float32 and float64, not Half" in said
+    assert "not cpu: the cpu kernels take float32 and float64, not float16" in said
     assert torch.equal(H, torch.eye(3))
     assert registry.explain("cpu", "momentum_").count("kron_precondition/") == 1
     with pytest.raises(ValueError, match="op must be one of .*got 'momentum'"):

@@ -3,15 +3,16 @@
 // the number of elements again, so that no call can reach past a tensor.)
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "call.h"
 #include "numbers.h"
+#include "torch_tensor.h"
 
 namespace kbfgs {
 
@@ -34,7 +35,7 @@ template <typename T>
 class Arguments {
  public:
   // `kernels` is "cpu" or "cuda", for messages; `most`: elements that a tensor may have.
-  Arguments(const Call& call, const char* kernels, at::Device device, int64_t most = INT64_MAX)
+  Arguments(const Call& call, const char* kernels, Device device, int64_t most = INT64_MAX)
       : call_(call), kernels_(kernels), device_(device), most_(most) {}
 
   // Whether the list has entries.
@@ -56,39 +57,39 @@ class Arguments {
   T* input(const char* name, size_t i, int64_t elements) {
     const Tensor& t = tensor(name, i);
     check<T>(name, t, elements);
-    return keep(t.contiguous()).template data_ptr<T>();
+    return static_cast<T*>(in_order(t));
   }
   // As `state` and `input`, but T or 16-bit.
   Numbers<T> written_numbers(const char* name, size_t i, int64_t elements) const {
     const Tensor& t = tensor(name, i);
     const Format format = check_numbers(name, t, elements);
     if (!t.is_contiguous()) throw Unsupported(std::string(name) + " is not contiguous");
-    return {t.data_ptr(), format};
+    return {t.data(), format};
   }
   Numbers<T> numbers(const char* name, size_t i, int64_t elements) {
     const Tensor& t = tensor(name, i);
     const Format format = check_numbers(name, t, elements);
-    return {keep(t.contiguous()).data_ptr(), format};
+    return {in_order(t), format};
   }
   // Read only, T or 16-bit: any row stride, unit column stride; n columns, or n - 1 and one of ones
   // implied.
   Strided<Numbers<T>> rows(const char* name, size_t i, int64_t n) {
-    return rows(name, tensor(name, i), n);
-  }
-  Strided<Numbers<T>> rows(const char* name, const Tensor& t, int64_t n) {
+    const Tensor& t = tensor(name, i);
     const Format format = check_numbers(name, t, t.numel());
     if (t.dim() != 2 || (t.size(1) != n && t.size(1) != n - 1))
       throw std::invalid_argument(
           std::string(name) + " must have rows of " + std::to_string(n) + " elements or one less");
     const bool fits = (t.stride(1) == 1 || t.size(1) <= 1) &&
                       (t.stride(0) >= t.size(1) || t.size(0) <= 1);
-    const Tensor& used = keep(fits ? t : t.contiguous());
-    return {{used.data_ptr(), format}, used.size(0), used.size(1), used.stride(0)};
+    if (!fits) return {{in_order(t), format}, t.size(0), t.size(1), t.size(1)};
+    return {{t.data(), format}, t.size(0), t.size(1), t.stride(0)};
   }
-  // The same of T alone.
-  Strided<T*> own_rows(const char* name, const Tensor& t, int64_t n) {
+  // Columns of T, of any row stride; a vector is one.
+  Strided<T*> columns(const char* name, size_t i) {
+    const Tensor& t = tensor(name, i);
+    if (t.dim() == 1) return {input(name, i, t.numel()), t.numel(), 1, 1};
     check<T>(name, t, t.numel());
-    const Strided<Numbers<T>> found = rows(name, t, n);
+    const Strided<Numbers<T>> found = rows(name, i, t.dim() == 2 ? t.size(1) : 0);
     return {found.data.as_own(), found.m, found.columns, found.stride};
   }
   // Used in place, as `state`, but with any row stride: a matrix inside a larger one.
@@ -98,7 +99,7 @@ class Arguments {
     const bool fits = t.dim() == 2 && (t.stride(1) == 1 || columns <= 1) &&
                       (t.stride(0) >= columns || m <= 1);
     if (!fits) throw Unsupported(std::string(name) + " is not contiguous by rows");
-    return {t.data_ptr<T>(), m, columns, m <= 1 ? columns : t.stride(0)};
+    return {static_cast<T*>(t.data()), m, columns, m <= 1 ? columns : t.stride(0)};
   }
   double* scalar(const char* name, size_t i) const { return scalars(name, i, 1); }
   double* scalars(const char* name, size_t i, int64_t elements) const {
@@ -111,42 +112,42 @@ class Arguments {
   // Uninitialised, as long as this lives.
   template <typename U = T>
   U* scratch(int64_t elements) {
-    const auto type = at::CppTypeToScalarType<U>::value;
-    return keep(at::empty({elements}, at::TensorOptions().device(device_).dtype(type)))
-        .template data_ptr<U>();
+    return static_cast<U*>(keep(uninitialised(elements, kDtype<U>, device_)));
   }
 
  private:
-  const Tensor& keep(Tensor t) {
+  void* keep(TorchTensor t) {
     kept_.push_back(std::move(t));
-    return kept_.back();
+    return kept_.back().data_ptr();
+  }
+  // Its elements without gaps: where they lie, or copied.
+  void* in_order(const Tensor& t) {
+    return t.is_contiguous() ? t.data() : keep(contiguous_copy(t));
   }
   template <typename Number>
   void check(const char* name, const Tensor& t, int64_t elements) const {
     check_plain(name, t, elements);
-    constexpr at::ScalarType wanted = at::CppTypeToScalarType<Number>::value;
-    if (t.scalar_type() != wanted) refuse(name, t, c10::toString(wanted));
+    if (t.dtype() != kDtype<Number>) refuse(name, t, name_of(kDtype<Number>));
   }
   // 16-bit numbers go with 32-bit state.
   Format check_numbers(const char* name, const Tensor& t, int64_t elements) const {
     check_plain(name, t, elements);
-    constexpr at::ScalarType own = at::CppTypeToScalarType<T>::value;
-    if (t.scalar_type() == own) return Format::kOwn;
+    if (t.dtype() == kDtype<T>) return Format::kOwn;
     if constexpr (std::is_same_v<T, float>) {
-      if (t.scalar_type() == at::kBFloat16) return Format::kBfloat16;
-      if (t.scalar_type() == at::kHalf) return Format::kHalf;
-      refuse(name, t, "Float, BFloat16 and Half");
+      if (t.dtype() == kBfloat16) return Format::kBfloat16;
+      if (t.dtype() == kHalf) return Format::kHalf;
+      refuse(name, t, "float32, bfloat16 and float16");
     }
-    refuse(name, t, c10::toString(own));
+    refuse(name, t, name_of(kDtype<T>));
   }
-  [[noreturn]] void refuse(const char* name, const Tensor& t, const char* wanted) const {
+  [[noreturn]] void refuse(const char* name, const Tensor& t, const std::string& wanted) const {
     throw Unsupported(
-        std::string(name) + " is " + c10::toString(t.scalar_type()) + ", the " + kernels_ +
-        " kernels take " + wanted);
+        std::string(name) + " is " + name_of(t.dtype()) + ", the " + kernels_ + " kernels take " +
+        wanted);
   }
   void check_plain(const char* name, const Tensor& t, int64_t elements) const {
-    if (t.device() != device_ || t.layout() != at::kStrided || t.is_neg())
-      throw Unsupported(std::string(name) + " is not a plain tensor on " + device_.str());
+    if (t.device() != device_)
+      throw Unsupported(std::string(name) + " is not on " + name_of(device_));
     if (t.numel() != elements)
       throw std::invalid_argument(
           std::string(name) + " must have " + std::to_string(elements) + " elements, got " +
@@ -159,28 +160,25 @@ class Arguments {
   Number* in_place(const char* name, const Tensor& t, int64_t elements) const {
     check<Number>(name, t, elements);
     if (!t.is_contiguous()) throw Unsupported(std::string(name) + " is not contiguous");
-    return t.data_ptr<Number>();
+    return static_cast<Number*>(t.data());
   }
 
   const Call& call_;
   const char* kernels_;
-  at::Device device_;
+  Device device_;
   int64_t most_;
-  Tensors kept_;
+  std::vector<TorchTensor> kept_;
 };
 
 // Calls run(T{}) with the dtype of the op's first list; an empty list has nothing to run.
 template <class Run>
 void by_dtype(const char* kernels, const Tensors& lead, const Run& run) {
   if (lead.empty()) return;
-  switch (lead[0].scalar_type()) {
-    case at::kFloat: return run(float{});
-    case at::kDouble: return run(double{});
-    default: break;
-  }
+  if (lead[0].dtype() == kDtype<float>) return run(float{});
+  if (lead[0].dtype() == kDtype<double>) return run(double{});
   throw Unsupported(
       std::string("the ") + kernels + " kernels take float32 and float64, not " +
-      c10::toString(lead[0].scalar_type()));
+      name_of(lead[0].dtype()));
 }
 
 // The same for an op whose numbers may all be integers; without those there is nothing to run.

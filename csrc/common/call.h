@@ -2,8 +2,6 @@
 // (kbfgs_ext/ops/<family>/api.py) and stand in no other list.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -12,9 +10,10 @@
 #include <variant>
 #include <vector>
 
+#include "tensor.h"
+
 namespace kbfgs {
 
-using at::Tensor;
 using Tensors = std::vector<Tensor>;
 
 class Call {

@@ -8,7 +8,7 @@ namespace kbfgs {
 
 template <typename T>
 struct CpuArguments : Arguments<T> {
-  explicit CpuArguments(const Call& call) : Arguments<T>(call, "cpu", at::kCPU) {}
+  explicit CpuArguments(const Call& call) : Arguments<T>(call, "cpu", kCpu) {}
 
   double number(const char* name, size_t i) const { return *this->scalar(name, i); }
   Rows<T> rows(const char* name, size_t i, int64_t n) {

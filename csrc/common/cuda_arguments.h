@@ -2,14 +2,33 @@
 // current stream. The allocator is stream-ordered, so that copies and scratch may go when this does.
 #pragma once
 
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+#ifndef KBFGS_CUDA_HOST
+#include <cuda_runtime_api.h>
+#endif
 
 #include <climits>
 
 #include "arguments.h"
 
 namespace kbfgs::cuda {
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(Device device) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device.index, &handle_));
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  ~DeviceGuard() { aoti_torch_delete_cuda_guard(handle_); }
+
+ private:
+  CUDAGuardHandle handle_;
+};
+
+inline cudaStream_t current_stream(Device device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
 
 template <typename T>
 class CudaArguments : public Arguments<T> {
@@ -18,12 +37,12 @@ class CudaArguments : public Arguments<T> {
   CudaArguments(const Call& call, const Tensor& lead)
       : Arguments<T>(call, "cuda", lead.device(), INT_MAX),
         guard_(lead.device()),
-        stream_(c10::cuda::getCurrentCUDAStream(lead.device().index()).stream()) {}
+        stream_(current_stream(lead.device())) {}
 
   cudaStream_t stream() const { return stream_; }
 
  private:
-  c10::cuda::CUDAGuard guard_;
+  DeviceGuard guard_;
   cudaStream_t stream_;
 };
 

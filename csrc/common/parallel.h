@@ -1,15 +1,15 @@
 // Work units over torch's threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 
+#include "stable.h"
+
 namespace kbfgs {
 
-inline int64_t thread_count() { return at::get_num_threads(); }
+inline int64_t thread_count() { return torch::stable::get_num_threads(); }
 
 // Below this many elements read or written, waking another thread costs more than it gains: about
 // 5 us of work on one core.
@@ -27,7 +27,7 @@ void parallel_units(int64_t units, int64_t elements, const Body& body) {
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(unit);
   };
   if (threads > 1)
-    at::parallel_for(0, threads, 1, worker);
+    torch::stable::parallel_for(0, threads, 1, worker);
   else
     worker(0, 1);
 }

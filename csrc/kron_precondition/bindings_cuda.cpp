@@ -1,11 +1,10 @@
 // kron_precondition's ops on CUDA.
 #include "../bindings.h"
 
-#include <ATen/ops/mm.h>
-
 #include <vector>
 
 #include "../common/cuda_arguments.h"
+#include "../common/gemm_cuda.h"
 #include "kron_arguments_cuda.h"
 #include "kron_precondition_cuda.h"
 #include "lengths_arguments.h"
@@ -78,11 +77,19 @@ void lengths_cuda(const Call& call) {
   });
 }
 
+// A layer of (3) for cuBLAS; without H_g it has no left factor.
+template <typename T>
+struct LargeLayer {
+  size_t i;  // of the call's layers
+  Strided<T*> P, M, work;
+  const T *H_g, *H_a;
+};
+
 // The layers of one call of (3): the small ones for small_step, the others for cuBLAS.
 template <typename T>
 struct Directions {
   std::vector<SmallLayer<T>> small;
-  std::vector<size_t> large;
+  std::vector<LargeLayer<T>> large;
 };
 
 template <typename T>
@@ -93,29 +100,28 @@ Directions<T> directions(CudaArguments<T>& args, const Tensors& M) {
     const Strided<T*> p = args.tile("P", i, n_g, n_a), m = args.tile("M", i, n_g, n_a);
     T* a = args.state("H_a", i, n_a * n_a);
     T* g = args.given("H_g") ? args.state("H_g", i, n_g * n_g) : nullptr;
-    args.tile("work", i, n_g, n_a);
+    const Strided<T*> work = args.tile("work", i, n_g, n_a);
     const bool whole = p.stride == n_a && m.stride == n_a;  // not a tile of larger matrices
     if (whole && small_step_fits(n_g, n_a, sizeof(T)))
       out.small.push_back(
           {p.data, g, m.data, a, {}, {}, nullptr, int(n_g), int(n_a), int(n_a), 0});
     else
-      out.large.push_back(i);
+      out.large.push_back({i, p, m, work, g, a});
   }
   return out;
 }
 
 // cuBLAS, in the precision that torch.backends.cuda.matmul is set to; fp32 unless the user asked.
 template <typename T>
-void multiply_large(const CudaArguments<T>& args, const std::vector<size_t>& large) {
-  for (const size_t i : large) {
-    Tensor P = args.tensor("P", i), left = args.tensor("work", i);
-    const Tensor &M = args.tensor("M", i), &H_a = args.tensor("H_a", i);
-    if (args.given("H_g")) {
-      at::mm_out(left, args.tensor("H_g", i), M);
-      at::mm_out(P, left, H_a);
-    } else {
-      at::mm_out(P, M, H_a);
-    }
+void multiply_large(const std::vector<LargeLayer<T>>& large, Device device) {
+  const auto matrix = [](const Strided<T*>& t) -> Matrix<T> {
+    return {t.data, t.m, t.columns, t.stride};
+  };
+  for (const auto& l : large) {
+    const int64_t n_g = l.M.m, n_a = l.M.columns;
+    if (l.H_g) gemm<T>(l.work.data, l.work.stride, {l.H_g, n_g, n_g, n_g}, matrix(l.M), device);
+    const Matrix<T> left = matrix(l.H_g ? l.work : l.M);
+    gemm<T>(l.P.data, l.P.stride, left, {l.H_a, n_a, n_a, n_a}, device);
   }
 }
 
@@ -125,7 +131,7 @@ void kron_precondition_cuda(const Call& call) {
     CudaArguments<decltype(zero)> args(call, M[0]);
     const auto split = directions(args, M);
     small_step(split.small, nullptr, args.stream());
-    multiply_large(args, split.large);
+    multiply_large(split.large, M[0].device());
   });
 }
 
@@ -141,7 +147,7 @@ void kron_step_cuda(const Call& call) {
     for (size_t i = 0; i < M.size(); ++i) {
       auto l = averages[i];
       l.step_size = args.scalar("step_size", i);
-      if (large < split.large.size() && split.large[large] == i) {
+      if (large < split.large.size() && split.large[large].i == i) {
         l.joined = args.state("P", i, M[i].numel());
         steps.push_back(l), ++large;
       } else {
@@ -153,7 +159,7 @@ void kron_step_cuda(const Call& call) {
     const bool* flag = args.flag("ok");
     momentum(averages, mu, weight_decay, flag, args.stream());
     small_step(split.small, flag, args.stream());
-    multiply_large(args, split.large);
+    multiply_large(split.large, M[0].device());
     descend(steps, flag, args.stream());
   });
 }

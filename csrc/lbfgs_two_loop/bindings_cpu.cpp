@@ -23,10 +23,8 @@ void lbfgs_two_loop_cpu(const Call& call) {
     CpuArguments<T> args(call);
     std::vector<TwoLoop<T>> layers;
     for (size_t i = 0; i < out.size(); ++i) {
-      const Tensor& Q = args.tensor("Q", i);
-      const Tensor q = Q.dim() == 2 ? Q : Q.unsqueeze(1);
-      const int64_t n = q.size(0), p = args.tensor("S", i).size(0);
-      const Strided<T*> rows = args.own_rows("Q", q, q.size(1));
+      const Strided<T*> rows = args.columns("Q", i);
+      const int64_t n = rows.m, p = args.tensor("S", i).size(0);
       layers.push_back(
           {{n, p, *args.integers("pushed", i, 1), args.state("S", i, p * n),
             args.state("Y", i, p * n), args.input("rho", i, p)},

@@ -19,9 +19,7 @@ void lbfgs_two_loop_cuda(const Call& call) {
     std::vector<RingLayer<T>> layers(out.size());
     for (size_t i = 0; i < out.size(); ++i) {
       RingLayer<T>& l = layers[i];
-      const Tensor& Q = args.tensor("Q", i);
-      const Tensor q = Q.dim() == 2 ? Q : Q.unsqueeze(1);
-      const Strided<T*> rows = args.own_rows("Q", q, q.size(1));
+      const Strided<T*> rows = args.columns("Q", i);
       const int64_t p = args.tensor("S", i).size(0), n = rows.m;
       l.Q = rows.data, l.ld = rows.stride, l.n = int(n), l.columns = int(rows.columns);
       l.out = args.state("out", i, n * rows.columns);

@@ -9,7 +9,7 @@ namespace {
 void admit_cpu(const Call& call) {
   const Tensors& norms = call.tensors("norms");
   by_dtype("cpu", norms, [&](auto zero) {
-    Arguments<decltype(zero)> args(call, "cpu", at::kCPU);
+    Arguments<decltype(zero)> args(call, "cpu", kCpu);
     const auto all = admissions(args, norms);
     for (const auto& one : all) {
       bool bad = false;
@@ -22,7 +22,7 @@ void admit_cpu(const Call& call) {
 void judge_cpu(const Call& call) {
   const Tensors& scale = call.tensors("scale");
   by_dtype("cpu", scale, [&](auto zero) {
-    Arguments<decltype(zero)> args(call, "cpu", at::kCPU);
+    Arguments<decltype(zero)> args(call, "cpu", kCpu);
     const auto all = judgements(args, scale.size());
     const JudgeRule rule = judge_rule(call);
     const bool* flag = args.flag("ok");

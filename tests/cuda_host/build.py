@@ -1,4 +1,4 @@
-"""Builds csrc/**/*.cu and every bindings_cuda.cpp as C++ for the host, into an importable module.
+"""Builds csrc/**/*.cu and every *_cuda.cpp as C++ for the host, into an importable module.
 
 Objects are kept under build/cuda_host by the hash of everything they are made of, so only the first
 run after a change compiles.
@@ -18,6 +18,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import pybind11
 import torch
 from torch.utils import cpp_extension
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 CACHE = ROOT / "build" / "cuda_host"
 KERNELS = sorted((ROOT / "csrc").rglob("*.cu"))
-BINDINGS = sorted((ROOT / "csrc").rglob("bindings_cuda.cpp"))
+BINDINGS = sorted((ROOT / "csrc").rglob("*_cuda.cpp"))
 HEADERS = sorted(
     [*(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "csrc").rglob("*.h"), *HERE.rglob("*.h")]
 )
@@ -48,11 +49,8 @@ def compiler() -> str | None:
 
 def _torch_flags() -> list[str]:
     paths = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-    abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
-    return [
-        f"-I{HERE / 'fake'}", f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in paths),
-        f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
-    ]  # fmt: skip
+    included = [pybind11.get_include(), *paths]
+    return [f"-I{ROOT / 'csrc'}", "-DKBFGS_WITH_CUDA", *(f"-isystem{path}" for path in included)]
 
 
 def _digest(*parts: str | Path) -> str:
@@ -106,6 +104,7 @@ def _library(flavour: str) -> Path:
     # Only a kernel sees threadIdx and its kind as macros: torch's headers have variables so named.
     jobs += [(path, [*torch_flags, "-DKBFGS_CUDA_HOST_TYPES", *header]) for path in BINDINGS]
     name = f"kbfgs_cuda_host_{flavour}"
+    jobs += [(HERE / "torch_cuda.cpp", torch_flags)]
     jobs += [(HERE / "module.cpp", [*torch_flags, f"-DKBFGS_HOST_MODULE={name}"])]
     jobs.reverse()  # the longest first
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -116,8 +115,8 @@ def _library(flavour: str) -> Path:
         partial = out.with_suffix(".partial")
         torch_lib = Path(torch.__file__).parent / "lib"
         _run([
-            compiler(), "-shared", *flags, *map(str, objects), f"-L{torch_lib}", "-ltorch_python",
-            "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_lib}", "-o", str(partial),
+            compiler(), "-shared", *flags, *map(str, objects), f"-L{torch_lib}", "-ltorch_cpu",
+            "-lc10", f"-Wl,-rpath,{torch_lib}", "-o", str(partial),
         ])  # fmt: skip
         partial.rename(out)
     return out

@@ -7,12 +7,11 @@
 #include "cuda_host.h"
 
 namespace kbfgs::cuda {
-void bind(pybind11::module_& module);  // bindings_cuda.cpp
+void bind(PyObject* module);  // bindings_cuda.cpp
 }
 
 PYBIND11_MODULE(KBFGS_HOST_MODULE, module) {
-  kbfgs::translate_unsupported();
-  kbfgs::cuda::bind(module);
+  kbfgs::cuda::bind(module.ptr());
   module.def("set_machine", [](int multiprocessors, int shared_bytes, bool backwards) {
     cuda_host::settings() = {multiprocessors, shared_bytes, backwards, {}};
   });

@@ -137,7 +137,7 @@ def test_other_dtypes_are_refused(op):
         cases.first(op).build(torch.float32),
         lambda t: t.bfloat16() if t.dtype == torch.float32 else t,
     )
-    with pytest.raises(registry.Unsupported, match="BFloat16"):
+    with pytest.raises(registry.Unsupported, match="bfloat16"):
         calls.run(op, half, "cpu")
 
 
@@ -154,7 +154,7 @@ def test_mixed_dtypes_are_refused(op, name):
     other = [t.double() if t.dtype == torch.float32 else t.float() for t in value]
     args |= {name: other}
     before = calls.apply(args, calls.copy)
-    with pytest.raises(registry.Unsupported, match=r"Float|Double"):
+    with pytest.raises(registry.Unsupported, match="float"):
         calls.call(op, args, "cpu")
     for (argument, g), (_, b) in zip(calls.flat(op, args), calls.flat(op, before), strict=True):
         compare.assert_same_bits(g, b, argument)

@@ -293,7 +293,7 @@ def test_no_op_of_a_16_bit_step_is_on_the_reference(method, action, half, how):
         opt.step(closure)
         report = opt.explain()
         assert "on the reference: none" in report.splitlines()[0], report
-        assert "BFloat16" not in report and "Half" not in report
+        assert "bfloat16" not in report and "float16" not in report
         taken |= {line.split("/")[1].split(":")[0] for line in report.splitlines()[1:]}
     assert taken >= {
         "curvature_update_",
