@@ -62,20 +62,22 @@ inline const TensorType& tensor_type() {
   return known;
 }
 
-// torch negates lazily only what is the imaginary part of a conjugate: with gaps, or one element.
-inline bool negated(const Tensor& tensor, PyObject* object) {
+// Whether its elements are in memory as they are. torch negates lazily only what is the imaginary part
+// of a conjugate, which has gaps or one element: no other tensor is asked.
+inline bool plain(const Tensor& tensor, PyObject* object) {
+  if (tensor.data() == nullptr && tensor.numel() > 0) return false;  // a fake one
   if (tensor.dtype().code != dlpack::kFloat || (tensor.is_contiguous() && tensor.numel() != 1))
-    return false;
-  const Object said =
+    return true;
+  const Object negated =
       owned(PyObject_CallFunctionObjArgs(tensor_type().is_neg, object, nullptr));
-  return said.get() == Py_True;
+  return negated.get() != Py_True;
 }
 
 inline Tensor tensor(std::string_view name, PyObject* object, const char* otherwise) {
   dlpack::View view;
   if (tensor_type().view(object, &view) == 0) {
     const Tensor found(view);
-    if (!negated(found, object)) return found;
+    if (plain(found, object)) return found;
   } else {
     PyErr_Clear();
     if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(tensor_type().type)))
@@ -123,8 +125,8 @@ struct Arguments {
   std::vector<Object> held;
 
   explicit Arguments(PyObject* dict) {
+    if (!PyDict_Check(dict)) throw std::invalid_argument("a call must be a dict");
     const Py_ssize_t size = PyDict_Size(dict);
-    if (size < 0) throw ErrorSet();
     named.reserve(static_cast<size_t>(size));
     held.reserve(static_cast<size_t>(size));
     PyObject *key, *value;

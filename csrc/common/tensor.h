@@ -41,6 +41,7 @@ inline std::string name_of(Device device) {
 class Tensor {
  public:
   explicit Tensor(const dlpack::View& view) : view_(view) {
+    if (view_.byte_offset != 0) view_.data = static_cast<char*>(view_.data) + view_.byte_offset;
     int64_t dense = 1;
     for (int64_t i = dim() - 1; i >= 0; --i) {
       if (size(i) != 1) contiguous_ &= stride(i) == dense;
@@ -59,7 +60,7 @@ class Tensor {
   const int64_t* strides() const { return view_.strides; }
   int64_t numel() const { return numel_; }
   bool is_contiguous() const { return contiguous_; }
-  void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
+  void* data() const { return view_.data; }
 
  private:
   int64_t checked(int64_t i) const {

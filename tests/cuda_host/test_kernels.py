@@ -172,7 +172,7 @@ def test_not_finite_argument_means_what_the_reference_says(host, op, name, value
 def test_what_the_kernels_do_not_take_is_declined_before_anything_is_written(host):
     for change, reason in (
         (lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t, "float32 and float64"),
-        (lambda t: t.float() if t.dtype == torch.float64 else t, "lam is Float"),
+        (lambda t: t.float() if t.dtype == torch.float64 else t, "lam is float32"),
     ):
         args = calls.apply(cases.first("double_damping_").build(torch.float32), change)
         before = calls.apply(args, torch.clone)

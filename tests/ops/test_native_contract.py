@@ -1,7 +1,10 @@
 """What the cpu backend promises beside accuracy: void steps, refusals, NaN, threads, opcheck."""
 
+import threading
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kbfgs_ext.ops import registry
 from tests.helpers import backends, calls, cases, compare
@@ -158,6 +161,50 @@ def test_mixed_dtypes_are_refused(op, name):
         calls.call(op, args, "cpu")
     for (argument, g), (_, b) in zip(calls.flat(op, args), calls.flat(op, before), strict=True):
         compare.assert_same_bits(g, b, argument)
+
+
+def not_plain():
+    """Tensors of three numbers, the last of one, that do not lie in memory as they are."""
+    conjugate = torch.tensor([1 + 2j, 3 + 4j, 5 + 6j]).conj()
+    yield "negated", conjugate.imag
+    yield "sparse", torch.ones(3).to_sparse()
+    yield "meta", torch.ones(3, device="meta")
+    with FakeTensorMode():
+        yield "fake", torch.ones(3)
+    yield "negated scalar", conjugate[1].imag
+
+
+@pytest.mark.filterwarnings("ignore:.*data pointer of FakeTensor")
+@pytest.mark.parametrize(("kind", "tensor"), list(not_plain()))
+def test_tensors_that_are_not_plain_are_refused(kind, tensor):
+    """A step hands its tensors over past the dispatcher, which would make them plain."""
+    ones = [torch.ones(tensor.numel())]
+    call = dict(s=ones, y=ones, h_change=[tensor], g_bar=ones, g_bar_next=ones, decay=0.5, ok=None)
+    with pytest.raises(registry.Unsupported, match="h_change is not a plain tensor"):
+        registry.implementation("pair_ema_", "cpu").run(call)
+
+
+def test_a_list_may_change_in_another_thread():
+    """What a call needs is held by itself: the caller's lists may be emptied meanwhile."""
+    n, stop = 200, threading.Event()
+    H, c = torch.eye(n), torch.zeros(4, dtype=torch.int64)
+    lists = {"H": [H], "counts": [c], "s": [torch.ones(n)], "y": [torch.ones(n)], "Hy": []}
+    lists["c"] = lists["y"][:]
+
+    def disturb():
+        while not stop.is_set():
+            for name in ("s", "y", "c"):
+                lists[name][:] = [torch.ones(n)]
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        for _ in range(200):
+            registry.implementation("bfgs_update_", "cpu").run(lists | {"ok": None})
+    finally:
+        stop.set()
+        thread.join()
+    assert H.isfinite().all()
 
 
 @pytest.mark.parametrize("op", sorted(registry.ops()))
