@@ -27,7 +27,7 @@ endif
 $(VENV)/.packages: pyproject.toml
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip
-	$(VENV)/bin/python -m pip install -q "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel ninja pybind11 packaging
+	$(VENV)/bin/python -m pip install -q "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel ninja packaging
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.packages $(SOURCES)
@@ -73,7 +73,7 @@ extra = $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.extra-$(1))
 docs: $(call extra,docs)  ## the documentation as a site in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-wheel: $(call extra,release)  ## sdist and wheel in dist/, checked; for the torch at hand
+wheel: $(call extra,release)  ## sdist and wheel in dist/, checked
 	rm -rf dist
 	$(PY) -m build --no-isolation --outdir dist
 	$(PY) -m twine check --strict dist/*

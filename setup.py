@@ -116,10 +116,19 @@ def extension():
     )
 
 
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's; a binary of this Python alone must not stay in the checkout and be found first."""
+
+    def run(self) -> None:
+        super().run()
+        if LIMITED:
+            Path(f"kbfgs_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+
+
 if __name__ == "__main__":
     check_compiler()
     setup(
         ext_modules=[extension()],
-        cmdclass={"build_ext": cpp_extension.BuildExtension},
+        cmdclass={"build_ext": BuildExtension},
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED else {},
     )

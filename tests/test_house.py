@@ -71,6 +71,16 @@ def test_bindings_look_up_what_the_family_declares(family):
             assert set(looked_up) <= known, path.name
 
 
+def test_csrc_sees_torch_through_one_header():
+    """Which is what makes a binary serve every torch."""
+    stable = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/")
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            seen = re.findall(r"#include <((?:torch|ATen|c10|pybind11)/[^>]+)>", path.read_text())
+            assert not seen or path.name == "stable.h", path.name
+            assert all(header.startswith(stable) for header in seen)
+
+
 @backends.needs_native
 def test_bindings_name_what_does_not_fit():
     pair_ema = environment.native().pair_ema_cpu

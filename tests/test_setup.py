@@ -1,9 +1,11 @@
 """setup.py finds the CUDA toolkit behind whatever is called nvcc, or says why it leaves it out."""
 
 import importlib.util
+import sysconfig
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +80,17 @@ def test_a_toolkit_without_headers_is_left_out_with_the_reason(setup, toolkit, t
     extension = setup.extension()
     assert not [source for source in extension.sources if source.endswith(".cu")]
     assert "CUDA kernels left out: " in capsys.readouterr().out
+
+
+def test_a_binary_of_this_python_alone_does_not_stay(setup, monkeypatch, tmp_path):
+    """It would be found before the one that was just built."""
+    monkeypatch.chdir(tmp_path)
+    old = tmp_path / "kbfgs_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    old.parent.mkdir()
+    old.touch()
+    monkeypatch.setattr(setup.cpp_extension.BuildExtension, "run", lambda self: None)
+    setup.BuildExtension(Distribution()).run()
+    assert old.exists() != setup.LIMITED
 
 
 def test_cuda_left_out_on_purpose(setup, toolkit, monkeypatch):
