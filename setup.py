@@ -24,7 +24,7 @@ HEADER = "cuda_runtime_api.h"
 LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 os.chdir(HERE)
-CUDA_BINDINGS = sorted(Path("csrc").rglob("*_cuda.cpp"))
+CUDA_BINDINGS = sorted(Path("csrc").rglob("bindings_cuda.cpp"))
 try:
     import torch
     from torch.utils import cpp_extension
@@ -53,7 +53,7 @@ def why_no_cuda() -> str | None:
     if os.environ.get("KBFGS_CUDA", "1") == "0":
         return "KBFGS_CUDA=0"
     if not CUDA_BINDINGS:
-        return "*_cuda.cpp is not in this source tree"
+        return "bindings_cuda.cpp is not in this source tree"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
     if toolkit() is None:

@@ -139,7 +139,7 @@ def test_the_optimizer_goes_on_without_it(tmp_path):
     """A whole process under a torch that is too old: one warning, steps, an explanation."""
     done = subprocess.run(
         [sys.executable, "-c", STEPS],
-        env={"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={"PATH": "", "PYTHONPATH": str(Path(kbfgs_ext.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,13 +1,15 @@
-// Matrix products on the device; the work is left to torch's cuBLAS, on its current stream.
+// Matrix products on the device by torch's cuBLAS, on its current stream, in the precision that
+// torch.backends.cuda.matmul is set to: fp32 unless the user asked.
 #pragma once
 
-#include "gemm.h"
-#include "tensor.h"
+#include "gemm_torch.h"
 
 namespace kbfgs::cuda {
 
-// C = A*B; C is A.rows x B.cols with leading dimension ldc.
-template <typename T>
-void gemm(T* C, int64_t ldc, const Matrix<T>& A, const Matrix<T>& B, Device device);
+// out = left*right. A view costs as much as a launch: what is used twice is made once.
+inline void multiply(
+    const TorchTensor& out, const TorchTensor& left, const TorchTensor& right) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), left.get(), right.get()));
+}
 
 }  // namespace kbfgs::cuda

@@ -111,17 +111,20 @@ Directions<T> directions(CudaArguments<T>& args, const Tensors& M) {
   return out;
 }
 
-// cuBLAS, in the precision that torch.backends.cuda.matmul is set to; fp32 unless the user asked.
 template <typename T>
 void multiply_large(const std::vector<LargeLayer<T>>& large, Device device) {
-  const auto matrix = [](const Strided<T*>& t) -> Matrix<T> {
-    return {t.data, t.m, t.columns, t.stride};
+  const auto tile = [&](const Strided<T*>& t) {
+    return torch_view<T>({t.data, t.m, t.columns, t.stride}, device);
   };
+  const auto factor = [&](const T* H, int64_t n) { return torch_view<T>({H, n, n, n}, device); };
   for (const auto& l : large) {
-    const int64_t n_g = l.M.m, n_a = l.M.columns;
-    if (l.H_g) gemm<T>(l.work.data, l.work.stride, {l.H_g, n_g, n_g, n_g}, matrix(l.M), device);
-    const Matrix<T> left = matrix(l.H_g ? l.work : l.M);
-    gemm<T>(l.P.data, l.P.stride, left, {l.H_a, n_a, n_a, n_a}, device);
+    TorchTensor left = tile(l.M);
+    if (l.H_g != nullptr) {
+      const TorchTensor work = tile(l.work);
+      multiply(work, factor(l.H_g, l.M.m), left);
+      left = work;
+    }
+    multiply(tile(l.P), left, factor(l.H_a, l.M.columns));
   }
 }
 

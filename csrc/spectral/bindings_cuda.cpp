@@ -16,22 +16,35 @@ namespace kbfgs::cuda {
 
 namespace {
 
+template <typename T>
+struct Viewed {
+  T* data;
+  TorchTensor view;
+};
+
 // The work of a layer as matrices: four of k x k, and X behind the fifth.
 template <typename T>
 struct Matrices {
-  T *P, *X, *G, *B, *Y, *Z;
   int64_t n_g, n_a, k;
-
-  Matrices(T* P, T* work, int64_t n_g, int64_t n_a)
-      : P(P), n_g(n_g), n_a(n_a), k(std::min(n_g, n_a)) {
-    const int64_t size = k * k;
-    G = work, B = G + size, Y = B + size, Z = Y + size, X = work + 5 * size;
-  }
-  bool wide() const { return n_g <= n_a; }
-  Matrix<T> x() const { return {X, n_g, n_a, n_a}; }
-  Matrix<T> short_side() const { return wide() ? x() : x().transposed(); }
-  Matrix<T> square(const T* data) const { return {data, k, k, k}; }
+  bool wide;
+  Viewed<T> P, X, G, B, Y, Z;
+  TorchTensor short_side, short_side_transposed;
 };
+
+template <typename T>
+Matrices<T> matrices(T* P, T* work, int64_t n_g, int64_t n_a, Device device) {
+  const int64_t k = std::min(n_g, n_a);
+  const bool wide = n_g <= n_a;
+  const auto viewed = [&](T* data, int64_t rows, int64_t cols) -> Viewed<T> {
+    return {data, torch_view<T>({data, rows, cols, cols}, device)};
+  };
+  const auto square = [&](int64_t i) { return viewed(work + i * k * k, k, k); };
+  const Viewed<T> X = viewed(work + 5 * k * k, n_g, n_a);
+  const TorchTensor transposed =
+      torch_view(Matrix<T>(X.data, n_g, n_a, n_a).transposed(), device);
+  return {n_g, n_a, k, wide, viewed(P, n_g, n_a), X, square(0), square(1), square(2), square(3),
+          wide ? X.view : transposed, wide ? transposed : X.view};
+}
 
 // Products are cuBLAS's, TF32 where torch allows it.
 void polar_cuda(const Call& call) {
@@ -51,44 +64,39 @@ void polar_cuda(const Call& call) {
         throw std::invalid_argument("work is too small");
       if (!places.insert(room).second)
         throw Unsupported("the cuda kernels work on all layers at once: work is shared");
-      m.emplace_back(p, room, P[i].size(0), P[i].size(1));
+      m.push_back(matrices(p, room, P[i].size(0), P[i].size(1), P[i].device()));
     }
     double* partial = args.template scratch<double>(polar_partials() * int64_t(P.size()));
     const auto layers = [&] {
       std::vector<PolarLayer<T>> out;
-      for (size_t i = 0; i < m.size(); ++i)
+      for (const auto& l : m)
         out.push_back(
-            {m[i].P, m[i].X, m[i].G, m[i].B, m[i].Z, partial + polar_partials() * int64_t(i),
-             int(m[i].n_g), int(m[i].n_a), int(m[i].k)});
+            {l.P.data, l.X.data, l.G.data, l.B.data, l.Z.data,
+             partial + polar_partials() * int64_t(out.size()), int(l.n_g), int(l.n_a), int(l.k)});
       return out;
     };
-    const auto multiply = [&](T* out, const Matrix<T>& left, const Matrix<T>& right) {
-      gemm(out, right.cols, left, right, P[0].device());
-    };
-    const auto multiply_squares = [&](const Matrices<T>& l, T* out, const T* left, const T* right) {
-      multiply(out, l.square(left), l.square(right));
-    };
     scale_to_one(layers(), args.stream());
-    for (const auto& l : m) multiply(l.G, l.short_side(), l.short_side().transposed());  // (16)
-    normalise(layers(), ridge, args.stream());                                           // (17)
-    for (size_t t = 0; t < iterations.size(); ++t) {                                     // (18)
+    for (const auto& l : m) multiply(l.G.view, l.short_side, l.short_side_transposed);  // (16)
+    normalise(layers(), ridge, args.stream());                                          // (17)
+    for (size_t t = 0; t < iterations.size(); ++t) {                                    // (18)
       const auto& [a, b, c] = iterations[t];
       const bool first = t == 0, last = t + 1 == iterations.size();
-      for (const auto& l : m) multiply_squares(l, l.B, l.G, l.G);
+      for (const auto& l : m) multiply(l.B.view, l.G.view, l.G.view);
       quintic(layers(), a, b, c, ridge, first, last, args.stream());
       for (auto& l : m) {
         if (!last) {
-          multiply_squares(l, l.Y, l.B, l.G);
-          multiply_squares(l, l.G, l.B, l.Y);
+          multiply(l.Y.view, l.B.view, l.G.view);
+          multiply(l.G.view, l.B.view, l.Y.view);
         }
         if (!first) {
-          multiply_squares(l, l.Y, l.B, l.Z);
+          multiply(l.Y.view, l.B.view, l.Z.view);
           std::swap(l.Y, l.Z);
         }
       }
     }
     for (const auto& l : m)
-      l.wide() ? multiply(l.P, l.square(l.Z), l.x()) : multiply(l.P, l.x(), l.square(l.Z));  // (19)
+      l.wide ? multiply(l.P.view, l.Z.view, l.X.view)  // (19)
+             : multiply(l.P.view, l.X.view, l.Z.view);
   });
 }
 

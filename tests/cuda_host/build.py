@@ -1,4 +1,4 @@
-"""Builds csrc/**/*.cu and every *_cuda.cpp as C++ for the host, into an importable module.
+"""Builds csrc/**/*.cu and every bindings_cuda.cpp as C++ for the host, into an importable module.
 
 Objects are kept under build/cuda_host by the hash of everything they are made of, so only the first
 run after a change compiles.
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 CACHE = ROOT / "build" / "cuda_host"
 KERNELS = sorted((ROOT / "csrc").rglob("*.cu"))
-BINDINGS = sorted((ROOT / "csrc").rglob("*_cuda.cpp"))
+BINDINGS = sorted((ROOT / "csrc").rglob("bindings_cuda.cpp"))
 HEADERS = sorted(
     [*(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "csrc").rglob("*.h"), *HERE.rglob("*.h")]
 )
