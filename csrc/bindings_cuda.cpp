@@ -7,9 +7,12 @@ namespace kbfgs::cuda {
 namespace {
 
 PyObject* fits(PyObject*, PyObject* arguments) {
-  long long n, columns, p, element_bytes;
-  if (!PyArg_ParseTuple(arguments, "LLLL", &n, &columns, &p, &element_bytes)) return nullptr;
-  return PyBool_FromLong(two_loop_fits(n, columns, p, element_bytes));
+  return python::guarded([&] {
+    long long n, columns, p, element_bytes;
+    if (!PyArg_ParseTuple(arguments, "LLLL", &n, &columns, &p, &element_bytes))
+      throw python::ErrorSet();
+    return PyBool_FromLong(two_loop_fits(n, columns, p, element_bytes));
+  });
 }
 
 PyMethodDef kMethods[] = {

@@ -63,11 +63,13 @@ inline const TensorType& tensor_type() {
 }
 
 // Whether its elements are in memory as they are. torch negates lazily only what is the imaginary part
-// of a conjugate, which has gaps or one element: no other tensor is asked.
+// of a conjugate: it has gaps, or is one number at an odd place. No other tensor is asked.
 inline bool plain(const Tensor& tensor, PyObject* object) {
   if (tensor.data() == nullptr && tensor.numel() > 0) return false;  // a fake one
-  if (tensor.dtype().code != dlpack::kFloat || (tensor.is_contiguous() && tensor.numel() != 1))
-    return true;
+  if (tensor.dtype().code != dlpack::kFloat) return true;
+  const auto place = reinterpret_cast<uintptr_t>(tensor.data()) / (tensor.dtype().bits / 8);
+  const bool odd = tensor.numel() == 1 && place % 2 == 1;
+  if (tensor.is_contiguous() && !odd) return true;
   const Object negated =
       owned(PyObject_CallFunctionObjArgs(tensor_type().is_neg, object, nullptr));
   return negated.get() != Py_True;
