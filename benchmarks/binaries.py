@@ -111,7 +111,7 @@ def measured(builds: Builds, seconds: float) -> Iterator[Row]:
     before = environment.native
     try:
         for network in WIDTHS:
-            yield step(builds, network, 5 * seconds)
+            yield step(builds, network, 20 * seconds)
     finally:
         environment.native = before
 
