@@ -137,9 +137,10 @@ def test_disabled_on_purpose_is_silent(fresh, tmp_path, monkeypatch, recwarn):
 @backends.needs_native
 def test_the_optimizer_goes_on_without_it(tmp_path):
     """A whole process under a torch that is too old: one warning, steps, an explanation."""
+    where = str(Path(kbfgs_ext.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", STEPS],
-        env={"PATH": "", "PYTHONPATH": str(Path(kbfgs_ext.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env={"PATH": "", "PYTHONPATH": where, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
