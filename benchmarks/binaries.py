@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.environment import environment as machine
-from benchmarks.micro.cases import KERNELS
-from benchmarks.micro.clock import Meter, interleaved, meters
-from benchmarks.micro.kernel import Kernel, Layer, Numbers
 from kbfgs_ext import KBFGS, environment
+from kbfgs_ext.bench.cases import KERNELS
+from kbfgs_ext.bench.clock import Meter, interleaved, meters
+from kbfgs_ext.bench.environment import environment as machine
+from kbfgs_ext.bench.kernel import Kernel, Layer, Numbers
 
 Row = dict[str, Any]
 Builds = dict[str, types.ModuleType]  # "old" and "new"
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     builds = {"old": load(options.old), "new": load(options.new)}
-    rows, where = [], machine()
+    rows, where = [], {"builds": [options.old.name, options.new.name]} | machine()
     for row in measured(builds, options.seconds):
         what = f"{row.get('kernel', 'step')}, {row.get('layers', row.get('step'))} layers"
         print(f"{what:40} {row['old_us']:10.2f} {row['new_us']:10.2f} us {row['ratio']:6.2f}")
