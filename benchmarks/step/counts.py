@@ -2,8 +2,9 @@
 
 ==============  ==================================================================================
 ops             calls that reach a kernel below autograd, backward's too, with what an op of ours
-                calls inside; without views and empty tensors, which compute nothing. Of a graph's
-                replay: what is called around it
+                calls inside, but for the extension's own matrix products, which no dispatcher
+                sees; without views and empty tensors, which compute nothing. Of a graph's replay:
+                what is called around it
 launches        on a GPU: kernels, copies, fills and graphs that the CPU puts on it
 allocations     how often torch's allocator is asked for memory on the device, and for how many
                 bytes in all; memory given back in between counts anew

@@ -84,9 +84,8 @@ def test_memory_is_what_was_predicted(method, action, block_size):
 @ACTIONS
 @pytest.mark.skipif(not registry.available("judge_", "cpu"), reason="needs the compiled extension")
 def test_kernels_around_the_passes_do_not_grow_with_the_layers(action):
-    """On a GPU each is a launch: all layers go in one call, and the scalars in few. What grows are
-    the products that the BLAS is asked for: two of the direction, and one of the statistics."""
-    products = {"ema": 3, "minibatch": 2}[action]
+    """On a GPU each is a launch: all layers go in one call, and the scalars in few. (The products
+    that the extension asks the BLAS for are not among them: no dispatcher sees those.)"""
     found = []
     for layers in (2, 9):
         model = mlp(*[6] * (layers + 1))
@@ -105,7 +104,7 @@ def test_kernels_around_the_passes_do_not_grow_with_the_layers(action):
             with count:
                 opt.finish(loss)
             last, count.count = count.count, 0
-        found.append(last - products * layers)
+        found.append(last)
     assert found[0] == found[1] <= 22
 
 
