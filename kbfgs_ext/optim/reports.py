@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.memory import FACTORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,6 @@ class Coverage(list[CoverageRow]):
         return "\n".join(lines)
 
 
-FACTORS = ("A", "H_a", "H_g", "S", "Y")
 FEW = 3  # names in a message
 LARGE = 2**26  # bytes: a factor below is never called large
 
@@ -113,7 +113,7 @@ def _blocks(layer: CoveredLayer) -> str:
     """What is in several blocks, for people."""
     sides = (("n_g", layer.gradients), ("n_a", layer.activations))
     several = [f"{n} in {len(blocks)} blocks" for n, blocks in sides if len(blocks) > 1]
-    return ", ".join(several)
+    return ", ".join([f"{layer.groups} groups"] * (layer.groups > 1) + several)
 
 
 def say_what_is_large(layers: list[CoveredLayer], model: nn.Module) -> None:
