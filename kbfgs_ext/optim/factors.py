@@ -156,12 +156,15 @@ class ActivationMatrix(Factor):
         damped = self.average.to(torch.float64, copy=True)
         _diagonal(damped).add_(lam[..., None])
         root = torch.linalg.cholesky_ex(damped)[0]
-        identity = damped.zero_()
+        identity, H_a = damped.zero_(), self.kept["H_a"]
         _diagonal(identity).fill_(1.0)
-        # Half the time of cholesky_inverse, which LAPACK does on one core.
-        inverse = torch.cholesky_solve(identity, root)
+        # Half the time of cholesky_inverse, which LAPACK does on one core; a few columns at a time,
+        # so that no third matrix is made.
+        width = -(-self.n // 4)
+        for out, columns in zip(H_a.split(width, -1), identity.split(width, -1), strict=True):
+            out.copy_(torch.cholesky_solve(columns, root))
         del root, identity, damped
-        self.kept["H_a"].copy_(inverse.add_(inverse.mT.clone()).mul_(0.5))
+        H_a.add_(H_a.mT.clone()).mul_(0.5)
 
     def average_one(
         self, a_bar: torch.Tensor, inputs: Inputs, decay: float | None, ok: torch.Tensor | None
