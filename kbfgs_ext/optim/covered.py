@@ -42,6 +42,7 @@ class CoveredLayer:
         # The blocks of both sides.
         self.activations = [ActivationMatrix("a", rows, settings, stack) for rows in a_rows]
         self.gradients = [g_kind("g", rows, settings, stack) for rows in g_rows]
+        self.tied = ""  # the embedding whose weight it is too
         self.started = False  # H_a is the inverse factor, no longer the average
         self.warm_batches = 0  # averaged into the factor by warm_start so far
         self.moving: list[nn.Parameter] = []  # the parameters that this step moves

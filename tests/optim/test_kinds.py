@@ -130,16 +130,23 @@ class Own(nn.Conv2d):
     """A subclass, which may compute anything."""
 
 
+class OwnLinear(nn.Linear):
+    """Another."""
+
+
 def test_what_is_not_covered_and_why():
-    model = nn.Sequential(nn.LayerNorm(4), Own(4, 4, 1), nn.Bilinear(4, 4, 1), nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(nn.LayerNorm(4), Own(4, 4, 1), OwnLinear(4, 4), nn.Conv2d(4, 4, 1))
     with pytest.warns(UserWarning, match="KBFGS covers 1 layer") as said:
         opt = KBFGS(model)
     assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # and not again
+        opt.step(closure_of(model, opt, torch.randn(4, 4, 4, 4), torch.zeros(4, 4, 4, 4)))
     reasons = {row.name: row.reason for row in opt.coverage() if not row.covered}
     for at, reason in enumerate((
         "LayerNorm is no kind of layer that is covered",
         "Own is a subclass of Conv2d: register_kind covers it",
-        "Bilinear is no kind of layer that is covered",
+        "OwnLinear is a subclass of Linear: register_kind covers it",
     )):  # fmt: skip
         assert reasons[f"{at}.weight"] == reasons[f"{at}.bias"] == reason
     assert [layer.name for layer in opt.layers] == ["3"]
