@@ -72,6 +72,11 @@ class CoveredLayer:
         """Whether both sides are one block."""
         return self.whole and self.groups == 1
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether every output is a group: the polar factor of a row is its direction."""
+        return self.groups == self.n_g > 1
+
     def by_group(self, t: torch.Tensor) -> list[torch.Tensor]:
         """A matrix or vector over the outputs, or a vector over the inputs, of every group."""
         return [t] if self.groups == 1 else list(t.unflatten(0, (self.groups, -1)).unbind())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kbfgs_ext import ops
-from kbfgs_ext.ops.spectral import COEFFICIENTS, SHIFTS, WEIGHTS
+from kbfgs_ext.ops.spectral import COEFFICIENTS, SHIFTS, WEIGHTS, only_value
 from kbfgs_ext.optim.factors import Tensors
 from kbfgs_ext.optim.parts import MOVED, TURNED, Lengths, Part
 from kbfgs_ext.optim.settings import Settings
@@ -69,10 +69,15 @@ class Direction:
 
     def _flatten(self, part: Part, scratch: Tensors) -> None:
         """P to its polar factor: by the inverses that a CPU is better at, or by products alone."""
-        P, inverses = part.by_group(part["P"]), part["P"][0].is_cpu
+        inverses = part["P"][0].is_cpu
         coefficients, shifts = (WEIGHTS, SHIFTS) if inverses else (COEFFICIENTS, None)
-        work = part.polar_scratch(scratch)
-        ops.polar_(P, work, coefficients, shifts=shifts, backend=part.backend)
+        P, work = part.matrices(part["P"]), part.polar_scratch(scratch)
+        if P:
+            ops.polar_(P, work, coefficients, shifts=shifts, backend=part.backend)
+        for rows in [p for layer, p in zip(part.layers, part["P"], strict=True) if layer.rowwise]:
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+            norms.clamp_(min=torch.finfo(rows.dtype).tiny)
+            rows.mul_(norms.reciprocal_().mul_(only_value(coefficients, shifts)))
 
     def _sizes(self, part: Part) -> Tensors:
         """What each layer's P is multiplied by; that of one in groups is multiplied already."""

@@ -135,12 +135,21 @@ class Part:
         shapes = [(layer.n_g, layer.n_a) for layer in self.layers]
         return [t[: n * k].view(n, k) for t, (n, k) in zip(scratch, shapes, strict=True)]
 
+    def matrices(self, P: Tensors) -> Tensors:
+        """The directions of layers and groups, but for those of one row each."""
+        if self.plain:
+            return P
+        both = zip(self.layers, P, strict=True)
+        return [t for layer, p in both if not layer.rowwise for t in layer.by_group(p)]
+
     def polar_scratch(self, scratch: Tensors) -> Tensors:
-        """What each layer's polar factor, or each group's, is made in."""
+        """What the polar factors of `matrices` are made in."""
         if self.plain:
             return scratch
         found: Tensors = []
         for layer, t in zip(self.layers, scratch, strict=True):
+            if layer.rowwise:
+                continue
             if layer.groups == 1 or t.is_cpu:
                 found += [t] * layer.groups
             else:
@@ -320,6 +329,7 @@ def direction_elements(layer: CoveredLayer, settings: Settings) -> int:
     if settings.direction == "spectral":
         # On the CPU groups go one after the other, as layers do.
         at_once = 1 if layer.weight.device.type == "cpu" else layer.groups
+        at_once = 0 if layer.rowwise else at_once
         product = max(product, at_once * polar_workspace(layer.n_g // layer.groups, layer.n_a))
     return product
 
