@@ -44,8 +44,9 @@ class View:
         name: of the view in its module, where that has several.
         sized: ``inputs`` takes the size of the output as well, its ``trailing`` dimensions.
         by_hand: the module calls `F.linear` with the weight itself, and the input is seen there.
-        groups: the outputs are in as many equal runs, each of inputs of its own, d_in of them;
-            ``outputs_first`` may then have the groups as a dimension before the outputs of one.
+        groups: of a convolution: the outputs are in as many equal runs, each of inputs of its own,
+            d_in of them; ``outputs_first`` may then have the groups as a dimension before the
+            outputs of one.
     """
 
     weight: Any

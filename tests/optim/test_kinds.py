@@ -223,7 +223,8 @@ def test_no_host_read(method, action):
         conv = nn.Conv2d(2, 4, 3)
         last = conv.weight.detach().contiguous(memory_format=torch.channels_last)
         conv.weight = nn.Parameter(last)
-        model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+        deep = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        model = nn.Sequential(conv, nn.ReLU(), deep, nn.Flatten(), nn.Linear(16, 3))
         opt = method(model, hessian_action=action)
         closure = closure_of(model, opt, torch.randn(8, 2, 4, 4), torch.randn(8, 3))
         for _ in range(3):
