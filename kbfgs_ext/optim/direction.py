@@ -75,7 +75,8 @@ class Direction:
         if P:
             ops.polar_(P, work, coefficients, shifts=shifts, backend=part.backend)
         for rows in [p for layer, p in zip(part.layers, part["P"], strict=True) if layer.rowwise]:
-            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+            wide = part.scalars.step_size.dtype
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
             norms.clamp_(min=torch.finfo(rows.dtype).tiny)
             rows.mul_(norms.reciprocal_().mul_(only_value(coefficients, shifts)))
 
