@@ -93,6 +93,7 @@ NETWORKS = [
     Network("resnet18", "torchvision", _torchvision("resnet18")),
     Network("resnet50", "torchvision", _torchvision("resnet50")),
     Network("convnext_tiny", "torchvision", _torchvision("convnext_tiny")),
+    Network("mobilenet_v2", "torchvision", _torchvision("mobilenet_v2")),
     Network("vit_tiny", "timm", _timm("vit_tiny_patch16_224", img_size=IMAGE, patch_size=4)),
     Network("mixer_s16", "timm", _timm("mixer_s16_224", img_size=IMAGE)),
     Network("GPT-2, 2 layers of 64", "transformers", _gpt2, 50_257),

@@ -29,8 +29,13 @@ def ours(op: str, args: Arguments, backend: str) -> int:
     if counted is not None:
         return counted(args)
     if backend == "cuda":
-        return math.ceil(count / PER_LAUNCH)
+        return _tables(count)
     return count if op in ("admit_", "judge_", "lengths_") else 1
+
+
+def _tables(count: int) -> int:
+    """Launches of a CUDA kernel for so many layers, or blocks."""
+    return math.ceil(count / PER_LAUNCH)
 
 
 def _iterations(args: Arguments) -> int:
@@ -39,23 +44,26 @@ def _iterations(args: Arguments) -> int:
 
 def _kron_products(args: Arguments) -> int:
     """Two of cuBLAS for a large layer; one launch for all that are small."""
-    large = sum(max(M.shape) > SMALL for M in args["M"])
-    return (2 if args["H_g"] else 1) * large + (large < len(args["M"]))
+    large = _large(args)
+    return (2 if args["H_g"] else 1) * large + _tables(len(args["M"]) - large)
 
 
 def _kron_step(args: Arguments) -> int:
-    large = any(max(M.shape) > SMALL for M in args["M"])
-    return 1 + _kron_products(args) + large
+    return _tables(len(args["M"])) + _kron_products(args) + _tables(_large(args))
+
+
+def _large(args: Arguments) -> int:
+    return sum(max(M.shape) > SMALL for M in args["M"])
 
 
 def _cuda_polar(args: Arguments) -> int:
     t = _iterations(args)
-    return t + 4 + (4 * t - 1) * len(args["P"])
+    return (t + 4) * _tables(len(args["P"])) + (4 * t - 1) * len(args["P"])
 
 
 _CUDA: dict[str, Callable[[Arguments], int]] = {
-    "bfgs_update_": lambda a: 1 if a["Hy"] else 2,
-    "double_damping_": lambda a: 3 if a["H"] else 1,
+    "bfgs_update_": lambda a: (1 if a["Hy"] else 2) * _tables(len(a["s"])),
+    "double_damping_": lambda a: (3 if a["H"] else 1) * _tables(len(a["s"])),
     "kron_precondition_": _kron_products,
     "kron_step_": _kron_step,
     "polar_": _cuda_polar,

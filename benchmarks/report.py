@@ -23,6 +23,7 @@ from benchmarks.grids import GRIDS
 from benchmarks.grids import TARGETS as TRAINING_TARGETS
 from benchmarks.optimizers import QUASI_NEWTON
 from benchmarks.plots import LOOKS
+from benchmarks.step import kinds
 from benchmarks.step.clock import PHASES
 from benchmarks.step.models import MODELS
 from benchmarks.summary import Row, Spread
@@ -346,6 +347,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "physics": physics,
     "tasks": tasks,
     "coverage": coverage.table,
+    "kinds": kinds.table,
     "gpu-steps": gpu.steps,
     "gpu-training": gpu.training,
 }

@@ -136,10 +136,21 @@ def _torchs(func: Any, args: tuple, kwargs: dict, result: Any) -> Kernel:
     count = sum(t.numel() * t.element_size() for t in moved.values())
     flops = sum(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))
     products = int(func._opname in PRODUCTS)
-    if products:
+    if func._opname.startswith("convolution"):
+        flops = _convolution(args, result)
+    elif products:
         left, right = [t for t in args if isinstance(t, Tensor)][-2:]
         flops = 2 * left.numel() * right.shape[-1]
     return Kernel(func._opname, launches.torchs(func, args), count, flops, products)
+
+
+def _convolution(args: tuple, output: Any) -> int:
+    """FLOPs of a convolution or of its backward, which is of as many for each gradient."""
+    if isinstance(output, Tensor):
+        (x, weight), transposed, results = args[:2], args[6], 1
+    else:
+        (output, x, weight), transposed, results = args[:3], args[7], sum(args[-1][:2])
+    return 2 * (x if transposed else output).numel() * weight[0].numel() * results
 
 
 def settings() -> dict[str, dict[str, Any]]:

@@ -31,6 +31,8 @@ TYPES = {
     torch.float16: tl.float16,
 }
 NEVER = 1 << 62  # first program of the rows that only fill up the table
+MANY = tl.constexpr(1024)  # rows that a program looks at all at once; it searches more of them
+TABLES_IN_A_BLOCK = 64  # a step needs about ten, and a capture may not make a block
 CACHED_TABLES = 256  # a step needs about ten; gradients that move make a few more
 
 
@@ -108,12 +110,13 @@ class Tables:
     def _pinned(self, size: int, device: torch.device) -> torch.Tensor:
         """Page-locked words, never written twice: a copy, or a graph's, may still read them.
 
-        They come in blocks of 64 Ki words (512 KB, some 300 tables), because memory cannot be
-        page-locked during a capture: the warm-up steps before it make the block.
+        They come in blocks of at least 64 Ki words (512 KB, some 300 tables), because memory cannot
+        be page-locked during a capture: the warm-up steps before it make the block.
         """
         block, used = self._staging.get(device, (torch.empty(0), 0))
         if used + size > block.numel():
-            block, used = torch.empty(max(1 << 16, size), dtype=torch.int64, pin_memory=True), 0
+            room = max(1 << 16, TABLES_IN_A_BLOCK * size)
+            block, used = torch.empty(room, dtype=torch.int64, pin_memory=True), 0
         self._staging[device] = block, used + size
         self._keep(block, device)
         return block[used : used + size]
@@ -216,10 +219,19 @@ N, H, LD_H, S, Y, HY, C, COUNTS, LAM = (tl.constexpr(i) for i in range(9))
 def locate(starts, ENTRIES: tl.constexpr):
     """This program's row of the table and its number among the row's programs."""
     pid = tl.program_id(0)
-    first = tl.load(starts + tl.arange(0, ENTRIES))
-    begun = first <= pid
-    entry = tl.sum(begun.to(tl.int32), 0) - 1
-    return entry, pid - tl.max(tl.where(begun, first, 0), 0).to(tl.int32)
+    if ENTRIES <= MANY:
+        first = tl.load(starts + tl.arange(0, ENTRIES))
+        begun = first <= pid
+        entry = tl.sum(begun.to(tl.int32), 0) - 1
+        begin = tl.max(tl.where(begun, first, 0), 0)
+    else:
+        entry, half = tl.full((), 0, tl.int32), tl.full((), ENTRIES // 2, tl.int32)
+        while half > 0:
+            middle = entry + half
+            entry = tl.where(tl.load(starts + middle) <= pid, middle, entry)
+            half = half // 2
+        begin = tl.load(starts + entry)
+    return entry, pid - begin.to(tl.int32)
 
 
 @triton.jit

@@ -22,10 +22,9 @@ def follow(part: Part, parts: Parts, process: Alone, ok: torch.Tensor) -> None:
     for one in parts.of(old, by_inputs=True):
         process.average_in(one, ok)
     for one in parts.of(cold, by_inputs=True):
-        dampings = iter(one.lam_a())
         for layer in one.layers:  # one by one: an error in one must not start another twice
             warm_batches = layer.warm_batches
             for factor in layer.activations:
-                factor.start(next(dampings))
+                factor.start(factor.damping(one.scalars.lam_a))
                 layer.warm_batches = 0  # its average is gone: at an error it is a minibatch's turn
             layer.started, layer.warm_batches = True, warm_batches

@@ -358,7 +358,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
 
 def _total(factors: Sequence[Factor], name: str) -> tuple[torch.Tensor, ...]:
     """The entries of a vector of counts, summed over the blocks of a side."""
-    return torch.stack([factor[name] for factor in factors]).sum(0).unbind()
+    blocks = [t for factor in factors for t in factor.blocks(name)]
+    return torch.stack(blocks).sum(0).unbind()
 
 
 def _parameters(layers: list[CoveredLayer]) -> list[torch.Tensor]:

@@ -154,10 +154,12 @@ class Observer:
         return use
 
     def _mean(self, a_bar: torch.Tensor, k: int) -> torch.Tensor:
+        groups = self.view.groups
+        place = a_bar if groups == 1 else a_bar.view(groups, -1)
         if k == 0:
-            return a_bar[: self.d_in]
+            return place[..., : self.d_in]
         while len(self._means) < k:
-            self._means.append(torch.empty_like(a_bar[: self.d_in]))
+            self._means.append(torch.empty_like(place[..., : self.d_in]))
         return self._means[k - 1]
 
     def reach(self, use: Use, *_: Any) -> None:
@@ -223,7 +225,7 @@ class Observer:
         if self.a_bar is not None and not self.keep_inputs and self.uses:
             first, *others = self.uses
             assert first.mean is not None
-            place, rows = self.a_bar[: first.mean.shape[0]], first.rows
+            place, rows = self._mean(self.a_bar, 0), first.rows
             if first is not self._first:
                 place.copy_(first.mean)
             for use in others:

@@ -37,7 +37,9 @@ class Saved:
 
 def describe(settings: Settings, layers: list[CoveredLayer]) -> dict[str, Any]:
     """What a checkpoint must agree on with the optimizer that loads it."""
-    sizes = {layer.name: [layer.n_g, layer.n_a] for layer in layers}
+    sizes = {
+        layer.name: [layer.n_g, layer.n_a] + [layer.groups] * (layer.groups > 1) for layer in layers
+    }
     blocks = {
         layer.name: [[f.n for f in side] for side in (layer.gradients, layer.activations)]
         for layer in layers
@@ -181,7 +183,7 @@ def _layer_difference(theirs: Mapping[str, list[int]], own: Mapping[str, list[in
     for name in [*own, *theirs]:
         if theirs.get(name) != own.get(name):
             return (
-                f"state_dict is of another model: layer '{name}' (n_g, n_a) is"
+                f"state_dict is of another model: layer '{name}' (n_g, n_a, groups) is"
                 f" {theirs.get(name)} there and {own.get(name)} here"
             )
     return "state_dict is of another model: its layers come in another order"

@@ -93,6 +93,7 @@ def cover(
         TypeError: the weight of a known kind is not real floating point.
         ValueError: a weight is not initialised yet (lazy modules).
     """
+    tables: dict[int, str] = {}  # weight -> the embedding that it is the weight of
     users: dict[int, dict[Place, list[Use]]] = {}  # by the weight, and by the rows of it
     why: dict[int, str] = {}  # parameter -> why it is not covered
     biases: dict[tuple[int, Place], set[int]] = {}  # some rows of a bias -> the weights beside it
@@ -100,6 +101,8 @@ def cover(
         for p in module._parameters.values():
             if p is not None:
                 why.setdefault(id(p), why_not(module))
+                if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                    tables.setdefault(id(p), _plain(name))
         for view in views(module):
             weight, bias = view.weight, view.bias
             if not isinstance(weight, nn.Parameter):
@@ -142,6 +145,7 @@ def cover(
                 name, module, _ = uses[0]
                 name = _plain(name) or type(module).__name__
                 layers.append(CoveredLayer(name, [use[1:] for use in uses], settings))
+                layers[-1].tied = tables.get(id(weight), "")
 
     covered = {id(p) for layer in layers for p in layer.parameters()}
     rest = {

@@ -32,14 +32,17 @@ class CoveredLayer:
         self.weight: nn.Parameter = view.weight
         self.bias = view.bias if view.bias is not None and view.bias.requires_grad else None
         n_g, d_in = view.shape
+        # In groups n_g is that of all together, and d_in, n_a of each.
         self.n_g, self.d_in, self.n_a = n_g, d_in, d_in + (self.bias is not None)
+        self.groups, stack = view.groups, (view.groups,) if view.groups > 1 else ()
         self.observer = Observer(name, view, self.bias)
         g_kind = GradientMatrix if settings.memory is None else PairRing
         a_rows = cut(self.n_a, settings.block_size, view.unit, self.n_a - d_in)
-        g_rows = cut(n_g, settings.block_size)
+        g_rows = cut(n_g // self.groups, settings.block_size)
         # The blocks of both sides.
-        self.activations = [ActivationMatrix("a", rows, settings) for rows in a_rows]
-        self.gradients = [g_kind("g", rows, settings) for rows in g_rows]
+        self.activations = [ActivationMatrix("a", rows, settings, stack) for rows in a_rows]
+        self.gradients = [g_kind("g", rows, settings, stack) for rows in g_rows]
+        self.tied = ""  # the embedding whose weight it is too
         self.started = False  # H_a is the inverse factor, no longer the average
         self.warm_batches = 0  # averaged into the factor by warm_start so far
         self.moving: list[nn.Parameter] = []  # the parameters that this step moves
@@ -61,8 +64,22 @@ class CoveredLayer:
 
     @property
     def whole(self) -> bool:
-        """Whether both sides are one block."""
+        """Whether both sides are one block, or one of every group."""
         return len(self.activations) == len(self.gradients) == 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether both sides are one block."""
+        return self.whole and self.groups == 1
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether every output is a group: the polar factor of a row is its direction."""
+        return self.groups == self.n_g > 1
+
+    def by_group(self, t: torch.Tensor) -> list[torch.Tensor]:
+        """A matrix or vector over the outputs, or a vector over the inputs, of every group."""
+        return [t] if self.groups == 1 else list(t.unflatten(0, (self.groups, -1)).unbind())
 
     def _blocks(self) -> Iterator[tuple[Factor, str]]:
         """Every factor, and what the names of its tensors end in: nothing for a side's only one."""
@@ -83,13 +100,13 @@ class CoveredLayer:
 
     def scratch_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every scratch tensor, but for the product scratch that all layers share."""
-        n_a, n_g = self.n_a, self.n_g
+        n_a, n_g, groups = self.n_a, self.n_g, self.groups
         most = max(len(self.activations), len(self.gradients))
-        work = workspace_size(n_a, n_g) + (most - 1) * workspace_size(0, 0)
-        shapes: dict[str, tuple[int, ...]] = {"P": (n_g, n_a), "work": (work,)}
+        work = workspace_size(n_a, n_g // groups) + (most - 1) * workspace_size(0, 0)
+        shapes: dict[str, tuple[int, ...]] = {"P": (n_g, n_a), "work": (groups * work,)}
         if self._settings.nesterov:
             shapes["ahead"] = (n_g, n_a)  # what M would be after the same gradient once more
-        shapes |= dict.fromkeys(("a_bar", "a_bar_next"), (n_a,))
+        shapes |= dict.fromkeys(("a_bar", "a_bar_next"), (groups * n_a,))
         return shapes | dict.fromkeys(("slope", *self.gradients[0].vectors), (n_g,))
 
     def allocate(self) -> None:
@@ -107,7 +124,7 @@ class CoveredLayer:
                 self.scratch[name] = torch.zeros(shape, dtype=self.dtype, device=device)
             self.scratch["saved"] = self.scratch["P"]  # descend_ leaves [W, b] of before there
             for name in ("a_bar", "a_bar_next"):
-                self.scratch[name][self.d_in :] = 1.0  # the mean of the column of ones
+                self.scratch[name].view(-1, self.n_a)[:, self.d_in :] = 1.0  # of the ones the mean
             self._no_bias = torch.empty(0, dtype=self.weight.dtype, device=device)
             self._share_scratch()
 
@@ -117,12 +134,11 @@ class CoveredLayer:
             begin = 0
             for factor in side:
                 size = workspace_size(factor.n, 0)
-                factor.scratch = {name: self.scratch[name][factor.rows] for name in factor.vectors}
-                factor.scratch["work"] = self.scratch["work"][begin : begin + size]
+                work = self.scratch["work"].view(*factor.stack, -1)
+                factor.scratch = {name: factor.of(self.scratch[name]) for name in factor.vectors}
+                # Where a side is one block, one call is for both.
+                factor.scratch["work"] = work if self.whole else work[..., begin : begin + size]
                 begin += size
-        if self.whole:  # one call for both
-            for (factor,) in (self.activations, self.gradients):
-                factor.scratch["work"] = self.scratch["work"]
 
     def reset(self) -> None:
         """Back to before the start; what is counted stays."""
@@ -154,7 +170,7 @@ class CoveredLayer:
         master = self.kept.get("master_W")
         if master is not None:
             return master
-        W = W if W.dim() == 2 else W.flatten(1)
+        W = self.view.flat(W)
         if not self._aside:
             return W
         if "W" not in self.scratch or self.scratch["W"].dtype != W.dtype:

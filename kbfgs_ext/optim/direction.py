@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from kbfgs_ext import ops
-from kbfgs_ext.ops.spectral import COEFFICIENTS, SHIFTS, WEIGHTS
+from kbfgs_ext.ops.spectral import COEFFICIENTS, SHIFTS, WEIGHTS, only_value
 from kbfgs_ext.optim.factors import Tensors
-from kbfgs_ext.optim.parts import MOVED, TURNED, Part
+from kbfgs_ext.optim.parts import MOVED, TURNED, Lengths, Part
 from kbfgs_ext.optim.settings import Settings
 
 
@@ -29,7 +29,7 @@ class Direction:
         M, momentum = part["M"], part.group["momentum"]
         W, b, dW, db = part.W(), part.b(), part.dW(inside), part.db(inside)
         work = part.products(scratch)
-        if self._fused and part.g.has("H_g") and part.whole and not part.bare:
+        if self._fused and part.g.has("H_g") and part.plain and not part.bare:
             ops.kron_step_(
                 W=W,
                 b=b,
@@ -69,24 +69,41 @@ class Direction:
 
     def _flatten(self, part: Part, scratch: Tensors) -> None:
         """P to its polar factor: by the inverses that a CPU is better at, or by products alone."""
-        P, inverses = part["P"], part["P"][0].is_cpu
+        inverses = part["P"][0].is_cpu
         coefficients, shifts = (WEIGHTS, SHIFTS) if inverses else (COEFFICIENTS, None)
-        ops.polar_(P, scratch, coefficients, shifts=shifts, backend=part.backend)
+        P, work = part.matrices(part["P"]), part.polar_scratch(scratch)
+        if P:
+            ops.polar_(P, work, coefficients, shifts=shifts, backend=part.backend)
+        for rows in [p for layer, p in zip(part.layers, part["P"], strict=True) if layer.rowwise]:
+            wide = part.scalars.step_size.dtype
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
+            norms.clamp_(min=torch.finfo(rows.dtype).tiny)
+            rows.mul_(norms.reciprocal_().mul_(only_value(coefficients, shifts)))
 
     def _sizes(self, part: Part) -> Tensors:
-        """What each layer's P is multiplied by."""
+        """What each layer's P is multiplied by; that of one in groups is multiplied already."""
         P, size = part["P"], part.scalars.step_size
         sizes = [size] * len(P)
         if self._step_length != "direction":
-            norms = torch.stack(torch._foreach_norm(P))
-            whole, roots, sizes = part.lengths()
-            shared = self._step_length == "balanced"
-            ops.lengths_([whole], [norms], [roots], [size], shared, part.backend)
+            lengths, shared = part.lengths(), self._step_length == "balanced"
+            norms = torch.stack(torch._foreach_norm(part.by_group(P)))
+            ops.lengths_([lengths.whole], [norms], [lengths.roots], [size], shared, part.backend)
+            sizes = lengths.each if part.plain else _scaled(P, lengths)
         scaled = self._spectral or self._step_length == "layer"  # what gamma is lost in
         if part.g.has("gamma") and not part.bare and not scaled:  # a layer's blocks have the same
-            gamma = [layer.gradients[0]["gamma"] for layer in part.layers]
+            gamma = [layer.gradients[0].blocks("gamma")[0] for layer in part.layers]
             sizes = list(torch._foreach_mul(sizes, gamma))
         return sizes
+
+
+def _scaled(P: Tensors, lengths: Lengths) -> Tensors:
+    """Multiply what is in groups; returns what is left to multiply by."""
+    left = []
+    for p, size in zip(P, lengths.each, strict=True):
+        if size.dim():
+            p.view(len(size), -1).mul_(size[:, None])
+        left.append(lengths.one if size.dim() else size)
+    return left
 
 
 def slope(part: Part) -> None:
@@ -105,12 +122,12 @@ def slope(part: Part) -> None:
 def output_change(part: Part) -> None:
     """(15) Step 6's h_bar+ - h_bar, without the difference of two large means."""
     ops.output_change_(
-        change=part["h_change"],
-        W=part.W(),
-        b=part.b(),
-        saved=part["saved"],
-        a_bar=part["a_bar"],
-        a_bar_next=part["a_bar_next"],
+        change=part.by_group(part["h_change"]),
+        W=part.by_group(part.W()),
+        b=part.by_group(part.b()),
+        saved=part.by_group(part["saved"]),
+        a_bar=part.by_group(part["a_bar"]),
+        a_bar_next=part.by_group(part["a_bar_next"]),
         backend=part.backend,
     )
 

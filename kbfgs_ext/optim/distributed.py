@@ -24,13 +24,12 @@ import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from kbfgs_ext import ops
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.exchange import ACTION, FIRST, HEAD, LOSS, SECOND, WARM, WEIGHT, Exchange
-from kbfgs_ext.optim.factors import Tensors
+from kbfgs_ext.optim.factors import ActivationMatrix, Tensors, times
 from kbfgs_ext.optim.inputs import mean_square
 from kbfgs_ext.optim.parts import Part
-from kbfgs_ext.optim.updates import Verdict, restart
+from kbfgs_ext.optim.updates import Verdict
 
 CHUNK = 2**24  # elements of gradients that are sent together
 
@@ -203,12 +202,12 @@ class Ranks(Exchange):
     # ------------------------------------------------------------------ the activation side
 
     def norms(self, part: Part) -> tuple[Tensors, list[float]]:
-        means = [
-            self._squares[id(factor)] / self._rows[id(layer)][1]
+        norms = [
+            (self._squares[id(factor)] / self._rows[id(layer)][1]).sqrt()
             for layer in part.layers
             for factor in layer.activations
         ]
-        return [mean.sqrt() for mean in means], [1.0] * len(means)
+        return part.a.split(norms), [1.0] * len(part.a)
 
     def _share(self, layer: CoveredLayer) -> float:
         """m_r/m."""
@@ -248,27 +247,28 @@ class Ranks(Exchange):
 
     def follow(self, part: Part, verdict: Verdict, late: bool) -> None:
         """Step 9's s = H_a a_bar and this rank's share of y = A s + lam*s."""
-        s = [torch.mv(H_a, a) for H_a, a in zip(part.a["H_a"], part.a["a_bar"], strict=True)]
+        s = [factor.moved() for factor in part.a.factors]
         self._asked.append((part, s))
         wide, everyone = self.vector.dtype, 1 / self.size
-        damped = iter(zip(s, part.lam_a(), strict=True))
+        moved = iter(s)
         for layer in part.layers:
             share = everyone if part.settings.keep_A else self._share(layer)
             X = layer.inputs() if share and not part.settings.keep_A else []
             for i, (factor, columns) in enumerate(
                 zip(layer.activations, layer.columns(), strict=True)
             ):
-                (v, lam), d_in = next(damped), columns.stop - columns.start
+                v, d_in = next(moved), columns.stop - columns.start
                 if not share:
                     continue
                 if part.settings.keep_A:
-                    y = factor["A"] @ v
-                    trace = factor["A"].diagonal()[:d_in].sum(dtype=wide)
+                    y, squares = times(factor["A"], v), factor["A"].diagonal(dim1=-2, dim2=-1)
+                    trace = squares[..., :d_in].sum(-1, dtype=wide)
                 else:
                     y = torch.empty_like(v)
                     X[i].action(v, y, part.backend)
                     trace = mean_square(X[i], v) * d_in
-                self._y[id(factor)].copy_(y.add_(v * lam.to(v.dtype))).mul_(share)
+                lam = factor.damping(part.scalars.lam_a).to(v.dtype)
+                self._y[id(factor)].copy_(y.add_(v * lam[..., None])).mul_(share)
                 self._squares[id(factor)].copy_(trace * share)
 
     def followed(self, verdict: Verdict) -> None:
@@ -279,14 +279,12 @@ class Ranks(Exchange):
             self._exchange(ACTION, [0] * len(self._layers), [False] * len(self._layers))
         for part, s in self._asked:
             y = [self._y[id(f)].to(v.dtype) for f, v in zip(part.a.factors, s, strict=True)]
-            H_a, counts, a_bar = (part.a[name] for name in ("H_a", "counts_a", "a_bar"))
-            ops.bfgs_update_(H_a, counts, s, y, [], a_bar, verdict.ok, part.backend)
             # One row with the trace of all: tr A = |row|^2 and 1 for the bias.
             ends = [c.stop - c.start for layer in part.layers for c in layer.columns()]
-            rows = [a.new_zeros(1, n) for a, n in zip(a_bar, ends, strict=True)]
+            rows = [v.new_zeros(*v.shape[:-1], 1, n) for v, n in zip(s, ends, strict=True)]
             for row, factor in zip(rows, part.a.factors, strict=True):
-                row[0, 0] = self._squares[id(factor)].sqrt()
-            restart(part, {"a": verdict.order_a}, rows)
+                row[..., 0, 0] = self._squares[id(factor)].sqrt()
+            ActivationMatrix.take(part, s, y, rows, verdict)
         self._asked.clear()
 
     # ------------------------------------------------------------------ starts and checkpoints

@@ -62,18 +62,21 @@ class Exchange(Alone):
     def _lay_out(self, layers: list[CoveredLayer], parameters: Tensors) -> None:
         """Make the vector for these."""
         self._layers, self._parameters = list(layers), list(parameters)
-        blocks = sum(len(layer.activations) for layer in layers)
-        sizes = [HEAD, len(layers), len(layers), len(parameters), blocks]
-        sizes += [n for layer in layers for n in (layer.n_a, layer.n_g, layer.n_a)]
+        blocks = [factor for layer in layers for factor in layer.activations]
+        counts = [factor.count for factor in blocks]
+        sizes = [HEAD, len(layers), len(layers), len(parameters), sum(counts)]
+        a_bars = [layer.groups * layer.n_a for layer in layers]
+        sizes += [k for layer, n in zip(layers, a_bars, strict=True) for k in (n, layer.n_g, n)]
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.vector = torch.zeros(sum(sizes), dtype=wide, device=self.device)
         _, _, _, _, squares, *vectors = self.vector.split(sizes)
         self._a, self._g, y = vectors[0::3], vectors[1::3], vectors[2::3]
         self._told = sum(sizes[:4])  # what the host looks at
         # By the block.
-        factors = [(f, v) for layer, v in zip(layers, y, strict=True) for f in layer.activations]
-        self._y = {id(f): v[f.rows] for f, v in factors}
-        self._squares = {id(f): v for (f, _), v in zip(factors, squares.unbind(), strict=True)}
+        places = [v for layer, v in zip(layers, y, strict=True) for _ in layer.activations]
+        self._y = {id(f): f.of(v) for f, v in zip(blocks, places, strict=True)}
+        each = zip(blocks, squares.split(counts), strict=True)
+        self._squares = {id(f): v.view(f.stack) for f, v in each}
 
     def _exchange(self, kind: int, rows: Sequence[float], blind: Sequence[bool]) -> list[float]:
         """Sum the vector over the ranks; its sums of numbers, on the host. RankError if not all

@@ -9,7 +9,8 @@ class              side   the inverse factor H
 ================== ====== ==============================================================
 
 A side is one block, or several where it is longer than ``block_size``: H is then block-diagonal,
-and each block has a pair, a gate and counts of its own. n_a, n_g below are the block's rows.
+and each block has a pair, a gate and counts of its own. n_a, n_g below are the block's rows. The
+groups of a convolution have a block each, all alike: a factor is then the stack of them.
 
 A factor owns its tensors, their start and their checkpoint. What it does in a step is a static
 method on a `Part`, since an op takes the blocks of all layers in one call: the kinds of a part's
@@ -18,6 +19,7 @@ two sides decide which ops a step is made of. Step numbers are those of docs/alg
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,19 +37,22 @@ Tensors = list[torch.Tensor]
 
 
 class Factor:
-    """One block of one side of one layer.
+    """One block of one side of one layer; of a layer in groups a stack, one block per group.
 
     Args:
         side: "a" (activations) or "g" (gradients).
-        rows: of the side.
+        rows: of the side, or of what a group has of it.
         settings: of the whole optimizer.
+        stack: (groups,), the first dimension of all its tensors, or () without groups.
     """
 
     vectors: tuple[str, ...] = ()  # of the layer's scratch, over a side, those that a factor uses
 
-    def __init__(self, side: str, rows: slice, settings: Settings) -> None:
-        self.side, self.rows, self.settings = side, rows, settings
-        self.n = rows.stop - rows.start
+    def __init__(
+        self, side: str, rows: slice, settings: Settings, stack: tuple[int, ...] = ()
+    ) -> None:
+        self.side, self.rows, self.settings, self.stack = side, rows, settings, stack
+        self.n, self.count = rows.stop - rows.start, math.prod(stack)
         self.kept: dict[str, torch.Tensor] = {}
         self.scratch: dict[str, torch.Tensor] = {}  # its rows of the layer's
 
@@ -55,8 +60,21 @@ class Factor:
         tensor = self.kept.get(name)
         return self.scratch[name] if tensor is None else tensor
 
+    def blocks(self, name: str) -> Tensors:
+        """A tensor of each of its blocks."""
+        return list(self[name].unbind()) if self.stack else [self[name]]
+
+    def of(self, vector: torch.Tensor) -> torch.Tensor:
+        """Its entries of a vector over the whole side."""
+        return vector.view(*self.stack, -1)[..., self.rows]
+
     def kept_shapes(self, real: torch.dtype) -> Shapes:
         """Shape and dtype of every tensor of a checkpoint; ``real`` is the factor's dtype."""
+        shapes = self.block_shapes(real).items()
+        return {name: ((*self.stack, *shape), dtype) for name, (shape, dtype) in shapes}
+
+    def block_shapes(self, real: torch.dtype) -> Shapes:
+        """The same of one block."""
         shapes: Shapes = {f"counts_{self.side}": ((4,), torch.int64)}
         if self.settings.restart_after is not None:
             shapes[f"marks_{self.side}"] = ((3,), torch.int64)
@@ -74,7 +92,7 @@ class Factor:
                 tensor.zero_()
         marks = self.kept.get(f"marks_{self.side}")
         if marks is not None:
-            marks[:2] = self.kept[f"counts_{self.side}"][:2]
+            marks[..., :2] = self.kept[f"counts_{self.side}"][..., :2]
 
     def start(self, lam: torch.Tensor) -> None:
         """The factor of the first step, with the damping ``lam``."""
@@ -110,9 +128,9 @@ class ActivationMatrix(Factor):
 
     vectors = ("a_bar",)
 
-    def kept_shapes(self, real: torch.dtype) -> Shapes:
+    def block_shapes(self, real: torch.dtype) -> Shapes:
         names = ("H_a", "A") if self.settings.keep_A else ("H_a",)
-        shapes = super().kept_shapes(real) | dict.fromkeys(names, ((self.n, self.n), real))
+        shapes = super().block_shapes(real) | dict.fromkeys(names, ((self.n, self.n), real))
         if self.settings.relative_damping:
             shapes |= dict.fromkeys(("v", "lam_a"), ((), torch.float64))
         return shapes
@@ -122,19 +140,31 @@ class ActivationMatrix(Factor):
         """Where X~'X~/m is averaged before the start."""
         return self.kept["A" if self.settings.keep_A else "H_a"]
 
+    def damping(self, given: torch.Tensor) -> torch.Tensor:
+        """lam_a, that of all blocks unless they have their own."""
+        return self.kept.get("lam_a", given)
+
+    def moved(self) -> torch.Tensor:
+        """Step 9's s = H_a a_bar."""
+        return times(self["H_a"], self["a_bar"])
+
     def start(self, lam: torch.Tensor) -> None:
         """H_a = inv(A_0 + lam_a*I), from the average that the warm start or first batch left.
 
         The one O(n^3) operation of a run, in float64: its condition is that of A_0/lam_a.
         """
         damped = self.average.to(torch.float64, copy=True)
-        damped.diagonal().add_(lam)
+        _diagonal(damped).add_(lam[..., None])
         root = torch.linalg.cholesky_ex(damped)[0]
-        identity = damped.zero_().fill_diagonal_(1.0)
-        # Half the time of cholesky_inverse, which LAPACK does on one core.
-        inverse = torch.cholesky_solve(identity, root)
+        identity, H_a = damped.zero_(), self.kept["H_a"]
+        _diagonal(identity).fill_(1.0)
+        # Half the time of cholesky_inverse, which LAPACK does on one core; a few columns at a time,
+        # so that no third matrix is made.
+        width = -(-self.n // 4)
+        for out, columns in zip(H_a.split(width, -1), identity.split(width, -1), strict=True):
+            out.copy_(torch.cholesky_solve(columns, root))
         del root, identity, damped
-        self.kept["H_a"].copy_(inverse.add_(inverse.T.clone()).mul_(0.5))
+        H_a.add_(H_a.mT.clone()).mul_(0.5)
 
     def average_one(
         self, a_bar: torch.Tensor, inputs: Inputs, decay: float | None, ok: torch.Tensor | None
@@ -147,13 +177,14 @@ class ActivationMatrix(Factor):
     @staticmethod
     def average_in(part: Part, ok: torch.Tensor) -> None:
         """Step 3: the minibatch enters A, and a_bar is its mean."""
-        A = part.a["A"] if part.settings.keep_A else []
-        a_bar, decay = part.a["a_bar"], part.group["stat_decay"]
+        decay, keep = part.group["stat_decay"], part.settings.keep_A
         if part.in_rows:
-            ops.factor_ema_(A, a_bar, part.X(), decay, ok, part.backend)
+            A = part.a["A"] if keep else []
+            ops.factor_ema_(A, part.a["a_bar"], part.X(), decay, ok, part.backend)
             return
-        for i, inputs in enumerate(part.inputs()):
-            inputs.average(A[i : i + 1], a_bar[i], decay, ok, part.backend)
+        for factor, inputs in zip(part.a.factors, part.inputs(), strict=True):
+            A = [factor["A"]] if keep else []
+            inputs.average(A, factor["a_bar"], decay, ok, part.backend)
 
     @staticmethod
     def follow(part: Part, verdict: Verdict) -> None:
@@ -167,16 +198,24 @@ class ActivationMatrix(Factor):
 
     @staticmethod
     def _follow_patches(part: Part, verdict: Verdict) -> None:
-        H_a, a_bar, inputs, lam_a = part.a["H_a"], part.a["a_bar"], part.inputs(), part.lam_a()
-        s, y = [torch.empty_like(a) for a in a_bar], [torch.empty_like(a) for a in a_bar]
-        for i, patches in enumerate(inputs):
-            torch.mv(H_a[i], a_bar[i], out=s[i])
-            patches.action(s[i], y[i], part.backend)
-            y[i].add_(s[i] * lam_a[i].to(s[i].dtype))
-        ops.bfgs_update_(H_a, part.a["counts_a"], s, y, [], a_bar, verdict.ok, part.backend)
-        if part.settings.restart_after is not None:
-            rows = [x.of_the_same_square(a) for x, a in zip(inputs, a_bar, strict=True)]
-            restart(part, {"a": verdict.order_a}, rows)
+        s, y, rows = [], [], []
+        for factor, inputs in zip(part.a.factors, part.inputs(), strict=True):
+            s.append(factor.moved())
+            y.append(torch.empty_like(s[-1]))
+            inputs.action(s[-1], y[-1], part.backend)
+            lam = factor.damping(part.scalars.lam_a).to(s[-1].dtype)
+            y[-1].add_(s[-1] * lam[..., None])
+            if part.settings.restart_after is not None:
+                rows.append(inputs.of_the_same_square(factor["a_bar"]))
+        ActivationMatrix.take(part, s, y, rows, verdict)
+
+    @staticmethod
+    def take(part: Part, s: Tensors, y: Tensors, X: Tensors, verdict: Verdict) -> None:
+        """The gate and update of step 9, by the factor; the trace of ``X`` is for a restart."""
+        s, y, X = (part.a.split(tensors) for tensors in (s, y, X))
+        H_a, counts, a_bar = (part.a[name] for name in ("H_a", "counts_a", "a_bar"))
+        ops.bfgs_update_(H_a, counts, s, y, [], a_bar, verdict.ok, part.backend)
+        restart(part, {"a": verdict.order_a}, X)
 
 
 class GradientMatrix(Factor):
@@ -191,21 +230,21 @@ class GradientMatrix(Factor):
 
     vectors = ("h_change", "g_bar", "g_bar_next")
 
-    def kept_shapes(self, real: torch.dtype) -> Shapes:
+    def block_shapes(self, real: torch.dtype) -> Shapes:
         own: Shapes = {"H_g": ((self.n, self.n), real), "s": ((self.n,), real)}
-        return super().kept_shapes(real) | own | {"y": ((self.n,), real)} | self._scales()
+        return super().block_shapes(real) | own | {"y": ((self.n,), real)} | self._scales()
 
     def clear(self) -> None:
         super().clear()
-        self.kept["H_g"].fill_diagonal_(1.0)
+        _diagonal(self.kept["H_g"]).fill_(1.0)
 
     def reset(self) -> None:
         super().reset()
-        self.kept["H_g"].fill_diagonal_(1.0)
+        _diagonal(self.kept["H_g"]).fill_(1.0)
 
     def start(self, lam: torch.Tensor) -> None:
         """H_g = gamma*I."""
-        _start_scale(self.kept["H_g"].diagonal(), self.settings.initial_scale, lam)
+        _start_scale(_diagonal(self.kept["H_g"]), self.settings.initial_scale, lam)
 
     @staticmethod
     def precondition(part: Part, M: Tensors, work: Tensors) -> None:
@@ -237,10 +276,10 @@ class PairRing(Factor):
     own_vectors = ("s_damped", "y_damped", "Hy")
     vectors = ("h_change", "g_bar", "g_bar_next", *own_vectors)
 
-    def kept_shapes(self, real: torch.dtype) -> Shapes:
+    def block_shapes(self, real: torch.dtype) -> Shapes:
         p = self.settings.memory
         assert p is not None
-        shapes: Shapes = super().kept_shapes(real)
+        shapes: Shapes = super().block_shapes(real)
         shapes |= dict.fromkeys(("S", "Y"), ((p, self.n), real))
         shapes |= {"rho": ((p,), real), "pushed": ((), torch.int64)}
         shapes |= dict.fromkeys(("s", "y"), ((self.n,), real))
@@ -307,6 +346,15 @@ class PairRing(Factor):
         S, Y, rho, pushed = (g[name] for name in ("S", "Y", "rho", "pushed"))
         ops.lbfgs_push_(S, Y, rho, pushed, counts, s, y, c, ok, part.backend)
         restart(part, {"g": verdict.order_g})
+
+
+def times(H: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """H v, or of a stack each one's."""
+    return torch.bmm(H, v[..., None])[..., 0] if H.dim() == 3 else H @ v
+
+
+def _diagonal(H: torch.Tensor) -> torch.Tensor:
+    return H.diagonal(dim1=-2, dim2=-1)
 
 
 def _start_scale(place: torch.Tensor, gamma: float | str, lam_g: torch.Tensor) -> None:

@@ -25,7 +25,11 @@ CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 class Inputs(Protocol):
-    """The rows of one or several uses of a layer in a pass."""
+    """The rows of one or several uses of a layer in a pass.
+
+    Of a layer in groups every one has rows of its own, as many: vectors have a first dimension for
+    them here, ``stack``, and so has A.
+    """
 
     m: int
 
@@ -85,7 +89,8 @@ class Rows(Inputs):
 def mean_square(inputs: Inputs, like: torch.Tensor) -> torch.Tensor:
     """Of all entries of the rows, in float64."""
     X = inputs.of_the_same_square(like)
-    return torch.linalg.vector_norm(X, dtype=torch.float64).square() / X.numel()
+    norms = torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.float64)
+    return norms.square() / (X.shape[-2] * X.shape[-1])
 
 
 def features_last(x: torch.Tensor) -> Rows:
@@ -103,13 +108,12 @@ class Window:
     dilation: tuple[int, ...]
     padding: tuple[int, ...]  # in the order of F.pad: before and after, the last dimension first
     mode: str  # of F.pad
+    groups: int = 1  # of the channels
 
-    def images(self, x: torch.Tensor, channels: slice | None = None) -> Patches:
-        """An input (..., C, size): with several dimensions before the channels, or none; or some of
-        the channels."""
+    def images(self, x: torch.Tensor) -> Patches:
+        """An input (..., C, size): with several dimensions before the channels, or none."""
         x = plain(x)
-        x = x.reshape(-1, *x.shape[-len(self.kernel) - 1 :])
-        return Patches([(x if channels is None else x[:, channels], self)])
+        return Patches([(x.reshape(-1, *x.shape[-len(self.kernel) - 1 :]), self)])
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, size) with their edges."""
@@ -150,6 +154,7 @@ class Spread:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
+    groups: int
 
     def images(self, x: torch.Tensor, size: Sequence[int]) -> Patches:
         """An input (..., C, size) whose output has this ``size``."""
@@ -164,7 +169,8 @@ class Spread:
             reach = self.dilation[i] * (self.kernel[i] - 1)
             after = reach - self.padding[i]
             padding += [size[i] + reach - wide.shape[2 + i] - after, after]
-        window = Window(self.kernel, (1,) * n, self.dilation, tuple(padding), "constant")
+        ones, edges = (1,) * n, tuple(padding)
+        window = Window(self.kernel, ones, self.dilation, edges, "constant", self.groups)
         return Patches([(wide, window)])
 
 
@@ -181,17 +187,20 @@ class Patches(Inputs):
         self._rows = [len(x) * window.places(x) for x, window in uses]
         self.m = sum(self._rows)
         images, window = uses[0]
-        self._kernel = (1, images.shape[1], *window.kernel)
-        self._d_in = math.prod(self._kernel)
+        self._groups = window.groups
+        self._stack = (window.groups,) if window.groups > 1 else ()
+        self._kernel = (window.groups, images.shape[1] // window.groups, *window.kernel)
+        self._d_in = math.prod(self._kernel[1:])
 
     def joined(self, others: Sequence[Patches]) -> Patches:
         return Patches([use for one in (self, *others) for use in one._uses])
 
     def columns(self, these: slice) -> Patches:
-        """The patches of some channels, which begin and end with ``these``."""
+        """The patches of some channels of every group, which begin and end with ``these``."""
         unit = math.prod(self._kernel[2:])
         channels = slice(these.start // unit, these.stop // unit)
-        return Patches([(x[:, channels], window) for x, window in self._uses])
+        uses = [(x.unflatten(1, self._kernel[:2])[:, :, channels], w) for x, w in self._uses]
+        return Patches([(x.flatten(1, 2), window) for x, window in uses])
 
     def mean(self, out: torch.Tensor) -> None:
         self._mean_patch([x.mean(0, dtype=out.dtype) for x, _ in self._uses], out)
@@ -199,9 +208,9 @@ class Patches(Inputs):
     def of_the_same_square(self, like: torch.Tensor) -> torch.Tensor:
         """The root of the mean squared patch, as one row with the dtype of ``like``: it has the
         trace of X'X/m, and is finite where that is."""
-        out = like.new_empty(1, self._d_in)
-        self._mean_patch([x.to(out.dtype).square().mean(0) for x, _ in self._uses], out[0])
-        return out.sqrt_()
+        out = like.new_empty(*self._stack, self._d_in)
+        self._mean_patch([x.to(out.dtype).square().mean(0) for x, _ in self._uses], out)
+        return out.sqrt_().unsqueeze(-2)
 
     def _mean_patch(self, images: list[torch.Tensor], out: torch.Tensor) -> None:
         """The mean over all places of the batch's mean images."""
@@ -209,38 +218,47 @@ class Patches(Inputs):
         for image, (_, window), rows in zip(images, self._uses, self._rows, strict=True):
             patches = window.patches(window.pad(image[None]))
             places = tuple(range(patches.dim() - image.dim()))
-            out.add_(patches.mean(places).flatten(), alpha=rows / self.m)
+            out.add_(patches.mean(places).reshape(out.shape), alpha=rows / self.m)
 
     def action(self, s: torch.Tensor, out: torch.Tensor, backend: str) -> None:
         kernel, d_in, n = self._kernel, self._d_in, len(self._kernel) - 2
         weight_gradient = getattr(torch.nn.grad, f"conv{n}d_weight")  # type: ignore[attr-defined]
-        bias = s[d_in:] if len(s) > d_in else None
+        taps, bias = s[..., :d_in], s[..., d_in:].flatten() if s.shape[-1] > d_in else None
+        y, of_bias = out[..., :d_in], out[..., d_in:]
         out.zero_()
         with exact_convolutions():
             for x, window in self._uses:
                 zeros = window.zeros()
                 x = x.to(s.dtype) if zeros else window.pad(x.to(s.dtype))
-                steps = window.stride, zeros or 0, window.dilation
-                v = CONVOLUTIONS[n - 1](x, s[:d_in].view(kernel), bias, *steps)
-                out[:d_in].add_(weight_gradient(x, kernel, v, *steps).flatten(), alpha=1 / self.m)
-                out[d_in:].add_(v.sum(), alpha=1 / self.m)
+                steps = window.stride, zeros or 0, window.dilation, self._groups
+                v = CONVOLUTIONS[n - 1](x, taps.reshape(kernel), bias, *steps)
+                gradient = weight_gradient(x, kernel, v, *steps)
+                y.add_(gradient.reshape(y.shape), alpha=1 / self.m)
+                v = v.transpose(0, 1).flatten(1).sum(1)
+                of_bias.add_(v.view(*self._stack, 1), alpha=1 / self.m)
 
     def average(
         self, A: list[torch.Tensor], a_bar: torch.Tensor, decay: float, ok: Any, backend: str
     ) -> None:
-        self.mean(a_bar[: self._d_in])
+        self.mean(a_bar[..., : self._d_in])
         if not A:
             return
         fine = torch.isfinite(self.of_the_same_square(a_bar)).all()
         fine = fine if ok is None else fine & ok
-        weight, mean = decay, torch.empty_like(a_bar)  # weight: of what A holds in its final value
-        for X in self.blocks():
-            total = weight + (1 - decay) * len(X) / self.m
-            ops.factor_ema_(A, [mean], [X], weight / total, fine, backend)
+        weight, means = decay, torch.empty_like(a_bar)  # weight: what A holds of its final value
+        if self._stack:
+            A, mean = list(A[0].unbind()), list(means.unbind())
+        else:
+            mean = [means]
+        for block in self.blocks():
+            total = weight + (1 - decay) * len(block) / self.m
+            X = block.unflatten(1, (self._groups, -1)).transpose(0, 1).contiguous()
+            ops.factor_ema_(A, mean, list(X.unbind()), weight / total, fine, backend)
             weight = total
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """All patches as rows, at most `BLOCK` elements at a time."""
+        """All patches as rows, those of the groups side by side, at most `BLOCK` elements at a
+        time."""
         for x, window in self._uses:
             yield from _blocks(window.patches(window.pad(x)), 1 + len(window.kernel))
 

@@ -37,7 +37,7 @@ class KBFGS(CoveredOptimizer):
 
     Args:
         model: layers of a known kind with a trained weight are covered: `torch.nn.Linear`,
-            convolutions in up to 32 groups, transposed ones, `torch.nn.MultiheadAttention`,
+            convolutions, grouped and transposed ones too, `torch.nn.MultiheadAttention`,
             transformers' `Conv1D`, and what `register_kind` was given.
             Every other trained parameter goes to ``fallback``, and a warning says so once.
         lr: learning rate, at least 0; a number or a scalar tensor. With step_length="layer" it is

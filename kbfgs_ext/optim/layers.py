@@ -18,8 +18,6 @@ from torch import nn
 
 from kbfgs_ext.optim.inputs import Inputs, Spread, Window, features_last
 
-MOST_GROUPS = 32  # of a convolution
-
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -46,6 +44,9 @@ class View:
         name: of the view in its module, where that has several.
         sized: ``inputs`` takes the size of the output as well, its ``trailing`` dimensions.
         by_hand: the module calls `F.linear` with the weight itself, and the input is seen there.
+        groups: of a convolution: the outputs are in as many equal runs, each of inputs of its own,
+            d_in of them; ``outputs_first`` may then have the groups as a dimension before the
+            outputs of one.
     """
 
     weight: Any
@@ -59,6 +60,7 @@ class View:
     name: str = ""
     sized: bool = False
     by_hand: bool = False
+    groups: int = 1
 
     @property
     def shape(self) -> torch.Size:
@@ -75,9 +77,13 @@ class View:
         t = self.outputs_first(t)
         return t if self.rows is None else t[self.rows]
 
+    def flat(self, t: torch.Tensor) -> torch.Tensor:
+        """What `place` returns as n_g x d_in."""
+        return (t.flatten(0, 1) if t.dim() > self.weight.dim() else t).flatten(1)
+
     def matrix(self, t: torch.Tensor) -> torch.Tensor:
         """A tensor of the weight's shape as n_g x d_in."""
-        return self.place(t).flatten(1)
+        return self.flat(self.place(t))
 
     def vector(self, t: torch.Tensor) -> torch.Tensor:
         """A tensor of the bias's shape as n_g."""
@@ -147,18 +153,9 @@ class TransposedLinear(Kind):
 
 class Convolution(Kind):
     """`torch.nn.Conv2d`, with any stride, padding and dilation, on (B, C, H, W) or (C, H, W): the
-    rows are patches, one per position of the kernel. Every group is a view."""
+    rows are patches, one per position of the kernel. Groups have a block of the factors each."""
 
     module_type: type[nn.Module] | str = nn.Conv2d
-
-    @classmethod
-    def refuses(cls, module: Any) -> str:
-        if module.groups > MOST_GROUPS:
-            return (
-                f"a convolution in {module.groups} groups: each is a layer of its own, and of more"
-                f" than {MOST_GROUPS} the step takes longer than they are worth"
-            )
-        return ""
 
     @classmethod
     def views(cls, module: Any) -> list[View]:
@@ -176,27 +173,17 @@ class Convolution(Kind):
             dilation=module.dilation,
             padding=tuple(p for pair in reversed(padding) for p in pair),
             mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
+            groups=module.groups,
         )
-        view = View(
-            module.weight,
-            module.bias,
-            window.images,
-            trailing=len(sizes),
-            unit=math.prod(module.kernel_size),
-        )
-        if module.groups == 1:
-            return [view]
-        n_g, channels = (n // module.groups for n in (module.out_channels, module.in_channels))
         return [
-            dataclasses.replace(
-                view,
-                inputs=functools.partial(
-                    window.images, channels=slice(i * channels, (i + 1) * channels)
-                ),
-                rows=slice(i * n_g, (i + 1) * n_g),
-                name=str(i),
+            View(
+                module.weight,
+                module.bias,
+                window.images,
+                trailing=len(sizes),
+                unit=math.prod(module.kernel_size),
+                groups=module.groups,
             )
-            for i in range(module.groups)
         ]
 
 
@@ -213,26 +200,24 @@ class Convolution3d(Convolution):
 
 
 class TransposedConvolution(Kind):
-    """`torch.nn.ConvTranspose2d`, in one group."""
+    """`torch.nn.ConvTranspose2d`: the rows are what reaches one pixel of the output."""
 
     module_type: type[nn.Module] | str = nn.ConvTranspose2d
 
     @classmethod
-    def refuses(cls, module: Any) -> str:
-        return "a transposed convolution in several groups" if module.groups > 1 else ""
-
-    @classmethod
     def views(cls, module: Any) -> list[View]:
-        places = Spread(module.kernel_size, module.stride, module.dilation, module.padding)
+        geometry = module.kernel_size, module.stride, module.dilation, module.padding
+        places = Spread(*geometry, module.groups)
         return [
             View(
                 module.weight,
                 module.bias,
                 places.images,
-                outputs_first=_swapped,
+                outputs_first=functools.partial(_swapped, groups=module.groups),
                 trailing=len(module.kernel_size),
                 unit=math.prod(module.kernel_size),
                 sized=True,
+                groups=module.groups,
             )
         ]
 
@@ -249,8 +234,9 @@ class TransposedConvolution3d(TransposedConvolution):
     module_type = nn.ConvTranspose3d
 
 
-def _swapped(t: torch.Tensor) -> torch.Tensor:
-    return t.transpose(0, 1)
+def _swapped(t: torch.Tensor, groups: int) -> torch.Tensor:
+    """Inputs x outputs of a group x kernel as groups x outputs x inputs of a group x kernel."""
+    return t.unflatten(0, (groups, -1)).transpose(1, 2)
 
 
 class MultiheadAttention(Kind):

@@ -15,6 +15,9 @@ from kbfgs_ext.optim.parts import product_scratch_elements
 from kbfgs_ext.optim.passes import Buffers
 from kbfgs_ext.optim.settings import Settings
 
+FACTORS = ("A", "H_a", "H_g", "S", "Y")
+MATRICES = (*FACTORS, "M", "P", "ahead", "master_W")
+
 
 def memory_usage(
     layers: list[CoveredLayer], settings: Settings, fallback: Fallback | None, buffers: Buffers
@@ -34,9 +37,9 @@ def memory_usage(
         kept = layer.kept_shapes()
         for name, (shape, dtype) in kept.items():
             kind = name.partition(".")[0]  # of a block
-            add(kind if len(shape) == 2 else "vectors", math.prod(shape), dtype)
+            add(kind if kind in MATRICES else "vectors", math.prod(shape), dtype)
         for name, shape in layer.scratch_shapes().items():
-            add(name if len(shape) == 2 else "vectors", math.prod(shape), layer.dtype)
+            add(name if name in MATRICES else "vectors", math.prod(shape), layer.dtype)
         if not layer.view.in_place and "master_W" not in kept:
             add("W", layer.n_g * layer.d_in, layer.weight.dtype)
     first = layers[0]

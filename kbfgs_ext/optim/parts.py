@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from kbfgs_ext.ops.spectral.api import workspace_size as polar_workspace
 from kbfgs_ext.optim.covered import CoveredLayer
-from kbfgs_ext.optim.factors import Factor, Tensors
+from kbfgs_ext.optim.factors import ActivationMatrix, Factor, Tensors
 from kbfgs_ext.optim.hyper import DeviceScalars
 from kbfgs_ext.optim.settings import Settings
 
@@ -27,26 +28,44 @@ class Group:
     scalars: DeviceScalars
 
 
-class Blocks:
+F = TypeVar("F", bound=Factor)
+
+
+class Blocks(Generic[F]):
     """The factors of one side of a part's layers: ``blocks["H_g"]`` is the list of their tensors,
     made once."""
 
-    def __init__(self, factors: list[Factor]) -> None:
+    def __init__(self, factors: list[F]) -> None:
         self.factors = factors
         self._each: dict[str, Tensors] = {}
 
     def __getitem__(self, name: str) -> Tensors:
         tensors = self._each.get(name)
         if tensors is None:
-            tensors = self._each[name] = [factor[name] for factor in self.factors]
+            tensors = self._each[name] = [t for f in self.factors for t in f.blocks(name)]
         return tensors
 
     def __len__(self) -> int:
-        return len(self.factors)
+        return sum(factor.count for factor in self.factors)
+
+    def split(self, tensors: Tensors) -> Tensors:
+        """Tensors of the factors by their blocks."""
+        both = zip(self.factors, tensors, strict=False)
+        return [t for factor, s in both for t in (s.unbind() if factor.stack else (s,))]
 
     def has(self, name: str) -> bool:
         """Whether they keep such a tensor."""
         return name in self.factors[0].kept
+
+
+@dataclasses.dataclass
+class Lengths:
+    """The sizes of the steps of a part's layers, and of their groups."""
+
+    whole: torch.Tensor  # all of them
+    roots: torch.Tensor  # of the rows that each is of
+    each: Tensors  # by the layer: a scalar, or a vector over its groups
+    one: torch.Tensor  # a size
 
 
 class Part:
@@ -70,13 +89,16 @@ class Part:
         first = layers[0]
         self.bare, self.halved = first.bare, first.halved
         self.whole = all(layer.whole for layer in layers)  # no side is in several blocks
+        self.plain = all(layer.plain for layer in layers)  # and no layer in groups
         self.gradient = type(first.gradients[0])
-        self.a = Blocks([factor for layer in layers for factor in layer.activations])
+        self.a: Blocks[ActivationMatrix] = Blocks(
+            [factor for layer in layers for factor in layer.activations]
+        )
         self.g = Blocks([factor for layer in layers for factor in layer.gradients])
         self.stage = STILL
         self.scratch: Tensors = []  # of `Parts.scratch`, once it was asked for
         self._each: dict[str, Tensors] = {}
-        self._lengths: tuple[torch.Tensor, torch.Tensor, Tensors] | None = None
+        self._lengths: Lengths | None = None
         self._singles: list[Part] = []
 
     def __getitem__(self, name: str) -> Tensors:
@@ -113,37 +135,65 @@ class Part:
         shapes = [(layer.n_g, layer.n_a) for layer in self.layers]
         return [t[: n * k].view(n, k) for t, (n, k) in zip(scratch, shapes, strict=True)]
 
+    def matrices(self, P: Tensors) -> Tensors:
+        """The directions of layers and groups, but for those of one row each."""
+        if self.plain:
+            return P
+        both = zip(self.layers, P, strict=True)
+        return [t for layer, p in both if not layer.rowwise for t in layer.by_group(p)]
+
+    def polar_scratch(self, scratch: Tensors) -> Tensors:
+        """What the polar factors of `matrices` are made in."""
+        if self.plain:
+            return scratch
+        found: Tensors = []
+        for layer, t in zip(self.layers, scratch, strict=True):
+            if layer.rowwise:
+                continue
+            if layer.groups == 1 or t.is_cpu:
+                found += [t] * layer.groups
+            else:
+                found += t.split(len(t) // layer.groups)[: layer.groups]
+        return found
+
     # ------------------------------------------------------------------ blocks
+
+    def by_group(self, tensors: Tensors) -> Tensors:
+        """What every layer has over its outputs, or its inputs, by the groups."""
+        if self.plain:
+            return tensors
+        both = zip(self.layers, tensors, strict=True)
+        return [t for layer, whole in both for t in layer.by_group(whole)]
 
     def rows(self, matrices: Tensors) -> Tensors:
         """Matrices as large as the weights by the blocks of the gradient side."""
         if self.whole:
-            return matrices
+            return self.by_group(matrices)
         return [
-            m[g.rows]
+            t[g.rows]
             for layer, m in zip(self.layers, matrices, strict=True)
-            for g in layer.gradients
+            for g, t in itertools.product(layer.gradients, layer.by_group(m))
         ]
 
     def columns(self, matrices: Tensors) -> Tensors:
         """The same by the blocks of the activation side."""
         if self.whole:
-            return matrices
+            return self.by_group(matrices)
         return [
-            m[:, a.rows]
+            t[:, a.rows]
             for layer, m in zip(self.layers, matrices, strict=True)
-            for a in layer.activations
+            for a, t in itertools.product(layer.activations, layer.by_group(m))
         ]
 
     def tiles(self, matrices: Tensors) -> Tensors:
-        """The same by both: one tile for every pair of blocks of a layer."""
+        """The same by both: one tile for every pair of blocks of a layer, or of a group."""
         if self.whole:
-            return matrices
+            return self.by_group(matrices)
         return [
-            m[g.rows, a.rows]
+            t[g.rows, a.rows]
             for layer, m in zip(self.layers, matrices, strict=True)
-            for g in layer.gradients
-            for a in layer.activations
+            for g, a in itertools.product(layer.gradients, layer.activations)
+            for t in layer.by_group(m)
         ]
 
     def tile_factors(self) -> tuple[Tensors, Tensors]:
@@ -151,10 +201,10 @@ class Part:
         if self.whole:
             return self.g["H_g"], self.a["H_a"]
         pairs = [
-            (g["H_g"], a["H_a"])
+            pair
             for layer in self.layers
-            for g in layer.gradients
-            for a in layer.activations
+            for g, a in itertools.product(layer.gradients, layer.activations)
+            for pair in zip(g.blocks("H_g"), a.blocks("H_a"), strict=True)
         ]
         return [H_g for H_g, _ in pairs], [H_a for _, H_a in pairs]
 
@@ -167,13 +217,15 @@ class Part:
         """Those of the gradient side's."""
         return [self.scalars.lam_g] * len(self.g)
 
-    def lengths(self) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
-        """The sizes of their steps in one vector, the roots of their rows, and the sizes each."""
+    def lengths(self) -> Lengths:
+        """Of their steps, a place for each."""
         if self._lengths is None:
-            like = self.scalars.step_size
-            roots = [like.new_full((1,), layer.n_g**0.5) for layer in self.layers]
-            whole = like.new_empty(len(roots))
-            self._lengths = whole, torch.cat(roots), list(whole.unbind())
+            like, groups = self.scalars.step_size, [layer.groups for layer in self.layers]
+            rows = [layer.n_g // layer.groups for layer in self.layers]
+            roots = [like.new_full((k,), n**0.5) for n, k in zip(rows, groups, strict=True)]
+            whole, one = like.new_empty(sum(groups)), like.new_ones(())
+            each = [s if k > 1 else s[0] for s, k in zip(whole.split(groups), groups, strict=True)]
+            self._lengths = Lengths(whole, torch.cat(roots), each, one)
         return self._lengths
 
     def inputs(self) -> list[Any]:
@@ -254,7 +306,7 @@ class Parts:
             alike: dict[tuple, list[CoveredLayer]] = {}
             for layer in group.layers:
                 if id(layer) in rows:
-                    fusible = layer.whole or not self._settings.fused
+                    fusible = layer.plain or not self._settings.fused
                     key = rows[id(layer)], fusible, layer.bare, layer.halved
                     alike.setdefault(key, []).append(layer)
             for (in_rows, *_), layers in alike.items():
@@ -275,7 +327,10 @@ def direction_elements(layer: CoveredLayer, settings: Settings) -> int:
     H_g M H_a, and what the polar factor is made in."""
     product = layer.n_g * layer.n_a
     if settings.direction == "spectral":
-        product = max(product, polar_workspace(layer.n_g, layer.n_a))
+        # On the CPU groups go one after the other, as layers do.
+        at_once = 1 if layer.weight.device.type == "cpu" else layer.groups
+        at_once = 0 if layer.rowwise else at_once
+        product = max(product, at_once * polar_workspace(layer.n_g // layer.groups, layer.n_a))
     return product
 
 

@@ -84,8 +84,8 @@ class Alone:
     def norms(self, part: Part) -> tuple[Tensors, list[float]]:
         """Of the inputs of this step, by the blocks of the activation side, and of how many
         elements."""
-        pairs = zip(part.inputs(), part.a["a_bar"], strict=True)
-        X = [inputs.of_the_same_square(a_bar) for inputs, a_bar in pairs]
+        pairs = zip(part.inputs(), part.a.factors, strict=True)
+        X = part.a.split([x.of_the_same_square(factor["a_bar"]) for x, factor in pairs])
         norms = torch._foreach_norm(X, 2, torch.promote_types(X[0].dtype, torch.float32))
         return list(norms), [float(x.numel()) for x in X]
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.memory import FACTORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class CoverageRow:
     n_g: int = 0
     n_a: int = 0
     factor_bytes: int = 0  # of A, H_a, H_g and the ring of pairs
-    reason: str = ""  # why it is not covered, or the blocks of its factors
+    reason: str = ""  # why it is not covered, or what there is to say of its factors
 
 
 def summary(counters: Mapping[str, torch.Tensor], lr: float | torch.Tensor) -> str:
@@ -70,7 +71,6 @@ class Coverage(list[CoverageRow]):
         return "\n".join(lines)
 
 
-FACTORS = ("A", "H_a", "H_g", "S", "Y")
 FEW = 3  # names in a message
 LARGE = 2**26  # bytes: a factor below is never called large
 
@@ -110,10 +110,13 @@ def _factor_bytes(layer: CoveredLayer) -> dict[str, int]:
 
 
 def _blocks(layer: CoveredLayer) -> str:
-    """What is in several blocks, for people."""
+    """What is in several blocks, or in part unseen, for people."""
     sides = (("n_g", layer.gradients), ("n_a", layer.activations))
     several = [f"{n} in {len(blocks)} blocks" for n, blocks in sides if len(blocks) > 1]
-    return ", ".join(several)
+    tied = f"tied to {layer.tied}, whose gradients its factors do not see"
+    return ", ".join(
+        [f"{layer.groups} groups"] * (layer.groups > 1) + several + [tied] * bool(layer.tied)
+    )
 
 
 def say_what_is_large(layers: list[CoveredLayer], model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 from kbfgs_ext import ops
 
 if TYPE_CHECKING:
-    from kbfgs_ext.optim.parts import Part
+    from kbfgs_ext.optim.parts import Blocks, Part
 
 Tensors = list[torch.Tensor]
 
@@ -93,7 +93,7 @@ def restart(
     after = part.settings.restart_after
     if after is None or not orders:
         return
-    sides = {"a": part.a, "g": part.g}
+    sides: dict[str, Blocks] = {"a": part.a, "g": part.g}
     matrices = "a" in orders or part.g.has("H_g")
 
     def both(name: str) -> Tensors:

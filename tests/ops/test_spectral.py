@@ -301,3 +301,11 @@ def test_a_wide_spectrum_costs_no_accuracy(backend, way):
     P = P.float()
     (got,), (truth,) = run([P], backend, way), run([P.double()], "reference", way)
     assert torch.linalg.matrix_norm(got.double() - truth, 2) < 1e-3
+
+
+@WAYS
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_only_singular_value_of_a_row(way, scale):
+    row = scale * randn(1, 9)
+    (P,) = run([row], "reference", way)
+    torch.testing.assert_close(P, api.only_value(*way) * row / row.norm(), rtol=1e-12, atol=0)

@@ -19,7 +19,7 @@ class Images(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(
             nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3, padding=1), nn.Tanh(),
-            nn.Conv1d(4, 3, 2, stride=2, bias=False), nn.Flatten(), nn.Linear(6, 3),
+            nn.Conv1d(4, 4, 2, stride=2, bias=False, groups=2), nn.Flatten(), nn.Linear(8, 3),
         )  # fmt: skip
         self.double()
 

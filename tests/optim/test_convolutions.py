@@ -114,6 +114,7 @@ GEOMETRIES = {
     "grouped": (2, (3, 6, 5, 4), dict(kernel_size=3, padding=1, groups=3)),
     "grouped, no bias": (2, (3, 4, 6, 5), dict(kernel_size=2, stride=2, groups=2, bias=False)),
     "depthwise": (2, (3, 4, 5, 5), dict(kernel_size=3, dilation=2, padding=2, groups=4)),
+    "of many groups": (2, (2, 40, 3, 3), dict(kernel_size=3, padding=1, groups=40)),
     "grouped 1d": (1, (4, 4, 9), dict(kernel_size=3, padding=1, padding_mode="circular", groups=2)),
     "1d": (1, (4, 2, 9), dict(kernel_size=3, stride=2, dilation=2, padding=2)),
     "3d": (3, (2, 2, 4, 3, 4), dict(kernel_size=(2, 3, 2), padding=1, stride=(1, 2, 2))),
@@ -194,6 +195,9 @@ OPTIONS = [
     {"pair_every": 2},
     {"restart_after": 1},
     {"block_size": 10},
+    {"step_length": "balanced"},
+    {"direction": "spectral", "step_length": "layer", "relative_damping": True, "lr": 0.01},
+    {"direction": "spectral", "nesterov": True, "initial_scale": "damping", "lr": 0.01},
     {"weight_decay": 0.01, "safeguard": False},
     {"backend": "reference"},
 ]
@@ -208,6 +212,19 @@ def test_options(method, action, options):
     convs = nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.Conv2d(4, 2, 2, groups=2)
     model = network(*convs, x=x)
     assert_one_trajectory(method, model, twin_of(model), x, hessian_action=action, **options)
+
+
+@METHODS
+@ACTIONS
+def test_groups_in_blocks(method, action):
+    """Every group has as many, and each is that of a Linear in blocks."""
+    torch.manual_seed(0)
+    x = images(6, 10, 2, 3)
+    model = network(nn.Conv2d(10, 8, 1, groups=2), x=x)
+    options = {"block_size": 3, "restart_after": 2, "hessian_action": action}
+    assert_one_trajectory(method, model, twin_of(model), x, **options)
+    (conv, _) = method(model, **options).layers
+    assert [f.n for f in conv.activations] == [3, 3] and [f.n for f in conv.gradients] == [2, 2]
 
 
 @METHODS

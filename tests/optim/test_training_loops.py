@@ -185,6 +185,8 @@ def test_a_weight_tied_to_an_embedding(method, action):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        said = [row.reason for row in method(Tied()).coverage()]
+        assert said == ["", "tied to embedding, whose gradients its factors do not see"]
         assert_trains_as(
             Tied(),
             loss_with(lambda m: m.embedding(tokens)),

@@ -6,7 +6,6 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from kbfgs_ext import KBFGS, presets
 from tests.optim.loops import assert_one_trajectory, images
@@ -23,13 +22,20 @@ class OnPatches(nn.Module):
     def __init__(self, conv) -> None:
         super().__init__()
         self.conv = [conv]
-        W = conv.weight.detach().transpose(0, 1).flatten(1)
-        self.linear = nn.Linear(W.shape[1], W.shape[0], conv.bias is not None, dtype=W.dtype)
-        self.linear.weight.data.copy_(W)
-        if conv.bias is not None:
-            self.linear.bias.data.copy_(conv.bias.detach())
+        self.linears = nn.ModuleList()
+        for i, part in enumerate(conv.weight.detach().chunk(conv.groups)):
+            W = part.transpose(0, 1).flatten(1)
+            linear = nn.Linear(W.shape[1], W.shape[0], conv.bias is not None, dtype=W.dtype)
+            linear.weight.data.copy_(W)
+            if conv.bias is not None:
+                linear.bias.data.copy_(conv.bias.detach().chunk(conv.groups)[i])
+            self.linears.append(linear)
 
     def forward(self, x, size):
+        each = zip(self.linears, x.chunk(len(self.linears), 1), strict=True)
+        return torch.cat([self.group(linear, x, size) for linear, x in each], 1)
+
+    def group(self, linear, x, size):
         (conv,) = self.conv
         sizes = conv.kernel_size, conv.stride, conv.dilation, conv.padding
         geometry = list(zip(*sizes, strict=True))
@@ -48,7 +54,7 @@ class OnPatches(nn.Module):
                 index = (slice(None), slice(None), *(i for i, _ in at))
                 taken.append(x[index] if inside else x.new_zeros(x.shape[:2]))
             rows.append(torch.stack(taken, -1).flatten(1))
-        return self.linear(torch.stack(rows, 1)).mT.unflatten(-1, list(size))
+        return linear(torch.stack(rows, 1)).mT.unflatten(-1, list(size))
 
 
 class Net(nn.Module):
@@ -75,6 +81,9 @@ GEOMETRIES = {
     "no bias": (2, (3, 2, 3, 3), dict(kernel_size=2, stride=2, bias=False), None),
     "1d": (1, (3, 2, 5), dict(kernel_size=4, stride=2, padding=1), None),
     "3d": (3, (2, 2, 2, 2, 2), dict(kernel_size=2, stride=2, padding=(1, 0, 0)), None),
+    "grouped": (2, (3, 4, 3, 2), dict(kernel_size=(2, 3), stride=2, groups=2), None),
+    "depthwise": (1, (3, 4, 5), dict(kernel_size=3, stride=2, padding=1, groups=4), (10,)),
+    "grouped, no bias": (2, (3, 4, 3, 3), dict(kernel_size=2, groups=2, bias=False), None),
 }  # fmt: skip
 
 
@@ -98,9 +107,10 @@ def test_it_is_linear_on_patches(method, action, case):
 
 @DEFAULTS
 @ACTIONS
-def test_checkpoints_blocks_and_restarts(method, action):
+@pytest.mark.parametrize("case", ["strided", "grouped"])
+def test_checkpoints_blocks_and_restarts(method, action, case):
     def made():
-        model, x = build("strided")
+        model, x = build(case)
         opt = method(
             model, lr=0.1, hessian_action=action, block_size=7, restart_after=1,
             relative_damping=True,
@@ -118,14 +128,6 @@ def test_checkpoints_blocks_and_restarts(method, action):
         opt.step(closure)
         resumed.step(again)
     assert_same(snapshot(model, opt), snapshot(twin, resumed))
-
-
-def test_several_groups_go_to_the_fallback_by_name():
-    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.Conv2d(4, 2, 1))
-    with pytest.warns(UserWarning, match="a transposed convolution in several groups"):
-        assert [layer.name for layer in KBFGS(model).layers] == ["1"]
-    x = torch.randn(1, 4, 3, 3)
-    assert F.relu(model(x)).shape == (1, 2, 4, 4)
 
 
 @pytest.mark.parametrize("copies", [False, True])

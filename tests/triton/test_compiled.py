@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kbfgs_ext.ops.triton_common import COMPILER  # noqa: E402
+from tests.helpers import cases  # noqa: E402
 from tests.triton import recorder  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block can have
@@ -95,6 +96,15 @@ def faults(what: str, launch: recorder.Launch, arch: int, tmp_path) -> list[str]
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_no_spill_and_it_fits(arch, dtype, tmp_path):
     assert not [f for what, launch in launches(dtype) for f in faults(what, launch, arch, tmp_path)]
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_programs_search_a_table_of_many_rows(arch, tmp_path):
+    """The groups of depthwise convolutions: no program looks at thousands of rows."""
+    args = cases.measure_pair((3,) * 1100)(torch.float32)
+    (launch,) = recorder.launches_of("measure_pair_", args)
+    assert "scf.while" in compiled(launch, arch).asm["ttir"]
+    assert not faults("measure_pair_", launch, arch, tmp_path)
 
 
 SQUARES = "factor_ema._squares"

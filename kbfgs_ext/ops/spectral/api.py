@@ -29,6 +29,18 @@ MOST_INVERSES = 3  # that ``work`` has room for
 MULTIPLE = 16  # elements: rows in ``work`` may begin on 64 bytes in float32
 
 
+def only_value(coefficients: Sequence[float], shifts: Sequence[float] | None) -> float:
+    """What `polar_` makes of the one singular value of a matrix of one row: nearly 1."""
+    if shifts is not None:
+        both = zip(coefficients[1:], shifts, strict=True)
+        return coefficients[0] + sum(c / (1 + s) for c, s in both)
+    Z = G = 1.0
+    for a, b, c in zip(*(coefficients[i::3] for i in range(3)), strict=True):
+        R = a + b * G + c * G * G
+        Z, G = R * Z, R * R * G
+    return Z
+
+
 def rounded_up(n: int) -> int:
     """``n`` rounded up to `MULTIPLE`."""
     return -(-n // MULTIPLE) * MULTIPLE

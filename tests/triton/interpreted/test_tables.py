@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+import triton.language as tl
 
 from kbfgs_ext.ops import triton_common
 from tests.helpers import calls, cases
@@ -38,6 +39,32 @@ def test_starts_are_padded_to_a_power_of_two():
     assert table.programs == (6, 3)
     assert table.starts[0].tolist() == [0, 2, 2, triton_common.NEVER]
     assert table.starts[1].tolist() == [0, 1, 2, triton_common.NEVER]
+
+
+@pytest.mark.parametrize("op", ["curvature_update_", "output_change_", "pair_ema_"])
+def test_a_program_finds_its_row_among_many(op, monkeypatch):
+    """By a search, and layers without programs are passed over."""
+    for case in cases.of(op)[:4]:
+        found = []
+        for many in (triton_common.MANY, tl.constexpr(1)):
+            monkeypatch.setattr(triton_common, "MANY", many)
+            args = case.build(torch.float32)
+            calls.call(op, args, "triton")
+            found.append(args)
+        for name, value in found[0].items():
+            if isinstance(value, list):
+                for one, other in zip(value, found[1][name], strict=True):
+                    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_block_has_room_for_the_tables_of_a_step(monkeypatch):
+    """Of thousands of rows too: a capture, which makes no block, finds room in the warm-up's."""
+    empty, tables = torch.empty, triton_common.Tables()
+    monkeypatch.setattr(torch, "empty", lambda size, pin_memory=False, **of: empty(size, **of))
+    for _ in range(triton_common.TABLES_IN_A_BLOCK):
+        tables._pinned(10_000, CPU)
+        block, used = tables._staging[CPU]
+    assert used == block.numel() == triton_common.TABLES_IN_A_BLOCK * 10_000
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["", "captured"])
