@@ -109,6 +109,7 @@ class ActivationMatrix(Factor):
     """
 
     vectors = ("a_bar",)
+    spare: torch.Tensor | None = None  # the average on a rank that does not own the layer
 
     def kept_shapes(self, real: torch.dtype) -> Shapes:
         names = ("H_a", "A") if self.settings.keep_A else ("H_a",)
@@ -120,7 +121,10 @@ class ActivationMatrix(Factor):
     @property
     def average(self) -> torch.Tensor:
         """Where X~'X~/m is averaged before the start."""
-        return self.kept["A" if self.settings.keep_A else "H_a"]
+        kept = self.kept.get("A" if self.settings.keep_A else "H_a", self.spare)
+        if kept is None:
+            kept = self.spare = self["a_bar"].new_zeros(self.n, self.n)
+        return kept
 
     def start(self, lam: torch.Tensor) -> None:
         """H_a = inv(A_0 + lam_a*I), from the average that the warm start or first batch left.
@@ -197,15 +201,18 @@ class GradientMatrix(Factor):
 
     def clear(self) -> None:
         super().clear()
-        self.kept["H_g"].fill_diagonal_(1.0)
+        if "H_g" in self.kept:
+            self.kept["H_g"].fill_diagonal_(1.0)
 
     def reset(self) -> None:
         super().reset()
-        self.kept["H_g"].fill_diagonal_(1.0)
+        if "H_g" in self.kept:
+            self.kept["H_g"].fill_diagonal_(1.0)
 
     def start(self, lam: torch.Tensor) -> None:
         """H_g = gamma*I."""
-        _start_scale(self.kept["H_g"].diagonal(), self.settings.initial_scale, lam)
+        if "H_g" in self.kept:
+            _start_scale(self.kept["H_g"].diagonal(), self.settings.initial_scale, lam)
 
     @staticmethod
     def precondition(part: Part, M: Tensors, work: Tensors) -> None:

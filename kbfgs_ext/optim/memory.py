@@ -37,8 +37,8 @@ def memory_usage(
             add(kind if len(shape) == 2 else "vectors", math.prod(shape), dtype)
         for name, shape in layer.scratch_shapes().items():
             add(name if len(shape) == 2 else "vectors", math.prod(shape), layer.dtype)
-        if not layer.view.in_place and "master_W" not in kept:
-            add("W", layer.n_g * layer.d_in, layer.weight.dtype)
+        if not layer.in_place and "master_W" not in kept:
+            add("W", layer.rows * layer.d_in, layer.weight.dtype)
     first = layers[0]
     add("product", product_scratch_elements(layers, settings, first.weight.device), first.dtype)
     usage["fallback"] = 0 if fallback is None else fallback.bytes()

@@ -20,10 +20,16 @@ OF_TWO = (
     "other_factors", "full_second_pass", "kinds_of_ddp", "other_loops", "narrow_dtypes",
     "weights_used_by_hand", "plain_model", "unequal_batches", "empty_batch",
     "layers_of_one_rank", "random_numbers_and_buffers",
+    "shared_work", "memory_falls", "bytes_shared", "sharded", "sharded_methods", "sharded_kinds",
+    "sharded_loops", "sharded_precision", "sharded_alike", "tools_of_torch", "loaded",
     "warm_start", "resume", "not_finite_on_one_rank", "a_rank_raises", "ranks_out_of_step",
     "optimizer_of_the_bare_model", "refusals", "bytes_sent", "last",
 )  # fmt: skip
-OF_FOUR = ("defaults", "ema", "unequal_batches", "empty_batch", "warm_start", "resume")
+FIRST = ("saved",)  # what others load
+OF_FOUR = (
+    "defaults", "ema", "unequal_batches", "empty_batch", "warm_start", "resume",
+    "shared_work", "memory_falls", "sharded", "loaded",
+)  # fmt: skip
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed"
@@ -32,9 +38,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> list[dict[str, str]]:
-    """What each rank says of each case: four processes, two of which go on as a world of two."""
+    """What each rank says of each case: four processes, two of which begin and end alone."""
     directory = tmp_path_factory.mktemp("ranks")
-    plan = json.dumps([(4, OF_FOUR), (2, OF_TWO)])
+    plan = json.dumps([(2, FIRST), (4, OF_FOUR), (2, OF_TWO)])
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.optim.ranks", str(rank), directory, plan],
@@ -59,7 +65,8 @@ def said(tmp_path_factory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("size", "name"), [*((4, name) for name in OF_FOUR), *((2, name) for name in OF_TWO)]
+    ("size", "name"),
+    [*((4, name) for name in OF_FOUR), *((2, name) for name in FIRST + OF_TWO)],
 )
 def test_processes(said, size, name):
     for rank in range(size - (name == "last")):  # in which the last rank ends
