@@ -24,13 +24,13 @@ OWN_A = (" A", " A.0", " A.1")
 def shared_work(world: World) -> None:
     """Owners of layers, under DDP and without: one process's trajectory."""
     for make in (of(), of(KBFGS), of(KBFGSL, pair_every=2)):
-        compare(world, net(), make, loss_of=huber, number=15, shared_work=True)
+        compare(world, net(), make, loss_of=huber, number=10, shared_work=True)
     ema = of(hessian_action="ema", block_size=4)
-    compare(world, net(), ema, but=OWN_A, number=15, shared_work=True)
+    compare(world, net(), ema, but=OWN_A, number=10, shared_work=True)
     rows = {"plain": True, "unequal": True, "mean_over": "rows"}
     compare(world, Images(), of(KBFGS), number=10, loss_of=huber, shared_work=True, **rows)
     gamma = of(newton_l, memory=4, initial_scale=0.5, step_length="balanced")
-    compare(world, net(), gamma, number=15, shared_work=True)
+    compare(world, net(), gamma, number=10, shared_work=True)
 
 
 def layer_by_layer(model: nn.Module, **options) -> None:
@@ -53,23 +53,25 @@ def kept_whole(model: nn.Module) -> None:
 
 def sharded(world: World) -> None:
     """Layers with fewer rows than there are ranks, or a number of rows that they do not divide."""
-    compare(world, net(), of(KBFGS), loss_of=huber, shard=layer_by_layer)
+    number = 40 if world.size == 2 else 12
+    compare(world, net(), of(KBFGS), loss_of=huber, number=number, shard=layer_by_layer)
     paper = of(weight_decay=1e-2, max_grad_norm=0.3)
-    compare(world, net(), paper, number=20, shard=at_once)
+    compare(world, net(), paper, number=number // 2, shard=at_once)
 
 
 def sharded_methods(world: World) -> None:
-    compare(world, net(), of(), shard=layer_by_layer)
-    compare(world, net(bias=False), of(KBFGSL, pair_every=3), shard=kept_whole, loss_of=huber)
+    compare(world, net(), of(), shard=layer_by_layer, number=10)
+    rest = {"shard": kept_whole, "loss_of": huber, "number": 10}
+    compare(world, net(bias=False), of(KBFGSL, pair_every=3), **rest)
     ema = of(hessian_action="ema", factor_every=2)
-    compare(world, net(), ema, shard=at_once, but=OWN_A, number=15)
+    compare(world, net(), ema, shard=at_once, but=OWN_A, number=10)
     opt = compare(world, net(), of(lr=30.0), shard=layer_by_layer, number=20)
     assert opt.counters()["undone"] > 3
     again = of(lr=50.0, safeguard=SafeguardRule(smallest=1.0), restart_after=2)
-    opt = compare(world, net(), again, shard=at_once, number=15)
+    opt = compare(world, net(), again, shard=at_once, number=10)
     assert opt.counters()["restarts"] > 1
     ring = of(newton_l, memory=4, initial_scale=0.5, step_length="balanced")
-    compare(world, net(), ring, shard=layer_by_layer, number=15)
+    compare(world, net(), ring, shard=layer_by_layer, number=10)
     compare(world, net(), of(freeze_second_pass=False), shard=layer_by_layer, number=10)
 
 

@@ -100,7 +100,9 @@ def resume(world: World) -> None:
         resumed.load_state_dict(saved[0][1])
         a = steps(wrapped, opt, x[mine], y[mine], 6, half_square)
         b = steps(again, resumed, x[mine], y[mine], 6, half_square)
-        assert a == b
+        # Of more than two numbers DDP's sum depends on its buckets, which it makes anew in use.
+        close = 0.0 if world.size == 2 else 1e-12
+        torch.testing.assert_close(a, b, rtol=close, atol=close)
         if world.rank == 0:  # one process goes on with it as well
             alone = net()
             one = newton(alone, hessian_action=action)

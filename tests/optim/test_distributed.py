@@ -53,7 +53,7 @@ def said(tmp_path_factory) -> list[dict[str, str]]:
         for rank in range(4)
     ]
     try:
-        output = [process.communicate(timeout=280)[0] for process in processes]
+        output = [process.communicate(timeout=560)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
