@@ -52,25 +52,28 @@ class Owners(Ranks):
 
     shares = True
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any, inner: Any = None) -> None:
         super().__init__(*arguments)
-        self.loads = [0] * self.size  # FLOPs a step
+        # The ranks that share the work: all, or those of a replica, which do the same in each.
+        self.inner = self.group if inner is None else inner
+        self.place, self.places = dist.get_rank(self.inner), dist.get_world_size(self.inner)
+        self.leads = self.place == self.rank  # in the replica that speaks for all
+        self.loads = [0] * self.places  # FLOPs a step
         self._owner: dict[int, int] = {}  # by the layer
 
     def take(self, layers: list[CoveredLayer]) -> None:
         owners = share_out([cost(layer) for layer in layers], self.loads)
         for layer, owner in zip(layers, owners, strict=True):
             self._owner[id(layer)] = owner
-            layer.mine = owner == self.rank
+            layer.mine = owner == self.place
 
     def explain(self) -> str:
         own = sum(owner == self.rank for owner in self._owner.values())
-        share = self.loads[self.rank] / max(sum(self.loads), 1)
+        share = self.loads[self.place] / max(sum(self.loads), 1)
+        rows = ", and has some rows of every weight" if self.sharded else ""
         return (
-            f"work shared by {self.size} ranks: rank {self.rank} owns {own} of"
-            f" {len(self._owner)} layers, {share:.0%} of the FLOPs"
-            + ", and has some rows of every weight"
-            * self.sharded
+            f"work shared by {self.places} ranks: rank {self.rank} owns {own} of"
+            f" {len(self._owner)} layers, {share:.0%} of the FLOPs{rows}"
         )
 
     def _of(self, parts: list[Part], owner: int) -> list[CoveredLayer]:
@@ -78,15 +81,15 @@ class Owners(Ranks):
         return [layer for layer in layers if self._owner[id(layer)] == owner]
 
     def _sum_average(self, layer: CoveredLayer, average: torch.Tensor) -> None:
-        if layer.activations[0].settings.keep_A:
-            super()._sum_average(layer, average)  # of which all have a share
+        if layer.activations[0].settings.keep_A or self.places < self.size:
+            super()._sum_average(layer, average)  # all have a share of A, or several own the layer
         else:
             dist.reduce(average, group_dst=self._owner[id(layer)], group=self.group)
 
     def hand_out(self, parts: list[Part]) -> None:
         sent = [
             dist.broadcast(layer["P"], group_src=owner, group=self.group, async_op=True)
-            for owner in range(self.size)
+            for owner in range(self.places)
             for layer in self._of(parts, owner)
         ]
         for one in sent:
@@ -96,7 +99,7 @@ class Owners(Ranks):
         if not parts:
             return {}
         self.vector.zero_()
-        for block, s in super()._along(of_mine(parts)).items():
+        for block, s in super()._along(of_mine(parts) if self.leads else []).items():
             self._y[block].copy_(s)
         self._repeat(ASK)
         factors = [f for part in parts for f in part.a.factors]
@@ -108,13 +111,15 @@ class Owners(Ranks):
 
 
 class Shards(Owners):
-    """The processes of a mesh, over which ``modules`` are sharded by `fully_shard`."""
+    """The processes of a mesh, over which ``modules`` are sharded by `fully_shard`; by its last
+    dimension, and replicated by the other, if there is one."""
 
     sharded = True
 
-    def __init__(self, modules: list[Any], *arguments: Any) -> None:
-        self._modules = modules
-        super().__init__(*arguments)
+    def __init__(self, modules: list[Any], mesh: Any, mean_over: str, device: Any) -> None:
+        self._modules, inner = modules, mesh.get_group(mesh.ndim - 1)
+        group = inner if mesh.ndim == 1 else dist.group.WORLD
+        super().__init__(group, [], mean_over, device, inner=inner)
 
     def _mark(self, layers: list[CoveredLayer]) -> None:
         parameters = [p for module in self._modules for p in module.parameters()]
@@ -128,7 +133,7 @@ class Shards(Owners):
             for i, p in enumerate(self._parameters)
             if p.grad is not None and local(p.grad).numel()
         }
-        if found:
+        if found and self.leads:
             places = [self._norms[i] for i in found]
             torch._foreach_copy_(places, torch._foreach_norm(list(found.values())))
             self._norms.square_()
@@ -140,7 +145,7 @@ class Shards(Owners):
     def second(
         self, paired: list[CoveredLayer], loss: torch.Tensor, slope: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self.vector[SLOPE] = 0.0 if slope is None else slope
+        self.vector[SLOPE] = slope if slope is not None and self.leads else 0.0
         loss, _ = super().second(paired, loss, slope)
         return loss, None if slope is None else self.vector[SLOPE].to(slope.dtype, copy=True)
 
@@ -148,19 +153,19 @@ class Shards(Owners):
         decays = {id(x): part.group["weight_decay"] for part in parts for x in part.layers}
         send = [
             [t for x in self._of(parts, r) for t in (x.dW(decays[id(x)]), x.db(decays[id(x)]))]
-            for r in range(self.size)
+            for r in range(self.places)
         ]
-        mine = self._of(parts, self.rank)
+        mine = self._of(parts, self.place)
         self._swap(
             send,
             [
                 [x[name][x.shard.rows[r]] for x in mine if x.shard for name in ("dW", "db")]
-                for r in range(self.size)
+                for r in range(self.places)
             ],
         )
 
     def hand_out(self, parts: list[Part]) -> None:
-        mine = self._of(parts, self.rank)
+        mine = self._of(parts, self.place)
         norms = torch._foreach_norm([x["P"] for x in mine]) if mine else ()
         send = [
             [
@@ -169,11 +174,11 @@ class Shards(Owners):
                 if x.shard
                 for t in (norm.view(1), x["P"][x.shard.rows[r]])
             ]
-            for r in range(self.size)
+            for r in range(self.places)
         ]
         receive = [
             [t for x in self._of(parts, r) for t in (x["norm"].view(1), x["saved"])]
-            for r in range(self.size)
+            for r in range(self.places)
         ]
         self._swap(send, receive)
 
@@ -188,18 +193,18 @@ class Shards(Owners):
             flat = torch.empty(sum(sizes[0]), dtype=dtype, device=self.device)
             torch.cat([t.flatten() for of_rank in out for t in of_rank] or [flat], out=flat)
             got = torch.empty(sum(sizes[1]), dtype=dtype, device=self.device)
-            dist.all_to_all_single(got, flat, sizes[1], sizes[0], group=self.group)
+            dist.all_to_all_single(got, flat, sizes[1], sizes[0], group=self.inner)
             places = [t for of_rank in into for t in of_rank]
             for place, part in zip(places, got.split([t.numel() for t in places]), strict=True):
                 place.copy_(part.view(place.shape))
 
     def changed(self, parts: list[Part]) -> None:
-        if self.rank:
+        if not self.leads or self.place:
             self.vector.zero_()  # what it holds is known to all: one rank repeats it
         torch._foreach_zero_(self._g)
         places = {id(layer): g for layer, g in zip(self._layers, self._g, strict=True)}
         layers = [layer for part in parts for layer in part.layers]
-        for layer in layers:
+        for layer in layers if self.leads else []:
             assert layer.shard is not None
             here = layer.shard.here
             places[id(layer)][here].copy_(layer["h_change"][here])

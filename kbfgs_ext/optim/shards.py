@@ -85,7 +85,8 @@ class Shard:
         weight = view.weight
         if not is_sharded(weight):
             return None
-        dim, ranks = weight.placements[-1].dim, weight.device_mesh.size(-1)
+        mesh = weight.device_mesh
+        dim, ranks = weight.placements[-1].dim, mesh.size(mesh.ndim - 1)
         # Where the dimension that is cut is found when outputs come first.
         marked = view.outputs_first(torch.empty([1 + (i == dim) for i in range(weight.dim())]))
         if marked.shape[0] != 2:
@@ -95,7 +96,7 @@ class Shard:
                 " exclude= gives it to the fallback"
             )
         theirs = _rows(view.outputs_first, weight, ranks, view.rows)
-        rank = weight.device_mesh.get_local_rank(weight.device_mesh.ndim - 1)
+        rank = mesh.get_local_rank(mesh.ndim - 1)
         inside = dataclasses.replace(view, rows=_inside(view.rows, theirs[rank][1]))
         if bias is not None:
             beside = _rows(lambda t: t, bias, ranks, view.bias_rows or view.rows)
@@ -153,17 +154,23 @@ def mesh_of(model: nn.Module) -> Any:
                 f"parameter '{name}' of the model is not sharded, and others are: call fully_shard"
                 " on the root module too, without ignored_params"
             )
-        if p.device_mesh.ndim > 1 or p.device_mesh != mesh:  # type: ignore[attr-defined]
+        *others, last = p.placements  # type: ignore[attr-defined]
+        if not last.is_shard() or not all(one.is_replicate() for one in others):
             raise NotImplementedError(
-                f"parameter '{name}' of the model lies on a mesh of several dimensions, or on"
-                " another than the rest (HSDP, or FSDP2 with tensor parallelism): K-BFGS takes"
-                " fully_shard over one mesh of one dimension"
+                f"parameter '{name}' of the model is {p.placements}: K-BFGS takes what"  # type: ignore[attr-defined]
+                " fully_shard makes of a plain parameter, and no tensor parallelism beside it"
+            )
+        if p.device_mesh != mesh:  # type: ignore[attr-defined]
+            raise NotImplementedError(
+                f"parameter '{name}' of the model is on another mesh than '{sharded[0]}'"
             )
         if p.dtype.itemsize < 4:
             raise NotImplementedError(
                 f"parameter '{name}' of the model is sharded and {p.dtype}: keep it in float32 and"
                 " give fully_shard a MixedPrecisionPolicy"
             )
+    if mesh.ndim > 1 and mesh.size() < torch.distributed.get_world_size():
+        raise NotImplementedError(f"{mesh} has two dimensions, and not all processes are in it")
     return mesh
 
 

@@ -73,7 +73,6 @@ def _sharded(mesh: Any, model: Any, groups: list[Any], mean_over: str, device: A
             'mean_over="rows" with fully_shard, which averages gradients over the ranks: scale the'
             " loss in the closure"
         )
-    own = mesh.get_group()
-    if any(dist.get_world_size(group) != dist.get_world_size(own) for group in groups):
+    if any(dist.get_world_size(group) != mesh.size() for group in groups):
         raise ValueError("process_group and the mesh of fully_shard are not the same")
-    return Shards(shards_of(model), own, [], mean_over, device)
+    return Shards(shards_of(model), mesh, mean_over, device)

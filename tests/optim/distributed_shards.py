@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -57,6 +59,15 @@ def sharded(world: World) -> None:
     compare(world, net(), of(KBFGS), loss_of=huber, number=number, shard=layer_by_layer)
     paper = of(weight_decay=1e-2, max_grad_norm=0.3)
     compare(world, net(), paper, number=number // 2, shard=at_once)
+
+
+def sharded_hybrid(world: World) -> None:
+    """Shards on two ranks, and replicas on two."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    rest = {"shard": functools.partial(layer_by_layer, mesh=mesh), "number": 8}
+    opt = compare(world, net(), of(KBFGS, pair_every=2), loss_of=huber, **rest)
+    assert "shared by 2 ranks" in opt.explain()
+    compare(world, net(), of(hessian_action="ema", max_grad_norm=0.3), but=OWN_A, **rest)
 
 
 def sharded_methods(world: World) -> None:

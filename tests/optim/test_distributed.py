@@ -19,7 +19,7 @@ OF_TWO = (
     "accumulation", "clipping", "fewer_passes",
     "other_factors", "full_second_pass", "kinds_of_ddp", "other_loops", "narrow_dtypes",
     "weights_used_by_hand", "plain_model", "unequal_batches", "empty_batch",
-    "layers_of_one_rank", "random_numbers_and_buffers",
+    "layers_of_one_rank", "random_numbers_and_buffers", "synced_batch_norm",
     "shared_work", "memory_falls", "bytes_shared", "sharded", "sharded_methods", "sharded_kinds",
     "sharded_loops", "sharded_precision", "sharded_alike", "tools_of_torch", "loaded",
     "warm_start", "resume", "not_finite_on_one_rank", "a_rank_raises", "ranks_out_of_step",
@@ -28,7 +28,7 @@ OF_TWO = (
 FIRST = ("saved",)  # what others load
 OF_FOUR = (
     "defaults", "ema", "unequal_batches", "empty_batch", "warm_start", "resume",
-    "shared_work", "memory_falls", "sharded", "loaded",
+    "shared_work", "memory_falls", "sharded", "sharded_hybrid", "loaded",
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(
