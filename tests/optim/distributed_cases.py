@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext import KBFGS, KBFGSL, presets
@@ -390,34 +389,3 @@ def random_numbers_and_buffers(world: World) -> None:
     assert model[1].num_batches_tracked == 5
     wrapped(x)  # sends rank 0's buffers, as in every first pass
     assert wrapped.require_forward_param_sync
-
-
-class SyncedNorm(nn.BatchNorm1d):
-    """What `nn.SyncBatchNorm` computes, which runs on GPUs alone: statistics of all ranks, in the
-    graph."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mean = all_reduce(x.mean(0)) / dist.get_world_size()
-        square = all_reduce((x - mean).square().mean(0)) / dist.get_world_size()
-        return (x - mean) * (square + self.eps).rsqrt() * self.weight + self.bias
-
-
-def normed(kind: type[nn.Module]) -> nn.Sequential:
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(5, 8), kind(8), nn.Tanh(), nn.Linear(8, 3)).double()
-
-
-def synced_batch_norm(world: World) -> None:
-    """Statistics of the whole batch: one process's trajectory with BatchNorm."""
-    x, y = batches()
-    mine = world.slices()
-    fallback = {"fallback": lambda p: torch.optim.AdamW(p, lr=0.02)}
-    for options in ({}, {"shared_work": True}):
-        model, one = normed(SyncedNorm), normed(nn.BatchNorm1d)
-        run = DDP(model)
-        opt = KBFGS(run, pair_every=2, **fallback, **options)
-        got = world.mean(steps(run, opt, x[mine], y[mine], 12, half_square))
-        alone = KBFGS(one, pair_every=2, **fallback)
-        wanted = torch.stack(steps(one, alone, x, y, 12, half_square))
-        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
-        world.same_bits({name: p.detach() for name, p in model.named_parameters()})
