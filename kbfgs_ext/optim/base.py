@@ -306,6 +306,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         saved = checkpoint.check(state_dict, self._about(), self.param_groups)
+        checkpoint.check_parts(self.layers, saved)
         self.steps.process.check_share(saved.share)
         fallback = self.steps.fallback
         if fallback is not None:

@@ -60,6 +60,7 @@ class Owners(Ranks):
         self.leads = self.place == self.rank  # in the replica that speaks for all
         self.loads = [0] * self.places  # FLOPs a step
         self._owner: dict[int, int] = {}  # by the layer
+        self._owing = False  # others wait for P, or come to
 
     def take(self, layers: list[CoveredLayer]) -> None:
         owners = share_out([cost(layer) for layer in layers], self.loads)
@@ -86,7 +87,25 @@ class Owners(Ranks):
         else:
             dist.reduce(average, group_dst=self._owner[id(layer)], group=self.group)
 
+    def first(self, loss: torch.Tensor) -> torch.Tensor:
+        loss = super().first(loss)
+        self._owing = True
+        return loss
+
+    def begin(self, layers: list[CoveredLayer], parameters: Tensors, number: int) -> None:
+        self._owing = False
+        super().begin(layers, parameters, number)
+
+    def fail(self, error: BaseException, inside: bool = False) -> None:
+        """Tell the others, unless they wait for something else: then they see this process end."""
+        if not self._owing:
+            super().fail(error, inside)
+
     def hand_out(self, parts: list[Part]) -> None:
+        self._send(parts)
+        self._owing = False
+
+    def _send(self, parts: list[Part]) -> None:
         sent = [
             dist.broadcast(layer["P"], group_src=owner, group=self.group, async_op=True)
             for owner in range(self.places)
@@ -164,7 +183,7 @@ class Shards(Owners):
             ],
         )
 
-    def hand_out(self, parts: list[Part]) -> None:
+    def _send(self, parts: list[Part]) -> None:
         mine = self._of(parts, self.place)
         norms = torch._foreach_norm([x["P"] for x in mine]) if mine else ()
         send = [
@@ -184,7 +203,7 @@ class Shards(Owners):
 
     def _swap(self, send: list[Tensors], receive: list[Tensors]) -> None:
         """All ranks give each other tensors, of which both know the shapes; by the dtype."""
-        for dtype in (torch.float32, torch.float64):
+        for dtype in dict.fromkeys(layer.dtype for layer in self._layers):
             out, into = (
                 [[t for t in of_rank if t.dtype == dtype] for of_rank in side]
                 for side in (send, receive)

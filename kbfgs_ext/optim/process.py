@@ -70,10 +70,6 @@ class Alone:
         """Who does what, in a line; empty where there is nothing to say."""
         return ""
 
-    def bytes(self) -> int:
-        """Bytes that are kept for what is sent."""
-        return 0
-
     # What a step does; its order stands in step.py.
 
     def begin(self, layers: list[CoveredLayer], parameters: Tensors, number: int) -> None:

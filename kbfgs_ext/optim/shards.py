@@ -148,7 +148,10 @@ def mesh_of(model: nn.Module) -> Any:
     if not by_fsdp:
         raise NotImplementedError(_REFUSED.format("DTensor (tensor parallelism)", sharded[0]))
     mesh = named[sharded[0]].device_mesh  # type: ignore[attr-defined]
+    by_module = {id(p) for module in shards_of(model) for p in module.parameters()}
     for name, p in named.items():
+        if is_sharded(p) and id(p) not in by_module:
+            raise NotImplementedError(_REFUSED.format("DTensor (tensor parallelism)", name))
         if not is_sharded(p):
             raise NotImplementedError(
                 f"parameter '{name}' of the model is not sharded, and others are: call fully_shard"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext import KBFGS
 from tests.optim.distributed_shards import layer_by_layer
+from tests.optim.distributed_states import raises
 from tests.optim.ranks import World, batches, half_square, steps, whole
 
 Made = tuple[nn.Module, nn.Module, Any]
@@ -107,3 +109,8 @@ def tools_of_torch(world: World) -> None:
         model.load_state_dict(state["model"])
         set_optimizer_state_dict(run, opt, state["optimizer"])
         assert torch.equal(train(run, opt, world, world.slices()), wanted)
+        one: list[Any] = [opt.state_dict() if make is shared else None]
+        dist.broadcast_object_list(one, 0)
+        if world.rank and make is shared:
+            said = raises(ValueError, lambda o=opt, s=one[0]: o.load_state_dict(s))
+            assert "of layer '" in said and "torch.distributed.checkpoint puts" in said
