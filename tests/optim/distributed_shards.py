@@ -15,12 +15,20 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from kbfgs_ext import KBFGS, KBFGSL
 from kbfgs_ext.optim.safeguard import SafeguardRule
 from tests.optim.distributed_cases import four_calls, huber, net, of, scaled
-from tests.optim.distributed_kinds import Attentive, Images
+from tests.optim.distributed_kinds import Attentive
 from tests.optim.distributed_states import Counter, raises
 from tests.optim.models import mlp, newton, newton_l, rows
 from tests.optim.ranks import World, batches, compare, half_square, steps, whole
 
 OWN_A = (" A", " A.0", " A.1")
+
+
+def images() -> nn.Sequential:
+    """Convolutions on rows of 5, as images of 1 x 5."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3, padding=1), nn.Tanh(),
+        nn.Conv1d(4, 3, 2, stride=2, bias=False), nn.Flatten(), nn.Linear(6, 3),
+    ).double()  # fmt: skip
 
 
 def shared_work(world: World) -> None:
@@ -30,7 +38,7 @@ def shared_work(world: World) -> None:
     ema = of(hessian_action="ema", block_size=4)
     compare(world, net(), ema, but=OWN_A, number=10, shared_work=True)
     rows = {"plain": True, "unequal": True, "mean_over": "rows"}
-    compare(world, Images(), of(KBFGS), number=10, loss_of=huber, shared_work=True, **rows)
+    compare(world, images(), of(KBFGS), number=10, loss_of=huber, shared_work=True, **rows)
     gamma = of(newton_l, memory=4, initial_scale=0.5, step_length="balanced")
     compare(world, net(), gamma, number=10, shared_work=True)
 
@@ -87,8 +95,8 @@ def sharded_methods(world: World) -> None:
 
 
 def sharded_kinds(world: World) -> None:
-    compare(world, Images(), of(KBFGS), shard=layer_by_layer, number=10, loss_of=huber)
-    compare(world, Images(), of(block_size=4), shard=at_once, number=10, loss_of=huber)
+    compare(world, images(), of(KBFGS), shard=layer_by_layer, number=10, loss_of=huber)
+    compare(world, images(), of(block_size=4), shard=at_once, number=10, loss_of=huber)
     compare(world, Attentive(True).double(), of(lr=0.1), shard=at_once, number=10)
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)).double()
     compare(world, copy.deepcopy(model), of(KBFGS), shard=layer_by_layer, number=10)
