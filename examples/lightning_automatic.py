@@ -28,7 +28,9 @@ class Classifier(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> KBFGS:
-        return KBFGS(self)
+        # With strategy="ddp" Lightning wraps the module: the optimizer is told of the processes.
+        group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+        return KBFGS(self, process_group=group)
 
 
 def data() -> DataLoader:

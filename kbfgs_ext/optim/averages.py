@@ -11,7 +11,8 @@ from kbfgs_ext.optim.process import Alone
 
 def follow(part: Part, parts: Parts, process: Alone, ok: torch.Tensor) -> None:
     """The activation factor and mean; at a layer's start also its damped inverse."""
-    scales.measure_inputs(part, process.norms, ok)
+    if part.mine is not None:
+        scales.measure_inputs(part.mine, process.norms, ok)
     cold = [layer for layer in part.layers if not layer.started]
     if not cold:
         process.average_in(part, ok)
@@ -25,6 +26,8 @@ def follow(part: Part, parts: Parts, process: Alone, ok: torch.Tensor) -> None:
         for layer in one.layers:  # one by one: an error in one must not start another twice
             warm_batches = layer.warm_batches
             for factor in layer.activations:
-                factor.start(factor.damping(one.scalars.lam_a))
+                if layer.mine:
+                    factor.start(factor.damping(one.scalars.lam_a))
+                factor.spare = None
                 layer.warm_batches = 0  # its average is gone: at an error it is a minibatch's turn
             layer.started, layer.warm_batches = True, warm_batches

@@ -26,8 +26,9 @@ from kbfgs_ext.optim.memory import memory_usage
 from kbfgs_ext.optim.parts import Group
 from kbfgs_ext.optim.passes import check_generators, joined, once
 from kbfgs_ext.optim.settings import Settings
+from kbfgs_ext.optim.shards import mesh_of
 from kbfgs_ext.optim.step import Step
-from kbfgs_ext.optim.wrappers import process_of, refuse_shards, unwrapped, wrappers_of
+from kbfgs_ext.optim.wrappers import process_of, unwrapped, wrappers_of
 
 FallbackFactory = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
 
@@ -39,7 +40,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         model: the layers to cover are looked for here.
         settings: of the whole optimizer.
         defaults: hyperparameters of a param group.
-        groups, fallback, exclude, context, generators, process_group, mean_over: as in `KBFGS`.
+        groups to shared_work: as in `KBFGS`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         generators: Iterable[torch.Generator] = (),
         process_group: Any = None,
         mean_over: str = "ranks",
+        shared_work: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -63,7 +65,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         hyper.check_group(defaults)
         wrappers, model = wrappers_of(joined(model, context)), unwrapped(model)
         everything, generators = joined(model, context), check_generators(generators)
-        refuse_shards(everything)
+        mesh_of(everything)  # refuses other kinds of shards
         self.model, self.settings = model, settings
         self._excluded = Excluded(model, exclude)
         found = cover(model, settings, self._excluded)
@@ -78,7 +80,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
         for options, _ in divided:
             hyper.check_group({**defaults, **options})
         device = common_device(found.layers)
-        process = process_of(process_group, wrappers, mean_over, device)
+        process = process_of(process_group, wrappers, mean_over, device, shared_work, everything)
+        process.take(found.layers)
         process.broadcast(list(model.parameters()))
         self.steps = Step(settings, everything, generators, device, process)
         super().__init__(
@@ -138,6 +141,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         self._rest.update(rest)
         self._reasons.update(dict.fromkeys(rest, "no parameter of the model") | found.reasons)
         if layers:
+            self.steps.process.take(layers)
             at = len(self.steps.parts.groups)
             super().add_param_group({**param_group, "params": _parameters(layers)})
             self.param_groups.insert(at, self.param_groups.pop())
@@ -212,7 +216,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
         Before the first step it is what `kbfgs_ext.explain` says of the device.
         """
         trace = self.steps.trace
-        return registry.explain_step(trace) if trace else registry.explain(self.device)
+        said = registry.explain_step(trace) if trace else registry.explain(self.device)
+        return "\n".join(filter(None, [said, self.steps.process.explain()]))
 
     @property
     def closed(self) -> bool:
@@ -301,6 +306,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         saved = checkpoint.check(state_dict, self._about(), self.param_groups)
+        checkpoint.check_parts(self.layers, saved)
         self.steps.process.check_share(saved.share)
         fallback = self.steps.fallback
         if fallback is not None:

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from kbfgs_ext.optim.inputs import Inputs, Rows
+from kbfgs_ext.optim.inputs import Inputs, features_last
 from kbfgs_ext.optim.layers import View
+from kbfgs_ext.optim.shards import is_sharded, version
 
 _ZEROED = -1  # the version of a gradient of which the step knows that it is zero
 _NEVER: tuple[Any, int] = (lambda: None), 0
@@ -57,6 +58,7 @@ class Observer:
         self.name = name
         self.view = view
         self.n_g, self.d_in = view.shape
+        self.sharded = is_sharded(view.weight)  # where a virtual bias stands in for the real one
         self.averaged = False  # the bias's gradient is in the end that of all ranks, by DDP
         self.weight: torch.Tensor = view.weight
         self.bias = bias  # trained with the layer
@@ -94,20 +96,22 @@ class Observer:
         zeros, self._zeros = self._zeros, {}
         for p in (self.weight, self.bias):
             if p is not None and (g := p.grad) is not None:
-                before, version = zeros.get(id(p), _NEVER)
-                fresh = before() is g and version == g._version
-                self._before[id(p)] = TensorWeakRef(g), _ZEROED if fresh else g._version
+                before, last = zeros.get(id(p), _NEVER)
+                now = version(g)
+                fresh = before() is g and last == now
+                self._before[id(p)] = TensorWeakRef(g), _ZEROED if fresh else now
                 self._checked = self._checked and (fresh or not p.requires_grad)
 
     def note_zeros(self) -> None:
         """The optimizer has zeroed the gradients in place."""
         for p in (self.weight, self.bias):
             if p is not None and (g := p.grad) is not None:
-                self._zeros[id(p)] = TensorWeakRef(g), g._version
+                self._zeros[id(p)] = TensorWeakRef(g), version(g)
 
     def is_stale(self, p: torch.Tensor) -> bool:
         """Whether the pass has left the gradient of ``p`` as it was before."""
-        return self.kept(p) and self._before[id(p)][1] == p.grad._version  # type: ignore[union-attr]
+        g = p.grad
+        return g is not None and self.kept(p) and self._before[id(p)][1] == version(g)
 
     def kept(self, p: torch.Tensor) -> bool:
         """Whether the gradient of ``p`` is the very tensor of before the pass, though perhaps
@@ -118,7 +122,7 @@ class Observer:
 
     def anchor(self) -> torch.Tensor:
         """The leaf whose gradient is g_bar: the bias, or a zero that stands in for it."""
-        if self.bias is not None and self.bias.requires_grad:
+        if self.bias is not None and self.bias.requires_grad and not self.sharded:
             return self.bias
         if self._virtual is None or self._virtual.device != self.weight.device:
             wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -257,8 +261,9 @@ class Observer:
 
     @property
     def in_rows(self) -> bool:
-        """Whether the inputs are rows, which an op takes as they are."""
-        return not self.uses or isinstance(self.uses[0].inputs, Rows)
+        """Whether the inputs are rows, which an op takes as they are; the same on all ranks, with
+        inputs or without."""
+        return self.view.inputs is features_last
 
     def forget_inputs(self) -> None:
         """Let go of the activations."""

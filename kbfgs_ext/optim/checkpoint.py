@@ -189,6 +189,21 @@ def _layer_difference(theirs: Mapping[str, list[int]], own: Mapping[str, list[in
     return "state_dict is of another model: its layers come in another order"
 
 
+def check_parts(layers: list[CoveredLayer], saved: Saved) -> None:
+    """Raise ValueError where a layer's tensors are not all there: another rank has them."""
+    parameters = {id(p): p for layer in layers for p in layer.parameters()}
+    entries = dict(zip(parameters, saved.state, strict=True))
+    for layer in layers:
+        names = [layer.prefix + name for name in layer.kept_shapes() if "master_" not in name]
+        missing = [name for name in names if name not in entries[id(layer.weight)]]
+        if missing:
+            raise ValueError(
+                f"state_dict has no {missing[0]} of layer '{layer.name}': where ranks share the"
+                " work each has a part of the state, and torch.distributed.checkpoint puts the"
+                " parts together"
+            )
+
+
 def load(layers: list[CoveredLayer], whole: Mapping[str, torch.Tensor], saved: Saved) -> None:
     """Copy the saved tensors into the own ones, which keep their place in memory."""
     parameters = {id(p): p for layer in layers for p in layer.parameters()}

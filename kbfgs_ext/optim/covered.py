@@ -14,15 +14,19 @@ from kbfgs_ext.optim.factors import ActivationMatrix, Factor, GradientMatrix, Pa
 from kbfgs_ext.optim.inputs import Inputs
 from kbfgs_ext.optim.layers import Transform, View
 from kbfgs_ext.optim.settings import Settings
+from kbfgs_ext.optim.shards import Shard, local
 
 ACCUMULATION = torch.float32  # factors of 16-bit parameters are kept in this dtype
+EVERYWHERE = ("A", "gamma")  # of the factors' tensors, what ranks have that do not own the layer
 
 
 class CoveredLayer:
     """One matrix of the model, with all that the method keeps for it.
 
     ``kept`` is what a checkpoint holds: M (n_g x n_a), the momentum, and what the factors keep.
-    ``scratch`` lives from one half of a step to the other.
+    ``scratch`` lives from one half of a step to the other. Of several ranks that share the work
+    one owns the layer: M, the factors and P are made there. Of a weight that is sharded a rank has
+    some rows, and moves these.
     """
 
     def __init__(self, name: str, uses: list[tuple[nn.Module, View]], settings: Settings) -> None:
@@ -35,6 +39,9 @@ class CoveredLayer:
         # In groups n_g is that of all together, and d_in, n_a of each.
         self.n_g, self.d_in, self.n_a = n_g, d_in, d_in + (self.bias is not None)
         self.groups, stack = view.groups, (view.groups,) if view.groups > 1 else ()
+        self.shard = Shard.of(name, view, self.bias)  # None: this rank has all of it
+        self.here = view if self.shard is None else self.shard.view  # of what this rank has
+        self.mine = True  # this rank makes the layer's P
         self.observer = Observer(name, view, self.bias)
         g_kind = GradientMatrix if settings.memory is None else PairRing
         a_rows = cut(self.n_a, settings.block_size, view.unit, self.n_a - d_in)
@@ -87,15 +94,29 @@ class CoveredLayer:
             for i, factor in enumerate(side):
                 yield factor, f".{i}" if len(side) > 1 else ""
 
+    @property
+    def rows(self) -> int:
+        """How many of the n_g rows this rank has."""
+        return self.n_g if self.shard is None else self.shard.length
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the weight lies in memory as `W` has it."""
+        return self.here.place(local(self.weight)).is_contiguous()
+
+    def _shapes_of(self, factor: Factor) -> Shapes:
+        shapes = factor.kept_shapes(self.dtype)
+        return {name: x for name, x in shapes.items() if self.mine or name in EVERYWHERE}
+
     def kept_shapes(self) -> Shapes:
         """Shape and dtype of every kept tensor."""
-        M: Shapes = {"M": ((self.n_g, self.n_a), self.dtype)}
+        M: Shapes = {"M": ((self.n_g, self.n_a), self.dtype)} if self.mine else {}
         if self._settings.master_weights and self.weight.dtype.itemsize == 2:
             M["master_W"] = ((self.n_g, self.d_in), self.dtype)
             if self.bias is not None:
                 M["master_b"] = ((self.n_g,), self.dtype)
         for factor, end in self._blocks():
-            M |= {name + end: shape for name, shape in factor.kept_shapes(self.dtype).items()}
+            M |= {name + end: shape for name, shape in self._shapes_of(factor).items()}
         return M
 
     def scratch_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -103,11 +124,18 @@ class CoveredLayer:
         n_a, n_g, groups = self.n_a, self.n_g, self.groups
         most = max(len(self.activations), len(self.gradients))
         work = workspace_size(n_a, n_g // groups) + (most - 1) * workspace_size(0, 0)
-        shapes: dict[str, tuple[int, ...]] = {"P": (n_g, n_a), "work": (groups * work,)}
-        if self._settings.nesterov:
+        shapes: dict[str, tuple[int, ...]] = {"work": (groups * work,)} if self.mine else {}
+        if self.mine or self.shard is None:
+            shapes["P"] = n_g, n_a
+        if self.mine and self._settings.nesterov:
             shapes["ahead"] = (n_g, n_a)  # what M would be after the same gradient once more
+        if self.shard is not None:
+            shapes |= {"saved": (self.rows, n_a), "norm": ()}
+            if self.mine:  # the gradients of all rows
+                shapes |= {"dW": (n_g, self.d_in), "db": (n_g * (n_a - self.d_in),)}
         shapes |= dict.fromkeys(("a_bar", "a_bar_next"), (groups * n_a,))
-        return shapes | dict.fromkeys(("slope", *self.gradients[0].vectors), (n_g,))
+        shapes["slope"] = (self.rows,)
+        return shapes | dict.fromkeys(self.gradients[0].vectors, (n_g,))
 
     def allocate(self) -> None:
         """Make the tensors, on the weight's device; the ones that exist stay."""
@@ -116,13 +144,15 @@ class CoveredLayer:
             for name, (shape, dtype) in self.kept_shapes().items():
                 self.kept[name] = torch.zeros(shape, dtype=dtype, device=device)
             for factor, end in self._blocks():
-                shapes = factor.kept_shapes(self.dtype)
-                factor.kept = {name: self.kept[name + end] for name in shapes}
+                factor.kept = {name: self.kept[name + end] for name in self._shapes_of(factor)}
                 factor.clear()
         if not self.scratch:
             for name, shape in self.scratch_shapes().items():
                 self.scratch[name] = torch.zeros(shape, dtype=self.dtype, device=device)
-            self.scratch["saved"] = self.scratch["P"]  # descend_ leaves [W, b] of before there
+            if self.shard is None:
+                self.scratch["saved"] = self.scratch["P"]  # descend_ leaves [W, b] of before there
+            here = slice(None) if self.shard is None else self.shard.here
+            self.scratch["h_change_here"] = self.scratch["h_change"][here]
             for name in ("a_bar", "a_bar_next"):
                 self.scratch[name].view(-1, self.n_a)[:, self.d_in :] = 1.0  # of the ones the mean
             self._no_bias = torch.empty(0, dtype=self.weight.dtype, device=device)
@@ -134,15 +164,17 @@ class CoveredLayer:
             begin = 0
             for factor in side:
                 size = workspace_size(factor.n, 0)
-                work = self.scratch["work"].view(*factor.stack, -1)
                 factor.scratch = {name: factor.of(self.scratch[name]) for name in factor.vectors}
-                # Where a side is one block, one call is for both.
-                factor.scratch["work"] = work if self.whole else work[..., begin : begin + size]
-                begin += size
+                if self.mine:
+                    work = self.scratch["work"].view(*factor.stack, -1)
+                    # Where a side is one block, one call is for both.
+                    factor.scratch["work"] = work if self.whole else work[..., begin : begin + size]
+                    begin += size
 
     def reset(self) -> None:
         """Back to before the start; what is counted stays."""
-        self.kept["M"].zero_()
+        if self.mine:
+            self.kept["M"].zero_()
         for factor, _ in self._blocks():
             factor.reset()
         self.started, self.warm_batches = False, 0
@@ -163,9 +195,9 @@ class CoveredLayer:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def W(self) -> torch.Tensor:
-        """The weight, n_g x d_in, or its 32-bit copy; where it lies otherwise in memory a copy, for
-        `put_back`."""
-        W = self.view.place(self.weight.detach())
+        """The weight, n_g x d_in, or those rows that are here, or its 32-bit copy; where it lies
+        otherwise in memory a copy, for `put_back`."""
+        W = self.here.place(local(self.weight))
         self._aside = not W.is_contiguous()
         master = self.kept.get("master_W")
         if master is not None:
@@ -182,14 +214,14 @@ class CoveredLayer:
         if self._aside:
             master = self.kept.get("master_W")
             W = self.scratch["W"] if master is None else master.to(self.weight.dtype)
-            self.view.write(self.weight.detach(), W)
+            self.here.write(local(self.weight), W)
 
     def b(self) -> torch.Tensor:
         """The bias, or its 32-bit copy, or an empty tensor."""
         master = self.kept.get("master_b")
         if master is not None:
             return master
-        return self._no_bias if self.bias is None else self.view.vector(self.bias.detach())
+        return self._no_bias if self.bias is None else self.here.vector(local(self.bias))
 
     def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The 16-bit parameters, each with its 32-bit copy; none where there are no copies."""
@@ -202,21 +234,21 @@ class CoveredLayer:
 
     def dW(self, decay: float = 0.0) -> torch.Tensor:
         """The weight's gradient plus ``decay*W``, n_g x d_in; zero where it is frozen."""
-        return self._gradient(self.weight, self.view.matrix, "no_dW", decay).contiguous()
+        return self._gradient(self.weight, self.here.matrix, "no_dW", decay).contiguous()
 
     def db(self, decay: float = 0.0) -> torch.Tensor:
         """The bias's gradient, as the weight's; or an empty tensor."""
         if self.bias is None:
             return self._no_bias
-        return self._gradient(self.bias, self.view.vector, "no_db", decay)
+        return self._gradient(self.bias, self.here.vector, "no_db", decay)
 
     def _gradient(self, p: nn.Parameter, own: Transform, zero: str, decay: float) -> torch.Tensor:
         if any(p is moved for moved in self.moving):
             assert p.grad is not None
-            gradient = own(p.grad)
-            return gradient.add(own(p.detach()), alpha=decay) if decay else gradient
+            gradient = own(local(p.grad))
+            return gradient.add(own(local(p)), alpha=decay) if decay else gradient
         if zero not in self.scratch or self.scratch[zero].dtype != p.dtype:
-            self.scratch[zero] = torch.zeros_like(own(p.detach()))
+            self.scratch[zero] = torch.zeros_like(own(local(p)))
         return self.scratch[zero]
 
     # ------------------------------------------------------------------ in a step

@@ -15,19 +15,16 @@ class Direction:
     """P = H_g M H_a, the paper's, or with direction="spectral" its polar factor, whose singular
     values are all 1; ``step_length`` says how far a layer goes along it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, shared: bool = False) -> None:
         self._step_length, self._nesterov = settings.step_length, settings.nesterov
         self._spectral, self._fused = settings.direction == "spectral", settings.fused
+        self._fused = self._fused and not shared  # P is handed out before it is gone
 
-    def descend(self, part: Part, scratch: Tensors, ok: torch.Tensor) -> None:
-        """M, P and the weights of a step; ``scratch`` is flat, and the same for all layers on the
-        CPU."""
-        decay = part.group["weight_decay"]
-        # A frozen half of a layer has no gradient: the other's decay is then put in beforehand.
-        inside = decay if part.halved else 0.0
-        part.look()
+    def aim(self, part: Part, scratch: Tensors, ok: torch.Tensor) -> None:
+        """M and P of a step, and where one op does all, the weights. ``scratch`` is flat, and the
+        same for all layers on the CPU."""
+        dW, db, W, b, decay = part.given()
         M, momentum = part["M"], part.group["momentum"]
-        W, b, dW, db = part.W(), part.b(), part.dW(inside), part.db(inside)
         work = part.products(scratch)
         if self._fused and part.g.has("H_g") and part.plain and not part.bare:
             ops.kron_step_(
@@ -42,30 +39,40 @@ class Direction:
                 H_a=part.a["H_a"],
                 step_size=[part.scalars.step_size] * len(W),
                 momentum=momentum,
-                weight_decay=decay - inside,
+                weight_decay=decay,
                 ok=ok,
                 backend=part.backend,
             )
-        else:
-            gradient = (dW, db, W, b, momentum, decay - inside, ok, part.backend)
+            part.stage = MOVED
+            return
+        gradient = (dW, db, W, b, momentum, decay, ok, part.backend)
+        ops.momentum_(M, *gradient)
+        part.stage = TURNED
+        if self._nesterov:
+            torch._foreach_copy_(part["ahead"], M)
+            M = part["ahead"]
             ops.momentum_(M, *gradient)
-            part.stage = TURNED
-            if self._nesterov:
-                torch._foreach_copy_(part["ahead"], M)
-                M = part["ahead"]
-                ops.momentum_(M, *gradient)
-            if part.bare:
-                torch._foreach_copy_(part["P"], M)
-            else:
-                part.gradient.precondition(part, M, work)
-            if self._spectral:
-                self._flatten(part, scratch)
-            ops.descend_(W, b, part["P"], self._sizes(part), ok, part.backend)
+        if part.bare:
+            torch._foreach_copy_(part["P"], M)
+        else:
+            part.gradient.precondition(part, M, work)
+        if self._spectral:
+            self._flatten(part, scratch)
+
+    def move(self, part: Part, ok: torch.Tensor) -> None:
+        """The weights, or the rows of them that are here."""
+        here, done = part.here, part.stage == MOVED
         part.stage = MOVED
-        if part.halved:
-            for layer in part.layers:
+        if here is None:
+            return
+        if not done:
+            both = zip(self._sizes(part), part.layers, strict=True)
+            sizes = [size for size, layer in both if layer.rows]
+            ops.descend_(here.W(), here.b(), here["saved"], sizes, ok, part.backend)
+        if here.halved:
+            for layer in here.layers:
                 layer.hold()
-        part.written()
+        here.written()
 
     def _flatten(self, part: Part, scratch: Tensors) -> None:
         """P to its polar factor: by the inverses that a CPU is better at, or by products alone."""
@@ -82,13 +89,15 @@ class Direction:
 
     def _sizes(self, part: Part) -> Tensors:
         """What each layer's P is multiplied by; that of one in groups is multiplied already."""
-        P, size = part["P"], part.scalars.step_size
-        sizes = [size] * len(P)
+        size = part.scalars.step_size
+        sizes = [size] * len(part.layers)
         if self._step_length != "direction":
             lengths, shared = part.lengths(), self._step_length == "balanced"
-            norms = torch.stack(torch._foreach_norm(part.by_group(P)))
+            sharded = part.layers[0].shard is not None
+            each = part["norm"] if sharded else torch._foreach_norm(part.by_group(part["P"]))
+            norms = torch.stack(each)
             ops.lengths_([lengths.whole], [norms], [lengths.roots], [size], shared, part.backend)
-            sizes = lengths.each if part.plain else _scaled(P, lengths)
+            sizes = lengths.each if part.plain else _scaled(part["P"], lengths)
         scaled = self._spectral or self._step_length == "layer"  # what gamma is lost in
         if part.g.has("gamma") and not part.bare and not scaled:  # a layer's blocks have the same
             gamma = [layer.gradients[0].blocks("gamma")[0] for layer in part.layers]
@@ -108,31 +117,39 @@ def _scaled(P: Tensors, lengths: Lengths) -> Tensors:
 
 def slope(part: Part) -> None:
     """(13) The change of the loss that the gradient promises for the step just taken, by rows."""
+    here = part.here
+    if here is None:
+        return
     ops.slope_(
-        slope=part["slope"],
-        W=part.W(),
-        b=part.b(),
-        saved=part["saved"],
-        dW=part.dW(),
-        db=part.db(),
-        backend=part.backend,
+        slope=here["slope"],
+        W=here.W(),
+        b=here.b(),
+        saved=here["saved"],
+        dW=here.dW(),
+        db=here.db(),
+        backend=here.backend,
     )
 
 
 def output_change(part: Part) -> None:
     """(15) Step 6's h_bar+ - h_bar, without the difference of two large means."""
+    here = part.here
+    if here is None:
+        return
     ops.output_change_(
-        change=part.by_group(part["h_change"]),
-        W=part.by_group(part.W()),
-        b=part.by_group(part.b()),
-        saved=part.by_group(part["saved"]),
-        a_bar=part.by_group(part["a_bar"]),
-        a_bar_next=part.by_group(part["a_bar_next"]),
-        backend=part.backend,
+        change=here.by_group(here["h_change_here"]),
+        W=here.by_group(here.W()),
+        b=here.by_group(here.b()),
+        saved=here.by_group(here["saved"]),
+        a_bar=here.by_group(here["a_bar"]),
+        a_bar_next=here.by_group(here["a_bar_next"]),
+        backend=here.backend,
     )
 
 
 def undo(part: Part, where: torch.Tensor) -> None:
     """Put the parameters of before the step back where ``where``."""
-    ops.restore_(part.W(), part.b(), part["saved"], where, part.backend)
-    part.written()
+    here = part.here
+    if here is not None:
+        ops.restore_(here.W(), here.b(), here["saved"], where, here.backend)
+        here.written()

@@ -25,10 +25,20 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext.optim.covered import CoveredLayer
-from kbfgs_ext.optim.exchange import ACTION, FIRST, HEAD, LOSS, SECOND, WARM, WEIGHT, Exchange
+from kbfgs_ext.optim.exchange import (
+    ACTION,
+    CHANGE,
+    FIRST,
+    HEAD,
+    LOSS,
+    SECOND,
+    WARM,
+    WEIGHT,
+    Exchange,
+)
 from kbfgs_ext.optim.factors import ActivationMatrix, Tensors, times
 from kbfgs_ext.optim.inputs import mean_square
-from kbfgs_ext.optim.parts import Part
+from kbfgs_ext.optim.parts import Part, of_mine
 from kbfgs_ext.optim.updates import Verdict
 
 CHUNK = 2**24  # elements of gradients that are sent together
@@ -51,7 +61,8 @@ class Ranks(Exchange):
         self._by_rows = mean_over == "rows"
         self._all_weights = float(self.size)
         self._rows: dict[int, tuple[int, float]] = {}  # by layer: here, and on all ranks
-        self._asked: list[tuple[Part, Tensors]] = []  # s of step 9, whose y is in the vector
+        self._asked: list[Part] = []  # of which step 9 is half done: y is in the vector
+        self._s: dict[int, torch.Tensor] = {}  # theirs, by the block
         self._mark([])
 
     def meet(self, wrapper: DDP) -> None:
@@ -67,17 +78,17 @@ class Ranks(Exchange):
 
     def _mark(self, layers: list[CoveredLayer]) -> None:
         """Note what DDP averages."""
-        self._by_ddp = {
+        self._averaged = {
             id(p)
             for wrapper in self.wrappers
             for name, p in wrapper.module.named_parameters()
             if name not in wrapper.parameters_to_ignore
         }
         for layer in layers:
-            layer.observer.averaged = id(layer.bias) in self._by_ddp
+            layer.observer.averaged = id(layer.bias) in self._averaged
 
     def broadcast(self, parameters: Sequence[torch.Tensor]) -> None:
-        own = [p.detach() for p in parameters if id(p) not in self._by_ddp]
+        own = [p.detach() for p in parameters if id(p) not in self._averaged]
         for chunk in _chunks(own):
             flat = _flatten_dense_tensors(chunk)
             dist.broadcast(flat, group=self.group, group_src=0)
@@ -88,7 +99,7 @@ class Ranks(Exchange):
 
     def begin(self, layers: list[CoveredLayer], parameters: Tensors, number: int) -> None:
         self._number, self._kind, self._passed = number, 0, False
-        self._asked.clear()
+        self._asked = []
         self._moved.clear()
         if (len(layers), len(parameters)) == (len(self._layers), len(self._parameters)):
             return
@@ -105,6 +116,7 @@ class Ranks(Exchange):
         here = [sum(use.rows for use in layer.observer.uses) for layer in layers]
         self.vector.zero_()
         self._look_at_inputs(here)
+        self._look_at_gradients()
         self._weight = float(max(here)) if self._by_rows else 1.0
         covered = {id(p) for layer in layers for p in layer.parameters()}
         self._moved = {id(p) for layer in layers for p in layer.moving}
@@ -128,14 +140,19 @@ class Ranks(Exchange):
             layer.bare = not layer.started and not layer.observer.seen
         return loss
 
-    def second(self, paired: list[CoveredLayer], loss: torch.Tensor) -> torch.Tensor:
+    def second(
+        self, paired: list[CoveredLayer], loss: torch.Tensor, slope: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         known = {id(layer) for layer in paired}
         wanted = [id(layer) in known for layer in self._layers]
         here = [
             sum(use.rows for use in layer.observer.uses) if yields else 0
             for layer, yields in zip(self._layers, wanted, strict=True)
         ]
-        return self._reduce(SECOND, "_next", here, wanted, loss)[0]
+        return self._reduce(SECOND, "_next", here, wanted, loss)[0], slope
+
+    def _look_at_gradients(self) -> None:
+        """Put what the first exchange has of the gradients into the vector."""
 
     def _look_at_inputs(self, here: list[int]) -> None:
         """a_bar and mean squares of the layers whose inputs are kept."""
@@ -179,11 +196,11 @@ class Ranks(Exchange):
 
     def _average_gradients(self, moved: Tensors) -> None:
         """Those that DDP has not averaged; a rank that has none adds zero."""
-        own = [p for p in moved if id(p) not in self._by_ddp]
+        own = [p for p in moved if id(p) not in self._averaged]
         for p in moved:
-            if p.grad is None or (id(p) not in self._moved and id(p) not in self._by_ddp):
+            if p.grad is None or (id(p) not in self._moved and id(p) not in self._averaged):
                 p.grad = torch.zeros_like(p)
-            elif p.grad.is_sparse and id(p) not in self._by_ddp:
+            elif p.grad.is_sparse and id(p) not in self._averaged:
                 raise RuntimeError(
                     "a gradient is sparse: give its module sparse=False, or wrap the model in"
                     " DistributedDataParallel, which averages sparse gradients"
@@ -222,7 +239,10 @@ class Ranks(Exchange):
         for factor, inputs in zip(layer.activations, layer.inputs() if share else (), strict=False):
             factor.average_one(torch.empty_like(factor["a_bar"]), inputs, decay, ok)
         for average in [factor.average for factor in layer.activations]:
-            dist.all_reduce(average.mul_(share) if share else average.zero_(), group=self.group)
+            self._sum_average(layer, average.mul_(share) if share else average.zero_())
+
+    def _sum_average(self, layer: CoveredLayer, average: torch.Tensor) -> None:
+        dist.all_reduce(average, group=self.group)
 
     def average_in(self, part: Part, ok: torch.Tensor) -> None:
         """A_r <- decay*A_r + (1-decay)*w X~_r'X~_r/m_r with w = r*m_r/m, so that A is the mean of
@@ -245,20 +265,29 @@ class Ranks(Exchange):
             for A in [factor["A"] for factor in layer.activations] if w != 1 else ():
                 A.mul_(ok.to(A.dtype).mul_(decay + c - 1).add_(1))
 
-    def follow(self, part: Part, verdict: Verdict, late: bool) -> None:
-        """Step 9's s = H_a a_bar and this rank's share of y = A s + lam*s."""
-        s = [factor.moved() for factor in part.a.factors]
-        self._asked.append((part, s))
+    def _along(self, parts: list[Part]) -> dict[int, torch.Tensor]:
+        """Step 9's s = H_a a_bar, by the factor."""
+        return {id(f): f.moved() for part in parts for f in part.a.factors}
+
+    def follow(self, parts: list[Part], verdict: Verdict, late: bool) -> None:
+        self._s = self._along(parts)
+        self._asked = parts
+        for part in parts:
+            self._act(part)
+
+    def _act(self, part: Part) -> None:
+        """This rank's share of A s in step 9's y = A s + lam*s."""
         wide, everyone = self.vector.dtype, 1 / self.size
-        moved = iter(s)
         for layer in part.layers:
             share = everyone if part.settings.keep_A else self._share(layer)
             X = layer.inputs() if share and not part.settings.keep_A else []
             for i, (factor, columns) in enumerate(
                 zip(layer.activations, layer.columns(), strict=True)
             ):
-                v, d_in = next(moved), columns.stop - columns.start
+                v, d_in = self._s[id(factor)], columns.stop - columns.start
                 if not share:
+                    self._y[id(factor)].zero_()
+                    self._squares[id(factor)].zero_()
                     continue
                 if part.settings.keep_A:
                     y, squares = times(factor["A"], v), factor["A"].diagonal(dim1=-2, dim2=-1)
@@ -267,25 +296,27 @@ class Ranks(Exchange):
                     y = torch.empty_like(v)
                     X[i].action(v, y, part.backend)
                     trace = mean_square(X[i], v) * d_in
-                lam = factor.damping(part.scalars.lam_a).to(v.dtype)
-                self._y[id(factor)].copy_(y.add_(v * lam[..., None])).mul_(share)
+                self._y[id(factor)].copy_(y).mul_(share)
                 self._squares[id(factor)].copy_(trace * share)
 
     def followed(self, verdict: Verdict) -> None:
         """The rest of step 9. Where no second pass has carried y, it goes by itself."""
         if not self._asked:
             return
-        if self._kind != SECOND:
+        if self._kind not in (SECOND, CHANGE):
             self._exchange(ACTION, [0] * len(self._layers), [False] * len(self._layers))
-        for part, s in self._asked:
-            y = [self._y[id(f)].to(v.dtype) for f, v in zip(part.a.factors, s, strict=True)]
+        for part in of_mine(self._asked):
+            s, y = [self._s[id(f)] for f in part.a.factors], []
+            for factor, v in zip(part.a.factors, s, strict=True):
+                lam = factor.damping(part.scalars.lam_a).to(v.dtype)
+                y.append(self._y[id(factor)].to(v.dtype) + v * lam[..., None])
             # One row with the trace of all: tr A = |row|^2 and 1 for the bias.
             ends = [c.stop - c.start for layer in part.layers for c in layer.columns()]
             rows = [v.new_zeros(*v.shape[:-1], 1, n) for v, n in zip(s, ends, strict=True)]
             for row, factor in zip(rows, part.a.factors, strict=True):
                 row[..., 0, 0] = self._squares[id(factor)].sqrt()
             ActivationMatrix.take(part, s, y, rows, verdict)
-        self._asked.clear()
+        self._asked = []
 
     # ------------------------------------------------------------------ starts and checkpoints
 
@@ -297,7 +328,7 @@ class Ranks(Exchange):
         said = self._exchange(WARM, here, [bad] * len(layers))
         for layer, k, total in zip(layers, here, said[HEAD:], strict=False):
             for average in [factor.average for factor in layer.activations] if total else []:
-                dist.all_reduce(average.mul_(k / total) if k else average.zero_(), group=self.group)
+                self._sum_average(layer, average.mul_(k / total) if k else average.zero_())
                 layer.warm_batches = int(total)
         return bool(said[HEAD + len(layers)]), int(said[LOSS])
 

@@ -2,11 +2,15 @@
 
 It is of float64, the same in every exchange:
 
-    kind, step, failed, weight, loss
+    kind, step, failed, weight, loss, slope
     per layer       rows, blind (seen, but without a bias gradient)
     per parameter   whether the pass has left it a gradient
+    per parameter   the square of its gradient's norm, where it is sharded
     per block       squares (see `Exchange`), of the blocks of the activation sides
     per layer       a_bar (n_a), g_bar (n_g), y = A s (n_a)
+
+Ranks that share the work (owners.py) send s in the place of y before that, and those whose weights
+are sharded the change of h in the place of g_bar after it.
 
 A rank that fails takes part in the exchange that comes next with ``failed`` set, and all raise.
 """
@@ -25,8 +29,8 @@ from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.factors import Tensors
 from kbfgs_ext.optim.process import Alone
 
-FIRST, SECOND, ACTION, WARM = 1, 2, 3, 4  # kinds of exchanges
-KIND, STEP, FAILED, WEIGHT, LOSS, HEAD = range(6)
+FIRST, SECOND, ACTION, WARM, ASK, CHANGE = range(1, 7)  # kinds of exchanges
+KIND, STEP, FAILED, WEIGHT, LOSS, SLOPE, HEAD = range(7)
 
 
 class RankError(RuntimeError):
@@ -46,6 +50,7 @@ class Exchange(Alone):
     """
 
     alone = False
+    sharded = False  # a rank has but parts of the parameters
 
     def __init__(self, group: Any, wrappers: Sequence[DDP], device: torch.device) -> None:
         super().__init__(wrappers)
@@ -64,12 +69,13 @@ class Exchange(Alone):
         self._layers, self._parameters = list(layers), list(parameters)
         blocks = [factor for layer in layers for factor in layer.activations]
         counts = [factor.count for factor in blocks]
-        sizes = [HEAD, len(layers), len(layers), len(parameters), sum(counts)]
+        norms = len(parameters) if self.sharded else 0
+        sizes = [HEAD, len(layers), len(layers), len(parameters), norms, sum(counts)]
         a_bars = [layer.groups * layer.n_a for layer in layers]
         sizes += [k for layer, n in zip(layers, a_bars, strict=True) for k in (n, layer.n_g, n)]
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.vector = torch.zeros(sum(sizes), dtype=wide, device=self.device)
-        _, _, _, _, squares, *vectors = self.vector.split(sizes)
+        _, _, _, _, self._norms, squares, *vectors = self.vector.split(sizes)
         self._a, self._g, y = vectors[0::3], vectors[1::3], vectors[2::3]
         self._told = sum(sizes[:4])  # what the host looks at
         # By the block.

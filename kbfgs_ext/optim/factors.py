@@ -127,6 +127,7 @@ class ActivationMatrix(Factor):
     """
 
     vectors = ("a_bar",)
+    spare: torch.Tensor | None = None  # the average on a rank that does not own the layer
 
     def block_shapes(self, real: torch.dtype) -> Shapes:
         names = ("H_a", "A") if self.settings.keep_A else ("H_a",)
@@ -138,7 +139,10 @@ class ActivationMatrix(Factor):
     @property
     def average(self) -> torch.Tensor:
         """Where X~'X~/m is averaged before the start."""
-        return self.kept["A" if self.settings.keep_A else "H_a"]
+        kept = self.kept.get("A" if self.settings.keep_A else "H_a", self.spare)
+        if kept is None:
+            kept = self.spare = self["a_bar"].new_zeros(*self.stack, self.n, self.n)
+        return kept
 
     def damping(self, given: torch.Tensor) -> torch.Tensor:
         """lam_a, that of all blocks unless they have their own."""
@@ -236,15 +240,18 @@ class GradientMatrix(Factor):
 
     def clear(self) -> None:
         super().clear()
-        _diagonal(self.kept["H_g"]).fill_(1.0)
+        if "H_g" in self.kept:
+            _diagonal(self.kept["H_g"]).fill_(1.0)
 
     def reset(self) -> None:
         super().reset()
-        _diagonal(self.kept["H_g"]).fill_(1.0)
+        if "H_g" in self.kept:
+            _diagonal(self.kept["H_g"]).fill_(1.0)
 
     def start(self, lam: torch.Tensor) -> None:
         """H_g = gamma*I."""
-        _start_scale(_diagonal(self.kept["H_g"]), self.settings.initial_scale, lam)
+        if "H_g" in self.kept:
+            _start_scale(_diagonal(self.kept["H_g"]), self.settings.initial_scale, lam)
 
     @staticmethod
     def precondition(part: Part, M: Tensors, work: Tensors) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kbfgs_ext.optim.copies import Copies, zero_unless
+from kbfgs_ext.optim.shards import is_sharded, local
 
 LR = 1e-3
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # if they are asked to be
@@ -99,7 +100,7 @@ class Fallback:
 
     def _state_tensors(self) -> list[torch.Tensor]:
         values = (v for state in self.optimizer.state.values() for v in state.values())
-        return [v for v in values if isinstance(v, torch.Tensor)]
+        return [local(v) for v in values if isinstance(v, torch.Tensor)]
 
     def step(self, ok: torch.Tensor) -> None:
         """Step where ``ok``; elsewhere leave parameters and state."""
@@ -108,15 +109,15 @@ class Fallback:
         sparse = any(g.is_sparse for g in gradients)
         if sparse and any(group.get("momentum") for group in self.optimizer.param_groups):
             raise self._explained(ValueError("momentum would be sparse too"), parameters)
-        self._before.keep([p.detach() for p in parameters])
-        self._state_before.keep([t.detach() for t in self._state_tensors()])
+        self._before.keep([local(p) for p in parameters])
+        self._state_before.keep([local(t) for t in self._state_tensors()])
         self._entries = {p: dict(entry) for p, entry in self.optimizer.state.items()}
         knows_void = not sparse and self._takes_found_inf(parameters, ok.device)
         if knows_void:
             self.optimizer.found_inf = (~ok).to(torch.float32)  # type: ignore[attr-defined]
         else:
             # A non-finite gradient must not enter state made by this very step.
-            zero_unless(ok, [g for g in gradients if not g.is_sparse])
+            zero_unless(ok, [local(g) for g in gradients if not g.is_sparse])
         try:
             self.optimizer.step()
         except BaseException as error:
@@ -151,6 +152,8 @@ class Fallback:
         """Whether the optimizer's own kernels leave everything as it is where a flag on the device
         says so: torch's fused ones do, with the state that they have already."""
         optimizer, groups = self.optimizer, self.optimizer.param_groups
+        if any(map(is_sharded, parameters)):
+            return False
         if type(optimizer) not in FUSED or not all(group["fused"] for group in groups):
             return False
         if type(optimizer) is not torch.optim.SGD or any(group["momentum"] for group in groups):
@@ -172,7 +175,8 @@ class Fallback:
 
     def slope(self, like: torch.Tensor) -> torch.Tensor:
         """The change of the loss that the gradient promises for the step just taken."""
-        return self._before.slope([p.grad for p in self._stepped], like)
+        gradients = [None if p.grad is None else local(p.grad) for p in self._stepped]
+        return self._before.slope(gradients, like)
 
     def undo(self, undo: torch.Tensor) -> None:
         """Put the parameters, not the state, back where ``undo``."""

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from kbfgs_ext.optim.process import Alone
 from kbfgs_ext.optim.safeguard import resolution
+from kbfgs_ext.optim.shards import local
 
 CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
@@ -37,12 +39,27 @@ def unscale(
 
 
 class Gradients:
-    """The gradients of a step and their norms: one pass over them serves both checks."""
+    """The gradients of a step and their norms: one pass over them serves both checks.
 
-    def __init__(self, parameters: Iterable[torch.Tensor], like: torch.Tensor) -> None:
-        self._gradients = [p.grad for p in parameters if p.grad is not None]
-        dense = [g.coalesce().values() if g.is_sparse else g for g in self._gradients]
-        self.norms = torch.stack(torch._foreach_norm(dense)).to(like.dtype)
+    ``unscaled`` is what they have been multiplied by since the ``process`` has seen them, if so.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.Tensor],
+        like: torch.Tensor,
+        process: Alone,
+        unscaled: torch.Tensor | None = None,
+    ) -> None:
+        moved = [p for p in parameters if p.grad is not None]
+        self._gradients = [local(p.grad) for p in moved if p.grad is not None]
+        norms = process.gradient_norms(moved)
+        if norms is None:
+            dense = [g.coalesce().values() if g.is_sparse else g for g in self._gradients]
+            norms = torch.stack(torch._foreach_norm(dense))
+        elif unscaled is not None:
+            norms = norms * unscaled
+        self.norms = norms.to(like.dtype)
 
     def clip(self, largest: float | None) -> torch.Tensor | None:
         """Scale all by min(1, largest/norm), in place; norm is that of all together.

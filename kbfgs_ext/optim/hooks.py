@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kbfgs_ext.optim.compiled import uncompiled
+from kbfgs_ext.optim.layers import views
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -80,9 +81,12 @@ class CallsByHand(ModuleHook):
         return [before, after]
 
     @uncompiled
-    def enter(self) -> None:
+    def enter(self, module: nn.Module) -> None:
         """The module begins."""
         if self.recorder is not None:
+            if any(observer.sharded for observer, _ in self.seen):  # it runs with other tensors
+                whole = {view.name: view for view in views(module)}
+                self.seen = [(observer, whole[view.name]) for observer, view in self.seen]
             if not self.running:
                 self._replace()
             self.running.append(self)
@@ -131,7 +135,7 @@ class _Enter:
         self._hook = hook
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._hook.enter()
+        self._hook.enter(module)
 
 
 @uncompiled

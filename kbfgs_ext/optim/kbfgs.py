@@ -104,6 +104,9 @@ class KBFGS(CoveredOptimizer):
             ``model`` is wrapped in it.
         mean_over: what the objective is the mean over: "ranks", of the closures' losses, as with
             DDP; or "rows", where a rank counts as much as the rows that it has, without DDP.
+        shared_work: of several processes each makes the steps of some layers and keeps their
+            factors, whose memory falls with the ranks: docs/distributed.md. Models under
+            `fully_shard` are always trained so.
         memory: keep the gradient factor as its last ``memory`` pairs, at least 1: K-BFGS(L), for
             which `KBFGSL` is the name. None keeps it as a matrix.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
@@ -113,7 +116,7 @@ class KBFGS(CoveredOptimizer):
         TypeError: ``model`` is no module, or a covered weight is not real floating point.
         ValueError: a hyperparameter is out of its range; ``model`` has no layer to cover; its
             covered layers are on several devices; ``groups`` do not fit the model.
-        NotImplementedError: ``model`` is sharded: FSDP, or tensor parallelism.
+        NotImplementedError: ``model`` is sharded by other means than `fully_shard`.
 
     Source: Goldfarb, Ren, Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural
     Networks", NeurIPS 2020.
@@ -157,6 +160,7 @@ class KBFGS(CoveredOptimizer):
         generators: Iterable[torch.Generator] = (),
         process_group: torch.distributed.ProcessGroup | None = None,
         mean_over: str = "ranks",
+        shared_work: bool = False,
         memory: int | None = None,
         **torch_keywords: bool | None,
     ) -> None:
@@ -191,18 +195,8 @@ class KBFGS(CoveredOptimizer):
             relative_damping=bool(relative_damping),
             master_weights=bool(master_weights),
         )
-        super().__init__(
-            model,
-            settings,
-            defaults,
-            groups,
-            fallback,
-            exclude,
-            context,
-            generators,
-            process_group,
-            mean_over,
-        )
+        around = exclude, context, generators, process_group, mean_over, bool(shared_work)
+        super().__init__(model, settings, defaults, groups, fallback, *around)
 
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, scaler: torch.amp.GradScaler | None = None

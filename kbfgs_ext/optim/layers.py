@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from kbfgs_ext.optim.inputs import Inputs, Spread, Window, features_last
+from kbfgs_ext.optim.shards import type_of
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -65,12 +66,7 @@ class View:
     @property
     def shape(self) -> torch.Size:
         """n_g x d_in."""
-        return self.matrix(self.weight.detach()).shape
-
-    @property
-    def in_place(self) -> bool:
-        """Whether writes to the weight's `matrix` reach the weight: it lies there row by row."""
-        return self.place(self.weight.detach()).is_contiguous()
+        return self.matrix(torch.empty(self.weight.shape, device="meta")).shape
 
     def place(self, t: torch.Tensor) -> torch.Tensor:
         """Where the matrix lies in a tensor of the weight's shape, outputs first."""
@@ -116,7 +112,7 @@ class Kind:
     @classmethod
     def covers(cls, module: nn.Module) -> bool:
         """Whether ``module`` is of this kind."""
-        one = type(module)
+        one = type_of(module)
         return one.__name__ == cls.module_type or one is cls.module_type
 
     @classmethod
@@ -302,7 +298,7 @@ def views(module: nn.Module) -> list[View]:
 
 def why_not(module: nn.Module) -> str:
     """Why a module is not covered."""
-    name, kind = type(module).__name__, kind_of(module)
+    name, kind = type_of(module).__name__, kind_of(module)
     if kind is not None:
         return kind.refuses(module) or f"it is no matrix of its {name}"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):

@@ -16,7 +16,7 @@ from kbfgs_ext.optim.passes import Buffers
 from kbfgs_ext.optim.settings import Settings
 
 FACTORS = ("A", "H_a", "H_g", "S", "Y")
-MATRICES = (*FACTORS, "M", "P", "ahead", "master_W")
+MATRICES = (*FACTORS, "M", "P", "ahead", "saved", "dW", "master_W")
 
 
 def memory_usage(
@@ -40,8 +40,8 @@ def memory_usage(
             add(kind if kind in MATRICES else "vectors", math.prod(shape), dtype)
         for name, shape in layer.scratch_shapes().items():
             add(name if name in MATRICES else "vectors", math.prod(shape), layer.dtype)
-        if not layer.view.in_place and "master_W" not in kept:
-            add("W", layer.n_g * layer.d_in, layer.weight.dtype)
+        if not layer.in_place and "master_W" not in kept:
+            add("W", layer.rows * layer.d_in, layer.weight.dtype)
     first = layers[0]
     add("product", product_scratch_elements(layers, settings, first.weight.device), first.dtype)
     usage["fallback"] = 0 if fallback is None else fallback.bytes()

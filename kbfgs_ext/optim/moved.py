@@ -40,7 +40,10 @@ class Moved:
 
     def begin(self, part: Part) -> None:
         """``part`` goes next."""
-        part.stage = STILL
+        part.look()
+        for one in (part, part.mine):
+            if one is not None:
+                one.stage = STILL
         self.parts.append(part)
 
     def undo(self, where: torch.Tensor) -> None:
@@ -61,8 +64,8 @@ class Moved:
         for part in self.parts:
             if part.stage == MOVED:
                 direction.undo(part, torch.ones_like(self.ok))
-            if part.stage != STILL and sound:
-                turn_back(part)
+            if part.mine is not None and part.mine.stage != STILL and sound:
+                turn_back(part.mine)
         for layer in self.fresh:
             if not layer.warm_batches:
                 for factor in (*layer.activations, *layer.gradients):
@@ -74,17 +77,17 @@ def turn_back(part: Part) -> None:
     """(2) solved for the M of before, in place: M <- (M - (1-momentum)*D)/momentum, with [W, b] and
     the gradients as the step had them. Without momentum the M of before has no say any more, and
     where the caller has dropped a gradient since, nothing tells it: M stays then."""
-    momentum, decay = part.group["momentum"], part.group["weight_decay"]
+    momentum = part.group["momentum"]
     dropped = any(p.grad is None for layer in part.layers for p in layer.moving)
     if not momentum or dropped:
         return
-    inside, share = (decay if part.halved else 0.0), momentum - 1
-    columns = zip(part["M"], part.W(), part.b(), part.dW(inside), part.db(inside), strict=True)
-    for M, W, b, dW, db in columns:
+    *given, decay = part.given()
+    share = momentum - 1
+    for M, dW, db, W, b in zip(part["M"], *given, strict=True):
         d_in = W.shape[1]
         halves = [(M[:, :d_in], W, dW)] + ([(M[:, d_in], b, db)] if b.numel() else [])
         for place, p, gradient in halves:
             place.add_(gradient, alpha=share)
-            if decay != inside:
+            if decay:
                 place.add_(p, alpha=share * decay)
         M.div_(momentum)

@@ -100,12 +100,21 @@ class Part:
         self._each: dict[str, Tensors] = {}
         self._lengths: Lengths | None = None
         self._singles: list[Part] = []
+        self.mine = self._some([layer.mine for layer in layers])  # that this rank makes P of
+        self.here = self._some([layer.rows > 0 for layer in layers])  # that it has rows of
 
     def __getitem__(self, name: str) -> Tensors:
         tensors = self._each.get(name)
         if tensors is None:
             tensors = self._each[name] = [layer[name] for layer in self.layers]
         return tensors
+
+    def _some(self, wanted: list[bool]) -> Part | None:
+        """The part of those layers; None where there are none."""
+        if all(wanted):
+            return self
+        layers = [layer for layer, one in zip(self.layers, wanted, strict=True) if one]
+        return Part(self._group, layers, self.settings, self.in_rows) if layers else None
 
     def one_by_one(self) -> list[Part]:
         """A part of each layer alone."""
@@ -129,6 +138,16 @@ class Part:
     def db(self, decay: float = 0.0) -> Tensors:
         """Their bias gradients plus ``decay*b``."""
         return [layer.db(decay) for layer in self.layers]
+
+    def given(self) -> tuple[Tensors, Tensors, Tensors, Tensors, float]:
+        """What M takes in in this step: dW, db, W, b, and the decay that the gradients are
+        without."""
+        decay = self.group["weight_decay"]
+        if self.layers[0].shard is not None:  # gathered, with it
+            return self["dW"], self["db"], self["dW"], self["db"], 0.0
+        # A frozen half of a layer has no gradient: the other's decay is then put in beforehand.
+        inside = decay if self.halved else 0.0
+        return self.dW(inside), self.db(inside), self.W(), self.b(), decay - inside
 
     def products(self, scratch: Tensors) -> Tensors:
         """The product scratch, n_g x n_a each."""
@@ -255,6 +274,11 @@ class Part:
         )
 
 
+def of_mine(parts: list[Part]) -> list[Part]:
+    """Their layers that this rank makes P of."""
+    return [part.mine for part in parts if part.mine is not None]
+
+
 class Parts:
     """The parts that lists of layers fall into, kept from step to step, and the scratch that all
     layers share."""
@@ -282,7 +306,7 @@ class Parts:
         size = product_scratch_elements(self.layers, self._settings, self._device)
         self._product = torch.empty(size, dtype=self.layers[0].dtype, device=self._device)
         self.slopes = torch.cat([layer["slope"] for layer in self.layers])
-        rows = [layer.n_g for layer in self.layers]
+        rows = [layer.rows for layer in self.layers]
         for layer, part in zip(self.layers, self.slopes.split(rows), strict=True):
             layer.scratch["slope"] = part
         self._known.clear()
@@ -316,7 +340,7 @@ class Parts:
         """Each layer's part of the scratch that the direction needs, flat."""
         alone, at = self._device.type == "cpu", 0
         for layer in part.layers if not part.scratch else []:
-            size = direction_elements(layer, self._settings)
+            size = direction_elements(layer, self._settings) if layer.mine else 0
             part.scratch.append(self._product[at : at + size])
             at += 0 if alone else size
         return part.scratch
@@ -339,5 +363,5 @@ def product_scratch_elements(
 ) -> int:
     """Elements of the direction's scratch: shared by all layers on the CPU, where they go one after
     the other; one each on a GPU, where they go at once."""
-    sizes = [direction_elements(layer, settings) for layer in layers]
+    sizes = [direction_elements(layer, settings) for layer in layers if layer.mine]
     return max(sizes, default=0) if device.type == "cpu" else sum(sizes)

@@ -30,6 +30,7 @@ class Alone:
     """
 
     alone = True
+    shares = False  # every layer has one rank that makes its P and keeps its factors
     rank, size = 0, 1
 
     def __init__(self, wrappers: Sequence[DDP] = ()) -> None:
@@ -62,6 +63,13 @@ class Alone:
                 wrapper.require_forward_param_sync = False
             yield
 
+    def take(self, layers: list[CoveredLayer]) -> None:
+        """Say which of the ``layers`` are whose."""
+
+    def explain(self) -> str:
+        """Who does what, in a line; empty where there is nothing to say."""
+        return ""
+
     # What a step does; its order stands in step.py.
 
     def begin(self, layers: list[CoveredLayer], parameters: Tensors, number: int) -> None:
@@ -77,9 +85,25 @@ class Alone:
         """After the first pass: means and gradients of all ranks; returns their loss."""
         return loss
 
-    def second(self, paired: list[CoveredLayer], loss: torch.Tensor) -> torch.Tensor:
-        """After the second pass, likewise; ``paired`` are the layers that yield a pair."""
-        return loss
+    def second(
+        self, paired: list[CoveredLayer], loss: torch.Tensor, slope: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """After the second pass, likewise; ``paired`` are the layers that yield a pair, and
+        ``slope`` is that along what has moved here."""
+        return loss, slope
+
+    def gradient_norms(self, parameters: Tensors) -> torch.Tensor | None:
+        """Of the whole gradients, where this process has but parts of them."""
+        return None
+
+    def collect(self, parts: list[Part]) -> None:
+        """Before the direction: gradients go where P is made."""
+
+    def hand_out(self, parts: list[Part]) -> None:
+        """After it: P goes where weights move."""
+
+    def changed(self, parts: list[Part]) -> None:
+        """After step 6's change of the outputs: it goes where the factors are."""
 
     def norms(self, part: Part) -> tuple[Tensors, list[float]]:
         """Of the inputs of this step, by the blocks of the activation side, and of how many
@@ -98,9 +122,9 @@ class Alone:
         """Step 3: `ActivationMatrix.average_in`."""
         ActivationMatrix.average_in(part, ok)
 
-    def follow(self, part: Part, verdict: Verdict, late: bool) -> None:
+    def follow(self, parts: list[Part], verdict: Verdict, late: bool) -> None:
         """Step 9 while the inputs are there, unless it comes ``late``, with steps 6 to 8."""
-        if not late:
+        for part in () if late else parts:
             ActivationMatrix.follow(part, verdict)
 
     def followed(self, verdict: Verdict) -> None:

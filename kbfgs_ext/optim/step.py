@@ -24,7 +24,7 @@ from kbfgs_ext.optim.capture import Pass
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.fallback import Fallback
 from kbfgs_ext.optim.moved import Moved
-from kbfgs_ext.optim.parts import Group, Parts
+from kbfgs_ext.optim.parts import Group, Parts, of_mine
 from kbfgs_ext.optim.passes import (
     Buffers,
     RandomState,
@@ -67,7 +67,7 @@ class Step:
         self.settings, self.generators = settings, generators
         self.device, self.process = device, process
         self.guard = Safeguard(settings.rule, device, settings.restart_after, settings.backend)
-        self.direction = direction.Direction(settings)
+        self.direction = direction.Direction(settings, process.shares)
         self.fallback: Fallback | None = None
         self.recorder = Recorder(process)
         self.buffers = Buffers(model)
@@ -178,7 +178,7 @@ class Step:
             if unscaled is not None:
                 torch._foreach_mul_([layer["g_bar"] for layer in active], unscaled)
             moving: list[torch.Tensor] = [p for layer in active for p in layer.moving]
-            found = gradients.Gradients(self.parameters(moving), loss)
+            found = gradients.Gradients(self.parameters(moving), loss, process, unscaled)
             seen = any(layer.observer.has_inputs() for layer in active)
             # Step 9 waits for steps 6 to 8, if it does not need the activations by then.
             late = self.kind[0] and settings.keep_A and all(x.has_shown_inputs for x in active)
@@ -212,13 +212,14 @@ class Step:
             return
         loss_next, noise = given
         with self.own_work():
-            loss_next = process.second(self._paired, loss_next)
+            loss_next, slope = process.second(self._paired, loss_next, self.slope)
             pairs = [layer for layer in self._paired if layer.observer.complete]
             parts = moved.parts if len(pairs) == len(active) else self.parts.of(pairs)
             for part in parts:
                 direction.output_change(part)  # by the step as it was taken
+            process.changed(parts)
             if guard.rule is not None:
-                moved.undo(guard.judge(loss, loss_next, self.slope, noise, ok, late))
+                moved.undo(guard.judge(loss, loss_next, slope, noise, ok, late))
             ok_pair = guard.sound_pair if guard.rule else ok & gradients.is_finite(loss_next)
             if unscaled is not None and pairs:
                 g_bar_next = [layer["g_bar_next"] for layer in pairs]
@@ -226,14 +227,15 @@ class Step:
                 ok_pair = ok_pair & gradients.all_finite(g_bar_next)
             verdict = Verdict(ok, ok_pair, order_a, guard.order_g)
             with self.phase("curvature"):
-                for part in parts:
+                for part in of_mine(parts):
                     scales.measure_pairs(part, ok_pair)
                     part.gradient.update(part, verdict, late and process.alone)
                 process.followed(verdict)
 
     def _descend(self, active: list[CoveredLayer], verdict: Verdict, late: bool) -> None:
         """Steps 2 to 4, and step 9 unless it comes ``late``."""
-        for part in self.parts.of(active):
+        process, parts, seen = self.process, self.parts.of(active), []
+        for part in parts:
             scalars, layers = part.scalars, part.layers
             if not self.capturing:
                 scalars.refresh(part.group)
@@ -241,17 +243,21 @@ class Step:
             for layer in layers:
                 for factor in () if layer.started or layer.bare else layer.gradients:
                     factor.start(scalars.lam_g)
-            seen = [layer for layer in layers if layer.observer.has_inputs()]
-            parts = self.parts.of(seen, by_inputs=True)
-            for one in parts:
-                with self.phase("statistics"):
-                    averages.follow(one, self.parts, self.process, verdict.ok)
+            fresh = [layer for layer in layers if layer.observer.has_inputs()]
+            with self.phase("statistics"):
+                for one in self.parts.of(fresh, by_inputs=True):
+                    averages.follow(one, self.parts, process, verdict.ok)
+                    seen.append(one)
             self._moved.begin(part)
-            with self.phase("direction"):
-                self.direction.descend(part, self.parts.scratch(part), verdict.ok)
-            for one in parts:
-                with self.phase("curvature"):
-                    self.process.follow(one, verdict, late)
+        with self.phase("direction"):
+            process.collect(parts)
+            for part in of_mine(parts):
+                self.direction.aim(part, self.parts.scratch(part), verdict.ok)
+            process.hand_out(parts)
+            for part in parts:
+                self.direction.move(part, verdict.ok)
+        with self.phase("curvature"):
+            process.follow(seen, verdict, late)
         for layer in active:
             layer.observer.forget_inputs()  # the activations need not outlive the first pass
             layer.started = layer.started or not layer.bare

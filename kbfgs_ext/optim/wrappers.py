@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext.optim.distributed import Ranks
+from kbfgs_ext.optim.owners import Owners, Shards
 from kbfgs_ext.optim.process import Alone
+from kbfgs_ext.optim.shards import mesh_of, shards_of
 
 MEANS = ("ranks", "rows")
 
@@ -29,30 +30,16 @@ def wrappers_of(*models: nn.Module) -> list[DDP]:
     return list(found.values())
 
 
-def refuse_shards(model: nn.Module) -> None:
-    """Raise NotImplementedError where a rank holds but a part of the model's parameters."""
-    fsdp, tensor = (
-        sys.modules.get("torch.distributed.fsdp"),
-        sys.modules.get("torch.distributed.tensor"),
-    )
-    for name, module in model.named_modules():
-        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
-            raise NotImplementedError(_REFUSED.format("FullyShardedDataParallel (FSDP1)", name))
-        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-            raise NotImplementedError(_REFUSED.format("fully_shard (FSDP2)", name))
-    for name, p in model.named_parameters():
-        if tensor is not None and isinstance(p, tensor.DTensor):
-            raise NotImplementedError(_REFUSED.format("DTensor (tensor parallelism)", name))
-
-
-_REFUSED = (
-    "{} at '{}' of the model: K-BFGS needs every layer's whole weight on every rank. Wrap the model"
-    " in torch.nn.parallel.DistributedDataParallel instead"
-)
-
-
-def process_of(group: Any, wrappers: Sequence[DDP], mean_over: str, device: torch.device) -> Alone:
-    """The process as one of ``group``, or of the group of ``wrappers``; `Alone` in a group of one.
+def process_of(
+    group: Any,
+    wrappers: Sequence[DDP],
+    mean_over: str,
+    device: torch.device,
+    shared_work: bool = False,
+    model: nn.Module | None = None,
+) -> Alone:
+    """The process as one of ``group``, or of the group of ``wrappers``, or of the mesh over which
+    the ``model`` is sharded; `Alone` in a group of one.
 
     Raises:
         TypeError, ValueError: the arguments do not fit each other.
@@ -67,10 +54,25 @@ def process_of(group: Any, wrappers: Sequence[DDP], mean_over: str, device: torc
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {group!r}")
     groups = ([] if group is None else [group]) + [wrapper.process_group for wrapper in wrappers]
+    mesh = None if model is None else mesh_of(model)
+    if mesh is not None:
+        return _sharded(mesh, model, groups, mean_over, device)
     if len({dist.get_world_size(one) for one in groups}) > 1:
         raise ValueError("process_group and the groups of DistributedDataParallel are not the same")
     if not groups or dist.get_world_size(groups[0]) == 1:
         return Alone(wrappers)
     if dist.get_rank(groups[0]) < 0:
         raise ValueError("process_group: this process is not in the group")
-    return Ranks(groups[0], wrappers, mean_over, device)
+    kind = Owners if shared_work else Ranks
+    return kind(groups[0], wrappers, mean_over, device)
+
+
+def _sharded(mesh: Any, model: Any, groups: list[Any], mean_over: str, device: Any) -> Shards:
+    if mean_over == "rows":
+        raise ValueError(
+            'mean_over="rows" with fully_shard, which averages gradients over the ranks: scale the'
+            " loss in the closure"
+        )
+    if any(dist.get_world_size(group) != mesh.size() for group in groups):
+        raise ValueError("process_group and the mesh of fully_shard are not the same")
+    return Shards(shards_of(model), mesh, mean_over, device)

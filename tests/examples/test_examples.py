@@ -1,7 +1,10 @@
 """Every example runs against the real package; one that is not installed is skipped by name."""
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -85,6 +88,25 @@ def test_accelerate(precision, monkeypatch):
     losses = example.main(cpu=True, mixed_precision=precision)
     assert len(losses) == 3 * 8
     assert_learns(losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lightning_automatic", "with_accelerate"])
+def test_two_processes(name, tmp_path):
+    """Started by the framework's own launcher: one step, the same weights."""
+    pytest.importorskip(NEEDS[name], reason=f'needs {NEEDS[name]}: pip install ".[examples]"')
+    ended = subprocess.run(
+        [sys.executable, ROOT / "tests/examples/launched.py", name, tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one["size"] == two["size"] == 2
+    assert one["weights"] == two["weights"] and one["losses"] != two["losses"]
+    assert_learns(one["losses"])
 
 
 def test_transformers(monkeypatch, tmp_path):

@@ -193,7 +193,8 @@ def scaled(model: nn.Module, opt: Any, x, y, number: int, loss_of) -> list[torch
             loss = loss_of(model, x, y)
             scaler.scale(loss).backward()
             gradient = opt.layers[0].weight.grad  # None in the second pass
-            if step == 2 and dist.get_rank() == 0 and gradient is not None:
+            here = dist.get_rank() == 0 or opt.steps.process.alone
+            if step == 2 and here and gradient is not None:
                 gradient.fill_(float("inf"))
             return loss
 
@@ -273,10 +274,9 @@ def empty_batch(world: World) -> None:
     x, y = batches()
     last = world.rank == world.size - 1
 
-    def run(make, plain: bool, **options):
+    def run(make, plain: bool, made=net, **options):
         torch.manual_seed(1)
-        model = net()
-        twin = net()
+        model, twin = made(), made()
         twin.load_state_dict(model.state_dict())
         shares = [slice(8 * i, 8 * i + 8) for i in range(world.size - 1)] + [slice(0, 0)]
         m = 8 * (world.size - 1)
@@ -293,8 +293,9 @@ def empty_batch(world: World) -> None:
             wrapped = DDP(model)
             opt = make(wrapped, **options)
             losses = steps(wrapped, opt, x[mine], y[mine], 20, total)
+        alike = "param " if options.get("shared_work") else ""  # the rest is the owners'
         kept = {k: t for k, t in tensors_of(model, opt).items() if not k.endswith(" A")}
-        world.same_bits(kept)
+        world.same_bits({k: t for k, t in kept.items() if k.startswith(alike)})
         losses = [torch.zeros_like(v) for v in losses] if last else losses
         got = world.mean(losses) * (world.size / (world.size - 1) if plain else 1)
         if world.rank == 0:
@@ -304,6 +305,16 @@ def empty_batch(world: World) -> None:
     for action in ("ema", "minibatch"):
         run(of(hessian_action=action), plain=False)
         run(of(hessian_action=action), plain=True)
+    run(of(), plain=True, made=between)
+    run(of(), plain=False, made=between, shared_work=True)
+
+
+def between() -> nn.Sequential:
+    """A convolution between two other layers."""
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(),
+        nn.Linear(6, 3),
+    ).double()  # fmt: skip
 
 
 class Branches(nn.Module):

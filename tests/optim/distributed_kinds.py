@@ -1,16 +1,19 @@
-"""Cases of several processes, for ranks.py: kinds of layers, and factors in blocks."""
+"""Cases of several processes, for ranks.py: kinds of layers, factors in blocks, norms."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext import KBFGS
 from tests.optim.distributed_cases import huber, net, of
 from tests.optim.models import newton_l
-from tests.optim.ranks import World, compare
+from tests.optim.ranks import World, batches, compare, half_square, steps
 
 
 class Images(nn.Sequential):
@@ -61,3 +64,34 @@ def blocks(world: World) -> None:
     compare(world, Images(), of(KBFGS, block_size=4), plain=True, number=15, loss_of=huber)
     ema = of(KBFGS, hessian_action="ema", block_size=4, restart_after=2)
     compare(world, net(), ema, but=(" A", " A.0", " A.1"), number=15, loss_of=huber)
+
+
+class SyncedNorm(nn.BatchNorm1d):
+    """What `nn.SyncBatchNorm` computes, which runs on GPUs alone: statistics of all ranks, in the
+    graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = all_reduce(x.mean(0)) / dist.get_world_size()
+        square = all_reduce((x - mean).square().mean(0)) / dist.get_world_size()
+        return (x - mean) * (square + self.eps).rsqrt() * self.weight + self.bias
+
+
+def normed(kind: type[nn.Module]) -> nn.Sequential:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(5, 8), kind(8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def synced_batch_norm(world: World) -> None:
+    """Statistics of the whole batch: one process's trajectory with BatchNorm."""
+    x, y = batches()
+    mine = world.slices()
+    fallback = {"fallback": lambda p: torch.optim.AdamW(p, lr=0.02)}
+    for options in ({}, {"shared_work": True}):
+        model, one = normed(SyncedNorm), normed(nn.BatchNorm1d)
+        run = DDP(model)
+        opt = KBFGS(run, pair_every=2, **fallback, **options)
+        got = world.mean(steps(run, opt, x[mine], y[mine], 12, half_square))
+        alone = KBFGS(one, pair_every=2, **fallback)
+        wanted = torch.stack(steps(one, alone, x, y, 12, half_square))
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+        world.same_bits({name: p.detach() for name, p in model.named_parameters()})

@@ -100,7 +100,9 @@ def resume(world: World) -> None:
         resumed.load_state_dict(saved[0][1])
         a = steps(wrapped, opt, x[mine], y[mine], 6, half_square)
         b = steps(again, resumed, x[mine], y[mine], 6, half_square)
-        assert a == b
+        # Of more than two numbers DDP's sum depends on its buckets, which it makes anew in use.
+        close = 0.0 if world.size == 2 else 1e-12
+        torch.testing.assert_close(a, b, rtol=close, atol=close)
         if world.rank == 0:  # one process goes on with it as well
             alone = net()
             one = newton(alone, hessian_action=action)
@@ -222,11 +224,20 @@ def optimizer_of_the_bare_model(world: World) -> None:
 def refusals(world: World) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (world.size,))
-    said = raises(NotImplementedError, lambda: newton(fully_shard(net(), mesh=mesh)))
-    assert "fully_shard (FSDP2)" in said and "DistributedDataParallel" in said
+    ignored = net()
+    fully_shard(ignored, mesh=mesh, ignored_params={ignored[0].weight})
+    assert "'0.weight' of the model is not" in raises(NotImplementedError, lambda: newton(ignored))
+    narrow = fully_shard(net(dtype=torch.bfloat16), mesh=mesh)
+    assert "MixedPrecisionPolicy" in raises(NotImplementedError, lambda: newton(narrow))
+    across = nn.Sequential(nn.Linear(4, 6, bias=False))
+    fully_shard(across, mesh=mesh, shard_placement_fn=lambda p: Shard(1))
+    assert "sharded by its inputs" in raises(NotImplementedError, lambda: newton(across))
+    whole = fully_shard(net(), mesh=mesh)
+    assert "fully_shard" in raises(ValueError, lambda: newton(whole, mean_over="rows"))
     parallel = parallelize_module(net(), mesh, {"0": ColwiseParallel()})
     assert "DTensor" in raises(NotImplementedError, lambda: newton(parallel))
     sharded = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
@@ -241,20 +252,21 @@ def refusals(world: World) -> None:
 
 
 class Counter:
-    """Counts the numbers that all_reduce is given."""
+    """Counts the numbers that a collective is given."""
+
+    def __init__(self, collective: str = "all_reduce") -> None:
+        self._name, self._before, self.sizes = collective, getattr(dist, collective), []
 
     def __enter__(self):
-        self.sizes, self._before = [], dist.all_reduce
-
         def counted(tensor, *args, **kwargs):
             self.sizes.append(tensor.numel())
             return self._before(tensor, *args, **kwargs)
 
-        dist.all_reduce = counted
+        setattr(dist, self._name, counted)
         return self
 
     def __exit__(self, *_):
-        dist.all_reduce = self._before
+        setattr(dist, self._name, self._before)
 
 
 def bytes_sent(world: World) -> None:
@@ -266,7 +278,7 @@ def bytes_sent(world: World) -> None:
         steps(wrapped, opt, x, y, 1, half_square)
         with Counter() as counter:
             steps(wrapped, opt, x, y, 3, half_square)
-        numbers = sum(2 * layer.n_a + layer.n_g + 3 for layer in opt.layers) + 5
+        numbers = sum(2 * layer.n_a + layer.n_g + 3 for layer in opt.layers) + 6
         numbers += len(list(wrapped.parameters()))
         assert counter.sizes == [numbers] * 6
     alone = [dist.new_group([r]) for r in range(world.size)][world.rank]

@@ -39,8 +39,8 @@ def half_square(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Ten
 class World:
     """The processes, and which of them this is."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int, size: int, directory: Path) -> None:
+        self.rank, self.size, self.directory = rank, size, directory
 
     def slices(self, unequal: bool = False) -> slice:
         """The rows of this rank; unequal: rank 0 has half as many again, taken from the last."""
@@ -80,6 +80,11 @@ def steps(
     return [opt.step(closure).detach() for _ in range(number)]
 
 
+def whole(t: torch.Tensor) -> torch.Tensor:
+    """All of a sharded tensor; all ranks call this."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
 def batches() -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of the whole batch."""
     return rows(BATCH, 5), rows(BATCH, 3, seed=1)
@@ -96,6 +101,7 @@ def compare(
     loss_of: Loss = half_square,
     whole_loss: Loss | None = None,
     wrap: dict[str, Any] | None = None,
+    shard: Callable[[nn.Module], Any] | None = None,
     train: Callable[..., list[torch.Tensor]] = steps,
     but: tuple[str, ...] = (),
     close: float = 1e-10,
@@ -109,6 +115,7 @@ def compare(
         plain: a bare model with a process group, in place of DDP.
         unequal: the ranks have parts of different sizes.
         wrap: options of DDP.
+        shard: shards the model, in place of DDP.
         train: as `steps`.
         but: kept tensors that are each rank's own.
         options: of the optimizer of several ranks.
@@ -116,24 +123,30 @@ def compare(
     alone = copy.deepcopy(model)
     x, y = batches()
     mine = world.slices(unequal)
-    if plain:
+    shared = shard is not None or options.get("shared_work", False)
+    if shard is not None:
+        shard(model)
+        opt = make(model, **options)
+        losses = train(model, opt, x[mine], y[mine], number, loss_of)
+    elif plain:
         opt = make(model, process_group=dist.group.WORLD, **options)
         losses = train(model, opt, x[mine], y[mine], number, loss_of)
     else:
         wrapped = DDP(model, **(wrap or {}))
         opt = make(wrapped, **options)
         losses = train(wrapped, opt, x[mine], y[mine], number, loss_of)
-    own = tensors_of(model, opt)
-    world.same_bits({name: t for name, t in own.items() if not name.endswith(but or ("\0",))})
+    own = {name: whole(t) for name, t in tensors_of(model, opt).items()}
+    alike = {name: t for name, t in own.items() if not shared or name.startswith("param ")}
+    world.same_bits({name: t for name, t in alike.items() if not name.endswith(but or ("\0",))})
     world.same_bits({f"counter {name}": t.double() for name, t in opt.counters().items()})
     weight = float(mine.stop - mine.start) if options.get("mean_over") == "rows" else 1.0
     got = world.mean(losses, weight)
-    if world.rank == 0:
+    if world.rank == 0 or shared:
         one = make(alone)
         wanted = torch.stack(train(alone, one, x, y, number, whole_loss or loss_of)).double()
         torch.testing.assert_close(got, wanted, rtol=close, atol=close)
         for name, t in tensors_of(alone, one).items() if close < 1e-6 else ():
-            if not name.endswith(but or ("\0",)):
+            if name in own and not name.endswith(but or ("\0",)):
                 torch.testing.assert_close(own[name], t, rtol=1e-6, atol=1e-8, msg=name)
         for name, count in one.counters().items():
             torch.testing.assert_close(opt.counters()[name], count, msg=name)
@@ -145,21 +158,28 @@ def main(rank: int, directory: Path, plan: list[tuple[int, list[str]]]) -> None:
 
     What each rank has to say of each case is "" or a traceback.
     """
-    from tests.optim import distributed_cases, distributed_kinds, distributed_states
+    from tests.optim import (
+        distributed_cases,
+        distributed_kinds,
+        distributed_saved,
+        distributed_shards,
+        distributed_states,
+    )
 
     cases = {}
-    for module in (distributed_cases, distributed_kinds, distributed_states):
+    modules = distributed_cases, distributed_kinds, distributed_saved, distributed_shards
+    for module in (*modules, distributed_states):
         cases |= vars(module)
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     said = {}
-    for size, names in plan:
+    for i, (size, names) in enumerate(plan):
         if rank >= size:
             continue
-        store = dist.FileStore(str(directory / f"store{size}"), size)
+        store = dist.FileStore(str(directory / f"store{i}"), size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-        world = World(rank, size)
+        world = World(rank, size, directory)
         for name in names:
             torch.manual_seed(0)
             started = time.perf_counter()

@@ -272,7 +272,7 @@ def test_steps_between_pairs_keep_no_activations(monkeypatch):
     seen = []
     monkeypatch.setattr(
         Direction,
-        "descend",
+        "aim",
         lambda self, part, *_: seen.append([x.observer.has_inputs() for x in part.layers]),
     )
     _, opt, closure = problem(factor_every=3, pair_every=3)

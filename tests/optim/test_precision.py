@@ -309,13 +309,13 @@ def test_no_op_of_a_16_bit_step_is_on_the_reference(method, action, half, how):
 @pytest.mark.parametrize("chosen", [None, "highest", "high", "medium"])
 def test_matmul_precision_is_set_for_own_products_alone(chosen, monkeypatch):
     seen = {"own": set(), "model": set()}
-    descend = Direction.descend
+    aim = Direction.aim
 
     def watched(*args):
         seen["own"].add(torch.get_float32_matmul_precision())
-        return descend(*args)
+        return aim(*args)
 
-    monkeypatch.setattr(Direction, "descend", watched)
+    monkeypatch.setattr(Direction, "aim", watched)
     model, opt, closure = problem(matmul_precision=chosen)
     model.register_forward_hook(
         lambda *_: seen["model"].add(torch.get_float32_matmul_precision()) and None

@@ -1,0 +1,51 @@
+"""Who owns which layer, and which rows of a weight a rank has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kbfgs_ext import KBFGS
+from kbfgs_ext.optim.owners import cost, share_out
+from kbfgs_ext.optim.shards import pieces
+from tests.optim.models import mlp
+
+
+def test_the_costliest_go_first_to_who_has_least():
+    loads = [0, 0]
+    assert share_out([3, 9, 4, 4], loads) == [1, 0, 1, 1]
+    assert loads == [9, 11]
+    assert share_out([1], loads) == [0]  # a layer that comes later
+    assert share_out([5, 5], [0, 0, 0]) == [0, 1]  # more ranks than layers: one owns none
+
+
+def test_no_rank_has_more_than_a_fair_share_and_a_layer():
+    costs = [
+        int(c) for c in torch.randint(1, 100, (40,), generator=torch.Generator().manual_seed(0))
+    ]
+    for ranks in (2, 4, 7):
+        loads = [0] * ranks
+        share_out(costs, loads)
+        assert sum(loads) == sum(costs)
+        assert max(loads) <= sum(costs) / ranks + max(costs)
+
+
+def test_blocks_cost_less_than_whole_sides():
+    def costs(**options):
+        return [cost(layer) for layer in KBFGS(mlp(64, 128, 3), **options).layers]
+
+    whole, blocks = costs(block_size=None), costs(block_size=16)
+    assert blocks[0] < whole[0]
+    n_g, n_a = 128, 65
+    assert whole[0] == (
+        2 * n_g * n_a * (n_g + n_a) + 4 * n_g * n_a**2 + 16 * n_a**3 + 8 * (n_g**2 + n_a**2)
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 5])
+def test_pieces_are_those_of_torch(n, ranks):
+    rows = torch.arange(n)
+    theirs = [part.tolist() for part in rows.chunk(ranks)]
+    ours = [rows[piece].tolist() for piece in pieces(n, ranks)]
+    assert ours == theirs + [[]] * (ranks - len(theirs))

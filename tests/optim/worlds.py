@@ -1,0 +1,51 @@
+"""Starts the processes of ranks.py, and looks at what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROCESSES = 4
+Plan = list[tuple[int, Sequence[str]]]  # numbers of processes, and the cases that they run
+
+
+def cases_of(plan: Plan) -> list[tuple[int, str]]:
+    """Every case with its number of processes."""
+    return [(size, name) for size, names in plan for name in names]
+
+
+def run(plan: Plan, directory: Path) -> list[dict[str, str]]:
+    """What each rank says of each case."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.optim.ranks", str(rank), directory, json.dumps(plan)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(PROCESSES)
+    ]
+    try:
+        output = [process.communicate(timeout=280)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    paths = [directory / f"{rank}.json" for rank in range(PROCESSES)]
+    return [
+        {**(json.loads(path.read_text()) if path.exists() else {}), "output": text}
+        for path, text in zip(paths, output, strict=True)
+    ]
+
+
+def check(said: list[dict[str, str]], size: int, name: str) -> None:
+    """No rank has anything to say of the case."""
+    for rank in range(size - (name == "last")):  # in which the last rank ends
+        wrong = said[rank].get(f"{size} {name}", f"has not come so far: {said[rank]['output']}")
+        assert not wrong, f"rank {rank}: {wrong}"
