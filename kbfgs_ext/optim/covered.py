@@ -88,6 +88,26 @@ class CoveredLayer:
         """A matrix or vector over the outputs, or a vector over the inputs, of every group."""
         return [t] if self.groups == 1 else list(t.unflatten(0, (self.groups, -1)).unbind())
 
+    def outputs_here(self, t: torch.Tensor) -> list[torch.Tensor]:
+        """A matrix or vector over the outputs that are here, by their groups."""
+        return self.by_group(t) if self.shard is None else [t[rows] for _, rows in self._runs()]
+
+    def inputs_here(self, t: torch.Tensor) -> list[torch.Tensor]:
+        """A vector over the inputs, of every group that has outputs here."""
+        each = self.by_group(t)
+        return each if self.shard is None else [each[group] for group, _ in self._runs()]
+
+    def _runs(self) -> list[tuple[int, slice]]:
+        """The groups that this rank has rows of, and which of its rows they have."""
+        assert self.shard is not None
+        size, here = self.n_g // self.groups, self.shard.here
+        ends = {g: (g * size, (g + 1) * size) for g in range(here.start // size, self.groups)}
+        return [
+            (g, slice(max(a, here.start) - here.start, min(b, here.stop) - here.start))
+            for g, (a, b) in ends.items()
+            if a < here.stop
+        ]
+
     def _blocks(self) -> Iterator[tuple[Factor, str]]:
         """Every factor, and what the names of its tensors end in: nothing for a side's only one."""
         for side in (self.activations, self.gradients):
@@ -130,7 +150,7 @@ class CoveredLayer:
         if self.mine and self._settings.nesterov:
             shapes["ahead"] = (n_g, n_a)  # what M would be after the same gradient once more
         if self.shard is not None:
-            shapes |= {"saved": (self.rows, n_a), "norm": ()}
+            shapes |= {"saved": (self.rows, n_a), "norms": (groups,)}
             if self.mine:  # the gradients of all rows
                 shapes |= {"dW": (n_g, self.d_in), "db": (n_g * (n_a - self.d_in),)}
         shapes |= dict.fromkeys(("a_bar", "a_bar_next"), (groups * n_a,))

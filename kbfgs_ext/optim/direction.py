@@ -94,10 +94,9 @@ class Direction:
         if self._step_length != "direction":
             lengths, shared = part.lengths(), self._step_length == "balanced"
             sharded = part.layers[0].shard is not None
-            each = part["norm"] if sharded else torch._foreach_norm(part.by_group(part["P"]))
-            norms = torch.stack(each)
+            norms = torch.cat(part["norms"]) if sharded else lengths_of(part.by_group(part["P"]))
             ops.lengths_([lengths.whole], [norms], [lengths.roots], [size], shared, part.backend)
-            sizes = lengths.each if part.plain else _scaled(part["P"], lengths)
+            sizes = lengths.each if part.plain else _scaled(part, lengths)
         scaled = self._spectral or self._step_length == "layer"  # what gamma is lost in
         if part.g.has("gamma") and not part.bare and not scaled:  # a layer's blocks have the same
             gamma = [layer.gradients[0].blocks("gamma")[0] for layer in part.layers]
@@ -105,12 +104,21 @@ class Direction:
         return sizes
 
 
-def _scaled(P: Tensors, lengths: Lengths) -> Tensors:
-    """Multiply what is in groups; returns what is left to multiply by."""
+def lengths_of(matrices: Tensors) -> torch.Tensor:
+    """Their Frobenius norms."""
+    return torch.stack(torch._foreach_norm(matrices))
+
+
+def _scaled(part: Part, lengths: Lengths) -> Tensors:
+    """Multiply the P of layers in groups; returns what is left to multiply by."""
     left = []
-    for p, size in zip(P, lengths.each, strict=True):
-        if size.dim():
-            p.view(len(size), -1).mul_(size[:, None])
+    for layer, size in zip(part.layers, lengths.each, strict=True):
+        if size.dim() and layer.shard is None:
+            layer["P"].view(len(size), -1).mul_(size[:, None])
+        elif size.dim():
+            pairs = zip(layer.outputs_here(layer["saved"]), layer.inputs_here(size), strict=True)
+            for rows, own in pairs:
+                rows.mul_(own)
         left.append(lengths.one if size.dim() else size)
     return left
 
@@ -137,12 +145,12 @@ def output_change(part: Part) -> None:
     if here is None:
         return
     ops.output_change_(
-        change=here.by_group(here["h_change_here"]),
-        W=here.by_group(here.W()),
-        b=here.by_group(here.b()),
-        saved=here.by_group(here["saved"]),
-        a_bar=here.by_group(here["a_bar"]),
-        a_bar_next=here.by_group(here["a_bar_next"]),
+        change=here.outputs(here["h_change_here"]),
+        W=here.outputs(here.W()),
+        b=here.outputs(here.b()),
+        saved=here.outputs(here["saved"]),
+        a_bar=here.to_outputs(here["a_bar"]),
+        a_bar_next=here.to_outputs(here["a_bar_next"]),
         backend=here.backend,
     )
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from kbfgs_ext.optim.covered import CoveredLayer
+from kbfgs_ext.optim.direction import lengths_of
 from kbfgs_ext.optim.distributed import Ranks
 from kbfgs_ext.optim.exchange import ASK, CHANGE, SLOPE
 from kbfgs_ext.optim.factors import Tensors
@@ -187,18 +188,18 @@ class Shards(Owners):
 
     def _send(self, parts: list[Part]) -> None:
         mine = self._of(parts, self.place)
-        norms = torch._foreach_norm([x["P"] for x in mine]) if mine else ()
+        each = [lengths_of(x.by_group(x["P"])) for x in mine]
         send = [
             [
                 t
-                for x, norm in zip(mine, norms, strict=True)
+                for x, norms in zip(mine, each, strict=True)
                 if x.shard
-                for t in (norm.view(1), x["P"][x.shard.rows[r]])
+                for t in (norms, x["P"][x.shard.rows[r]])
             ]
             for r in range(self.places)
         ]
         receive = [
-            [t for x in self._of(parts, r) for t in (x["norm"].view(1), x["saved"])]
+            [t for x in self._of(parts, r) for t in (x["norms"], x["saved"])]
             for r in range(self.places)
         ]
         self._swap(send, receive)

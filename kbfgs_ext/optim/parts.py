@@ -184,6 +184,20 @@ class Part:
         both = zip(self.layers, tensors, strict=True)
         return [t for layer, whole in both for t in layer.by_group(whole)]
 
+    def outputs(self, tensors: Tensors) -> Tensors:
+        """What every layer has over its outputs that are here, by their groups."""
+        if self.plain:
+            return tensors
+        both = zip(self.layers, tensors, strict=True)
+        return [t for layer, whole in both for t in layer.outputs_here(whole)]
+
+    def to_outputs(self, vectors: Tensors) -> Tensors:
+        """Vectors over the inputs, each for a group of `outputs`."""
+        if self.plain:
+            return vectors
+        both = zip(self.layers, vectors, strict=True)
+        return [t for layer, whole in both for t in layer.inputs_here(whole)]
+
     def rows(self, matrices: Tensors) -> Tensors:
         """Matrices as large as the weights by the blocks of the gradient side."""
         if self.whole:
