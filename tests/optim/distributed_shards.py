@@ -24,10 +24,11 @@ OWN_A = (" A", " A.0", " A.1")
 
 
 def images() -> nn.Sequential:
-    """Convolutions on rows of 5, as images of 1 x 5."""
+    """Convolutions on rows of 5, as images of 1 x 5: one in groups, which ranks have parts of."""
     return nn.Sequential(
-        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3, padding=1), nn.Tanh(),
-        nn.Conv1d(4, 3, 2, stride=2, bias=False), nn.Flatten(), nn.Linear(6, 3),
+        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 6, 3, padding=1), nn.Tanh(),
+        nn.Conv1d(6, 9, 3, padding=1, groups=3), nn.Tanh(),
+        nn.Conv1d(9, 3, 2, stride=2, bias=False), nn.Flatten(), nn.Linear(6, 3),
     ).double()  # fmt: skip
 
 
@@ -99,7 +100,8 @@ def sharded_kinds(world: World) -> None:
     compare(world, images(), of(block_size=4), shard=at_once, number=10, loss_of=huber)
     compare(world, Attentive(True).double(), of(lr=0.1), shard=at_once, number=10)
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)).double()
-    compare(world, copy.deepcopy(model), of(KBFGS), shard=layer_by_layer, number=10)
+    layer_norm = copy.deepcopy(model)
+    compare(world, layer_norm, of(KBFGS), shard=layer_by_layer, number=10, loss_of=huber)
     fallback = {"fallback": lambda p: torch.optim.AdamW(p, lr=0.02)}
     compare(world, model, of(lr=10.0, **fallback), shard=layer_by_layer, number=20)
 
