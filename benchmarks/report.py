@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import coverage, gpu, summary
+from benchmarks import coverage, gpu, sixteen_bits, summary
 from benchmarks import physics as physics_runs
 from benchmarks.demo import TARGETS, seconds_to
 from benchmarks.grids import GRIDS
@@ -348,6 +348,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": tasks,
     "coverage": coverage.table,
     "kinds": kinds.table,
+    "sixteen-bits": sixteen_bits.table,
     "gpu-steps": gpu.steps,
     "gpu-training": gpu.training,
 }
