@@ -61,14 +61,14 @@ class Direction:
 
     def move(self, part: Part, ok: torch.Tensor) -> None:
         """The weights, or the rows of them that are here."""
-        here, done = part.here, part.stage == MOVED
-        part.stage = MOVED
-        if here is None:
-            return
-        if not done:
+        here = part.here
+        if here is not None and part.stage != MOVED:
             both = zip(self._sizes(part), part.layers, strict=True)
             sizes = [size for size, layer in both if layer.rows]
             ops.descend_(here.W(), here.b(), here["saved"], sizes, ok, part.backend)
+        part.stage = MOVED
+        if here is None:
+            return
         if here.halved:
             for layer in here.layers:
                 layer.hold()

@@ -25,7 +25,7 @@ class StorageMeter(TorchDispatchMode):
                 self._count(value.untyped_storage(), size=0)  # made before, unless it is counted
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not value.is_meta:  # which has no bytes
                 storage = value.untyped_storage()
                 self._count(storage, storage.nbytes())
         return out
