@@ -47,6 +47,11 @@ SAMPLED: dict[Loss, Callable[[Tensor], Tensor]] = {
 }
 
 
+def wide(t: Tensor) -> Tensor:
+    """Of 32 bits at least."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def damped_inverse(factor: Tensor, lam: float) -> Tensor:
     """inv(factor + lam*I) of a symmetric positive semidefinite factor (n, n).
 
@@ -71,8 +76,10 @@ class Layer:
 
     @staticmethod
     def joined(parts: Iterable[Tensor]) -> Tensor:
-        """Weight-shaped and bias-shaped tensors as one matrix (n_g, n_a)."""
-        return torch.cat([p.detach() if p.ndim == 2 else p.detach()[:, None] for p in parts], 1)
+        """Weight-shaped and bias-shaped tensors as one matrix (n_g, n_a), of 32 bits at least."""
+        return wide(
+            torch.cat([p.detach() if p.ndim == 2 else p.detach()[:, None] for p in parts], 1)
+        )
 
     def see(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Keep input and output of a forward pass."""
@@ -80,7 +87,7 @@ class Layer:
 
     def factors(self, S: Tensor) -> tuple[Tensor, Tensor]:
         """X~'X~/m and S'S/m for gradients S (m, n_g) at the output."""
-        X, m = self.X, len(S)
+        X, S, m = wide(self.X), wide(S), len(S)
         if self.module.bias is not None:
             X = torch.cat([X, X.new_ones(m, 1)], 1)
         return X.T @ X / m, S.T @ S / m
