@@ -90,7 +90,8 @@ class Layer:
         X, S, m = wide(self.X), wide(S), len(S)
         if self.module.bias is not None:
             X = torch.cat([X, X.new_ones(m, 1)], 1)
-        return X.T @ X / m, S.T @ S / m
+        with torch.autocast(X.device.type, enabled=False):
+            return X.T @ X / m, S.T @ S / m
 
     def invert(self, lam: float) -> None:
         """Make both inverses anew."""
