@@ -240,12 +240,14 @@ class GradientMatrix(Factor):
 
     def clear(self) -> None:
         super().clear()
-        if "H_g" in self.kept:
-            _diagonal(self.kept["H_g"]).fill_(1.0)
+        self._to_identity()
 
     def reset(self) -> None:
         super().reset()
-        if "H_g" in self.kept:
+        self._to_identity()
+
+    def _to_identity(self) -> None:
+        if "H_g" in self.kept:  # only the owner of the layer has it
             _diagonal(self.kept["H_g"]).fill_(1.0)
 
     def start(self, lam: torch.Tensor) -> None:

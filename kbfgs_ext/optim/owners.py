@@ -140,6 +140,7 @@ class Shards(Owners):
 
     def __init__(self, modules: list[Any], mesh: Any, mean_over: str, device: Any) -> None:
         self._modules, inner = modules, mesh.get_group(mesh.ndim - 1)
+        self._rooms: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         group = inner if mesh.ndim == 1 else dist.group.WORLD
         super().__init__(group, [], mean_over, device, inner=inner)
 
@@ -212,13 +213,22 @@ class Shards(Owners):
                 for side in (send, receive)
             )
             sizes = [[sum(t.numel() for t in of_rank) for of_rank in side] for side in (out, into)]
-            flat = torch.empty(sum(sizes[0]), dtype=dtype, device=self.device)
+            flat, got = (
+                self._room(name, sum(n), dtype) for name, n in zip("<>", sizes, strict=True)
+            )
             torch.cat([t.flatten() for of_rank in out for t in of_rank] or [flat], out=flat)
-            got = torch.empty(sum(sizes[1]), dtype=dtype, device=self.device)
             dist.all_to_all_single(got, flat, sizes[1], sizes[0], group=self.inner)
             places = [t for of_rank in into for t in of_rank]
             for place, part in zip(places, got.split([t.numel() for t in places]), strict=True):
                 place.copy_(part.view(place.shape))
+
+    def _room(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Elements to send or receive, in memory that is kept from step to step."""
+        room = self._rooms.get((name, dtype))
+        if room is None or len(room) < size:
+            room = torch.empty(size, dtype=dtype, device=self.device)
+            self._rooms[name, dtype] = room
+        return room[:size]
 
     def changed(self, parts: list[Part]) -> None:
         if not self.leads or self.place:

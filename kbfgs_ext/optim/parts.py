@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -179,24 +179,23 @@ class Part:
 
     def by_group(self, tensors: Tensors) -> Tensors:
         """What every layer has over its outputs, or its inputs, by the groups."""
-        if self.plain:
-            return tensors
-        both = zip(self.layers, tensors, strict=True)
-        return [t for layer, whole in both for t in layer.by_group(whole)]
+        return self._split(tensors, CoveredLayer.by_group)
 
     def outputs(self, tensors: Tensors) -> Tensors:
         """What every layer has over its outputs that are here, by their groups."""
-        if self.plain:
-            return tensors
-        both = zip(self.layers, tensors, strict=True)
-        return [t for layer, whole in both for t in layer.outputs_here(whole)]
+        return self._split(tensors, CoveredLayer.outputs_here)
 
     def to_outputs(self, vectors: Tensors) -> Tensors:
         """Vectors over the inputs, each for a group of `outputs`."""
+        return self._split(vectors, CoveredLayer.inputs_here)
+
+    def _split(
+        self, tensors: Tensors, groups_of: Callable[[CoveredLayer, torch.Tensor], Tensors]
+    ) -> Tensors:
         if self.plain:
-            return vectors
-        both = zip(self.layers, vectors, strict=True)
-        return [t for layer, whole in both for t in layer.inputs_here(whole)]
+            return tensors
+        both = zip(self.layers, tensors, strict=True)
+        return [t for layer, whole in both for t in groups_of(layer, whole)]
 
     def rows(self, matrices: Tensors) -> Tensors:
         """Matrices as large as the weights by the blocks of the gradient side."""
