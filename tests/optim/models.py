@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +82,22 @@ def four_calls(opt, passes):
             loss_next = passes()
         opt.finish(loss_next)
     return loss
+
+
+def assert_resumes(build: Callable[[], tuple[nn.Module, Any, Any]]) -> tuple[Any, Any]:
+    """Three steps, a checkpoint into another of what ``build`` makes, and three more of both end
+    alike, bit for bit; returns the optimizer and its closure."""
+    model, opt, closure = build()
+    for _ in range(3):
+        opt.step(closure)
+    other, resumed, again = build()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for _ in range(3):
+        opt.step(closure)
+        resumed.step(again)
+    assert_same(snapshot(model, opt), snapshot(other, resumed))
+    return opt, closure
 
 
 def assert_same_weights(a: nn.Module, b: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kbfgs_ext import KBFGS
 from tests.optim.loops import TIGHT, assert_one_trajectory, images
-from tests.optim.models import METHODS, assert_same, closure_of, snapshot
+from tests.optim.models import METHODS, assert_resumes, closure_of, snapshot
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -281,16 +281,7 @@ def test_checkpoints(method, action):
         opt = method(model, lr=0.1, hessian_action=action)
         return model, opt, closure_of(model, opt, x, images(3, 3, seed=1))
 
-    model, opt, closure = build()
-    for _ in range(3):
-        opt.step(closure)
-    other, resumed, again = build()
-    other.load_state_dict(model.state_dict())
-    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for _ in range(3):
-        opt.step(closure)
-        resumed.step(again)
-    assert_same(snapshot(model, opt), snapshot(other, resumed))
+    assert_resumes(build)
 
 
 @METHODS

@@ -1,7 +1,5 @@
 """Layers in groups: one layer with stacks of blocks, its ops in one call, its memory as stated."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -9,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kbfgs_ext import KBFGS, KBFGSL
 from tests.helpers.storage import StorageMeter
-from tests.optim.models import DEFAULTS, assert_same, closure_of, snapshot
+from tests.optim.models import DEFAULTS, assert_resumes, closure_of
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 
@@ -85,16 +83,7 @@ def test_memory(method, action):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_resuming_and_restarts(method, action, dtype):
     options = {"hessian_action": action, "restart_after": 1, "lr": 1e-3}
-    model, opt, closure = depthwise(method, 40, dtype, **options)
-    for _ in range(3):
-        opt.step(closure)
-    other, resumed, again = depthwise(method, 40, dtype, **options)
-    other.load_state_dict(model.state_dict())
-    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for _ in range(3):
-        opt.step(closure)
-        resumed.step(again)
-    assert_same(snapshot(model, opt), snapshot(other, resumed))
+    opt, closure = assert_resumes(lambda: depthwise(method, 40, dtype, **options))
     opt.restart()
     opt.step(closure)
 
