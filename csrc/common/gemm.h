@@ -22,6 +22,10 @@ struct Matrix {
       : data(data), rows(rows), cols(cols), row_stride(row_stride), col_stride(col_stride) {}
 };
 
+// Elements from row to row of n, so that all begin on 64 bytes as the first does: into such a C products
+// are fastest.
+constexpr int64_t rounded_up(int64_t n) { return (n + 15) / 16 * 16; }
+
 // C = beta*C + alpha*A*B; C is A.rows x B.cols with leading dimension ldc. beta = 0 does not read C.
 template <typename T>
 void gemm(T* C, int64_t ldc, const Matrix<T>& A, const Matrix<T>& B, double alpha, double beta);

@@ -72,13 +72,15 @@ struct SquareBody {
 
 template <typename T>
 struct Halves {
-  int64_t h, rest, ld;
+  int64_t h, rest, ld, ld_W;
   T *A, *B, *D, *W;
   Halves(T* M, T* work, int64_t k, int64_t ld)
-      : h((k / 2 + 15) / 16 * 16), rest(k - h), ld(ld), A(M), B(M + h), D(B + h * ld), W(work) {}
+      : h(rounded_up(k / 2)), rest(k - h), ld(ld), ld_W(rounded_up(rest)), A(M), B(M + h),
+        D(B + h * ld), W(work) {}
   // Rows and columns from a place on.
   Matrix<T> of(const T* X, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
-    return Matrix<T>(X + row * (X == W ? rest : ld) + col, rows, cols, X == W ? rest : ld);
+    const int64_t stride = X == W ? ld_W : ld;
+    return Matrix<T>(X + row * stride + col, rows, cols, stride);
   }
 };
 
@@ -125,22 +127,22 @@ void roots(const Places<T>& all, int64_t k, int64_t ld) {
   roots(moved(all, 0, 0), h, ld);
   by_blocks(parts, h, [&](const H& p, int64_t b, int64_t e) {  // W = V_A' B
     const Matrix<T> V = p.of(p.A, 0, e, b, e - b);
-    gemm(p.W + b * rest, rest, V.transposed(), p.of(p.B, 0, e, 0, rest), 1, 0);
+    gemm(p.W + b * p.ld_W, p.ld_W, V.transposed(), p.of(p.B, 0, e, 0, rest), 1, 0);
   });
   by_blocks(parts, rest, [&](const H& p, int64_t b, int64_t e) {  // D - W'W
     const Matrix<T> left = p.of(p.W, 0, h, b, e - b), right = p.of(p.W, 0, h, b, rest - b);
     gemm(p.D + b * ld + b, ld, left.transposed(), right, -1, 1);
     for (int64_t i = b; i < e; ++i) std::fill_n(p.D + i * ld - h, h, T{0});
   });
-  roots(moved(all, h * ld + h, h * rest), rest, ld);
+  roots(moved(all, h * ld + h, h * parts[0].ld_W), rest, ld);
   by_blocks(parts, rest, [&](const H& p, int64_t b, int64_t e) {  // B = W V_D
     gemm(p.B + b, ld, p.of(p.W, 0, h, 0, e), p.of(p.D, 0, e, b, e - b), 1, 0);
   });
   by_blocks(parts, h, [&](const H& p, int64_t b, int64_t e) {  // W = -V_A B
-    gemm(p.W + b * rest, rest, p.of(p.A, b, e - b, b, h - b), p.of(p.B, b, h - b, 0, rest), -1, 0);
+    gemm(p.W + b * p.ld_W, p.ld_W, p.of(p.A, b, e - b, b, h - b), p.of(p.B, b, h - b, 0, rest), -1, 0);
   });
   by_blocks(parts, h, [&](const H& p, int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; ++i) std::copy_n(p.W + i * rest, rest, p.B + i * ld);
+    for (int64_t i = b; i < e; ++i) std::copy_n(p.W + i * p.ld_W, rest, p.B + i * ld);
   });
 }
 
@@ -153,7 +155,7 @@ void squares(const Places<T>& all, int64_t k, int64_t ld) {
   using H = Halves<T>;
   squares(all, h, ld);
   by_blocks(parts, h, [&](const H& p, int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; ++i) std::copy_n(p.B + i * ld, rest, p.W + i * rest);
+    for (int64_t i = b; i < e; ++i) std::copy_n(p.B + i * ld, rest, p.W + i * p.ld_W);
   });
   by_blocks(parts, h, [&](const H& p, int64_t b, int64_t e) {
     const Matrix<T> left = p.of(p.W, b, e - b, 0, rest), right = p.of(p.W, b, h - b, 0, rest);

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/gemm.h"
+
 namespace kbfgs {
 
 template <typename T>
@@ -36,12 +38,12 @@ struct Inverses {
 
 constexpr size_t kMostInverses = 3;
 
-// Elements of `work`, as in api.py: five k x k matrices, P and P', with sides rounded up. The CPU uses
-// P and four of the five; or kMostInverses matrices, and half as much to invert them in.
+// Elements of `work`, as in api.py: kSquares k x k matrices, P and P', with sides rounded up. The CPU
+// uses P and four of the matrices; or kMostInverses of them, and half as much to invert them in.
+constexpr int64_t kSquares = 5;
 inline int64_t polar_workspace(int64_t n_g, int64_t n_a) {
-  const auto up = [](int64_t n) { return (n + 15) / 16 * 16; };
-  const int64_t k = up(std::min(n_g, n_a)), n = up(std::max(n_g, n_a));
-  return k * (5 * k + 2 * n);
+  const int64_t k = rounded_up(std::min(n_g, n_a)), n = rounded_up(std::max(n_g, n_a));
+  return k * (kSquares * k + 2 * n);
 }
 
 // Layers go one after the other: they may share `work`.

@@ -112,12 +112,12 @@ Matrix<T> columns_of(const Matrix<T>& A, int64_t begin, int64_t end) {
 // C = A*B, which is known to be symmetric (k x k): blocks on and right of the diagonal, then mirrored.
 // A block multiplies (k - begin) columns, so the first are the longest and threads end together.
 template <typename T>
-void symmetric_product(T* C, const Matrix<T>& A, const Matrix<T>& B) {
+void symmetric_product(T* C, int64_t ld, const Matrix<T>& A, const Matrix<T>& B) {
   const int64_t k = A.rows, rows = block_rows(k), units = (k + rows - 1) / rows;
   parallel_units(units, k * A.cols, [&](int64_t unit) {
     const int64_t begin = unit * rows, end = std::min(begin + rows, k);
-    gemm(C + begin * k + begin, k, rows_of(A, begin, end), columns_of(B, begin, k), 1, 0);
-    vectorised<MirrorBody>(C, k, k, begin, end);
+    gemm(C + begin * ld + begin, ld, rows_of(A, begin, end), columns_of(B, begin, k), 1, 0);
+    vectorised<MirrorBody>(C, ld, k, begin, end);
   });
 }
 
@@ -130,70 +130,81 @@ T inverse_of_largest(const T* P, int64_t n) {
   return 1 / std::max(largest, std::numeric_limits<T>::min());
 }
 
+// A k x k matrix whose rows begin on 64 bytes; what is between them is never read.
 template <typename T>
-void add_to_diagonal(T* A, int64_t k, T x) {
-  for (int64_t i = 0; i < k; ++i) A[i * k + i] += x;
-}
+struct Square {
+  T* data;
+  int64_t k, ld;
+  int64_t size() const { return k * ld; }
+  operator Matrix<T>() const { return Matrix<T>(data, k, k, ld); }
+  void add_to_diagonal(double x) const {
+    for (int64_t i = 0; i < k; ++i) data[i * ld + i] += static_cast<T>(x);
+  }
+};
 
-// Z of G, by the products of (18); `room` has three matrices.
+// Z of G, by the products of (18); three matrices follow G.
 template <typename T>
-T* by_products(T* G, T* room, int64_t k, const std::vector<Quintic>& iterations) {
-  const int64_t size = k * k;
-  T *B = room, *Y = B + size, *Z = Y + size;
-  const auto square = [k](const T* data) { return Matrix<T>(data, k, k, k); };
+Square<T> by_products(Square<T> G, const std::vector<Quintic>& iterations) {
+  const int64_t size = G.size();
+  const auto behind = [&](const Square<T>& A) { return Square<T>{A.data + size, A.k, A.ld}; };
+  const auto product = [](const Square<T>& C, const Matrix<T>& A, const Matrix<T>& B) {
+    symmetric_product(C.data, C.ld, A, B);
+  };
+  Square<T> B = behind(G), Y = behind(B), Z = behind(Y);
   for (size_t t = 0; t < iterations.size(); ++t) {
     const auto& [a, b, c] = iterations[t];
-    symmetric_product(B, square(G), square(G));
+    product(B, G, G);
     by_elements(size, [&](int64_t begin, int64_t end) {
       vectorised<QuinticBody>(
-          B + begin, static_cast<const T*>(G + begin), end - begin, static_cast<T>(b),
-          static_cast<T>(c));
+          B.data + begin, static_cast<const T*>(G.data + begin), end - begin,
+          static_cast<T>(b), static_cast<T>(c));
     });
-    add_to_diagonal(B, k, static_cast<T>(a));
+    B.add_to_diagonal(a);
     if (t + 1 < iterations.size()) {
-      symmetric_product(Y, square(B), square(G));
-      symmetric_product(G, square(B), square(Y));
+      product(Y, B, G);
+      product(G, B, Y);
     }
     if (t == 0) {
       std::swap(Z, B);
     } else {
-      symmetric_product(Y, square(B), square(Z));
+      product(Y, B, Z);
       std::swap(Z, Y);
     }
   }
   return Z;
 }
 
-// Z of G, by the inverses of (18'), all at once; `room` is behind G.
+// Z of G, by the inverses of (18'), all at once; the other matrices and the work follow G.
 template <typename T>
-T* by_inverses(T* G, T* room, int64_t k, const Inverses& inverses) {
-  const int64_t size = k * k;
-  std::vector<T*> M{G};
-  for (; M.size() < inverses.shifts.size(); room += size) M.push_back(room);
+Square<T> by_inverses(Square<T> G, const Inverses& inverses) {
+  const int64_t size = G.size();
+  std::vector<T*> M;
+  for (size_t i = 0; i < inverses.shifts.size(); ++i) M.push_back(G.data + i * size);
   by_elements(size, [&](int64_t begin, int64_t end) {
-    for (size_t i = 1; i < M.size(); ++i) std::copy(G + begin, G + end, M[i] + begin);
+    for (size_t i = 1; i < M.size(); ++i) std::copy(G.data + begin, G.data + end, M[i] + begin);
   });
   for (size_t i = 0; i < M.size(); ++i)
-    add_to_diagonal(M[i], k, static_cast<T>(inverses.shifts[i]));
-  invert(M, room, k, k);
+    Square<T>{M[i], G.k, G.ld}.add_to_diagonal(inverses.shifts[i]);
+  invert(M, M.back() + size, G.k, G.ld);
   by_elements(size, [&](int64_t begin, int64_t end) {
     const auto weight = [&](size_t i) { return static_cast<T>(inverses.weights[i]); };
-    vectorised<ScaledBody>(
-        G + begin, static_cast<const T*>(G + begin), end - begin, weight(0));
+    T* Z = G.data + begin;
+    vectorised<ScaledBody>(Z, static_cast<const T*>(Z), end - begin, weight(0));
     for (size_t i = 1; i < M.size(); ++i)
       vectorised<QuinticBody>(
-          G + begin, static_cast<const T*>(M[i] + begin), end - begin, weight(i), T{1});
+          Z, static_cast<const T*>(M[i] + begin), end - begin, weight(i), T{1});
   });
-  add_to_diagonal(G, k, static_cast<T>(inverses.constant));
+  G.add_to_diagonal(inverses.constant);
   return G;
 }
 
-// `root(G, room)` makes Z of G, in matrices of k x k from `room` on.
+// `root(G)` makes Z of G, in matrices that follow G.
 template <typename T, class Root>
 void polar_of(const Polar<T>& l, double ridge, const Root& root) {
-  const int64_t k = l.k(), size = k * k, N = l.n_g * l.n_a;
+  const int64_t k = l.k(), N = l.n_g * l.n_a;
   const bool wide = l.n_g <= l.n_a;
-  T *X = l.work, *G = X + N;
+  const Square<T> G{l.work, k, rounded_up(k)};
+  T* X = l.work + kSquares * G.ld * G.ld;
 
   const T factor = inverse_of_largest(l.P, N);
   if (factor != factor) return std::fill(l.P, l.P + N, factor);
@@ -202,21 +213,25 @@ void polar_of(const Polar<T>& l, double ridge, const Root& root) {
   });
   const Matrix<T> stored(X, l.n_g, l.n_a, l.n_a);
   const Matrix<T> short_side = wide ? stored : stored.transposed();
-  symmetric_product(G, short_side, short_side.transposed());  // (16)
+  symmetric_product(G.data, G.ld, short_side, short_side.transposed());  // (16)
 
   double squares = 0, trace = 0;
-  vectorised<SquaresBody>(static_cast<const T*>(G), size, &squares);
-  for (int64_t i = 0; i < k; ++i) trace += static_cast<double>(G[i * k + i]);
+  for (int64_t i = 0; i < k; ++i) {
+    double row;
+    vectorised<SquaresBody>(static_cast<const T*>(G.data + i * G.ld), k, &row);
+    squares += row, trace += static_cast<double>(G.data[i * G.ld + i]);
+  }
   const double shift = ridge * trace / static_cast<double>(k);
   const double norm =
       std::max(std::sqrt(squares) + shift, double(std::numeric_limits<T>::min()));
-  by_elements(size, [&](int64_t begin, int64_t end) {  // (17)
+  by_elements(G.size(), [&](int64_t begin, int64_t end) {  // (17)
     vectorised<ScaledBody>(
-        G + begin, static_cast<const T*>(G + begin), end - begin, static_cast<T>(1 / norm));
+        G.data + begin, static_cast<const T*>(G.data + begin), end - begin,
+        static_cast<T>(1 / norm));
   });
-  add_to_diagonal(G, k, static_cast<T>(shift / norm));
+  G.add_to_diagonal(shift / norm);
 
-  const Matrix<T> Z(root(G, G + size), k, k, k);
+  const Matrix<T> Z = root(G);
   const double last = 1 / std::sqrt(norm);  // (19)
   if (wide)
     gemm(l.P, l.n_a, Z, stored, last, 0);
@@ -230,13 +245,13 @@ template <typename T>
 void polar(
     const std::vector<Polar<T>>& layers, const std::vector<Quintic>& iterations, double ridge) {
   for (const auto& l : layers)
-    polar_of(l, ridge, [&](T* G, T* room) { return by_products(G, room, l.k(), iterations); });
+    polar_of(l, ridge, [&](const Square<T>& G) { return by_products(G, iterations); });
 }
 
 template <typename T>
 void polar(const std::vector<Polar<T>>& layers, const Inverses& inverses, double ridge) {
   for (const auto& l : layers)
-    polar_of(l, ridge, [&](T* G, T* room) { return by_inverses(G, room, l.k(), inverses); });
+    polar_of(l, ridge, [&](const Square<T>& G) { return by_inverses(G, inverses); });
 }
 
 template void polar(const std::vector<Polar<float>>&, const std::vector<Quintic>&, double);
