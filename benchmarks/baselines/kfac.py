@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.models import Loss, cross_entropy, half_squared_error
@@ -40,10 +41,25 @@ def gaussian(outputs: Tensor) -> Tensor:
     return torch.randn_like(outputs)
 
 
+def categorical(logits: Tensor) -> Tensor:
+    """Gradients (m, d) of the cross-entropy with classes drawn from softmax(logits); NaN stays."""
+    p = logits.softmax(1)
+    drawn = p.nan_to_num(1.0).multinomial(1)
+    return p.scatter_add(1, drawn, p.new_full(drawn.shape, -1.0))
+
+
+def scaled_gaussian(outputs: Tensor) -> Tensor:
+    """Gradients (m, d) of the mean squared error, the d outputs of each sample averaged, with
+    targets drawn from N(outputs, d/2*I)."""
+    return torch.randn_like(outputs) * math.sqrt(2 / outputs.shape[1])
+
+
 # Each loss is the negative logarithm of a distribution, which is the one to draw targets from.
 SAMPLED: dict[Loss, Callable[[Tensor], Tensor]] = {
     cross_entropy: bernoulli,
     half_squared_error: gaussian,
+    F.cross_entropy: categorical,
+    F.mse_loss: scaled_gaussian,
 }
 
 

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from benchmarks.progress import REFRESH
 from benchmarks.summary import point_text, read_rows
-from benchmarks.tasks.optimizers import GRIDS, Point
+from benchmarks.tasks.optimizers import GRIDS, Point, missing
 from benchmarks.tasks.runs import IDENTITY, TASKS, best, final, of, run
 from kbfgs_ext.bench.environment import ROOT
 from kbfgs_ext.bench.measure import store
@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     pairs = [(task, name) for task in asked.tasks for name in asked.optimizers]
     for task, name in track(pairs, "tasks", console=console, refresh_per_second=REFRESH):
+        if (reason := missing(name, TASKS[task])) is not None:
+            console.print(f"{task} {name}: left out, {reason}", highlight=False, soft_wrap=True)
+            continue
         if 0 in asked.seeds:
             for point in GRIDS[name]:
                 made(task, name, point, 0)

@@ -1,5 +1,5 @@
-"""What is compared on the tasks, each over as many learning rates, but for K-BFGS: its
-constructor's defaults are the one setting for all tasks."""
+"""What is compared on the tasks, each over as many learning rates, K-FAC with two dampings, but for
+K-BFGS: its constructor's defaults are the one setting for all tasks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
 
-from benchmarks.optimizers import MuonWithAdamW
+from benchmarks.baselines.kfac import KFAC
+from benchmarks.optimizers import MuonWithAdamW, soap
+from benchmarks.optimizers import missing as absent
+from benchmarks.tasks.problems import Task
 from kbfgs_ext import KBFGS, presets
 
 Point = dict[str, Any]  # what the optimizer is told
@@ -19,6 +21,12 @@ GRIDS: dict[str, tuple[Point, ...]] = {
     "muon": tuple({"lr": lr} for lr in (0.01, 0.02, 0.05, 0.1, 0.2)),
     "adamw": tuple({"lr": lr} for lr in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "sgdm": tuple({"lr": lr} for lr in (1e-3, 1e-2, 0.1, 0.3, 1.0)),
+    "soap": tuple({"lr": lr} for lr in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "kfac": tuple(
+        {"lr": lr, "damping": damping}
+        for damping in (3.0, 0.1)
+        for lr in (0.03, 0.1, 0.3, 1.0, 3.0)
+    ),
     "tuned": tuple({"lr": lr} for lr in (0.03, 0.1, 0.3, 1.0, 3.0)),
 }
 LABELS = {
@@ -26,13 +34,16 @@ LABELS = {
     "muon": "Muon",
     "adamw": "AdamW",
     "sgdm": "SGD, momentum 0.9",
+    "soap": "SOAP",
+    "kfac": "K-FAC",
     "tuned": "K-BFGS, `presets.TUNED`",
 }
 REST = 3e-3  # AdamW's learning rate for what Muon does not take
 
 
-def build(name: str, model: nn.Module, point: Point) -> torch.optim.Optimizer | MuonWithAdamW:
-    """The optimizer ``name`` over all parameters of ``model``; stepped by ``step(closure)``."""
+def build(name: str, task: Task, point: Point) -> torch.optim.Optimizer | MuonWithAdamW:
+    """The optimizer ``name`` over all parameters of the task's network, for ``step(closure)``."""
+    model = task.model
     if name in ("kbfgs", "tuned"):
         with warnings.catch_warnings():  # what the fallback takes is no news here
             warnings.simplefilter("ignore")
@@ -41,4 +52,16 @@ def build(name: str, model: nn.Module, point: Point) -> torch.optim.Optimizer | 
         return MuonWithAdamW(model, **point, rest_lr=REST)
     if name == "sgdm":
         return torch.optim.SGD(model.parameters(), momentum=0.9, **point)
+    if name == "soap":
+        return soap(model, **point, weight_decay=0.0)
+    if name == "kfac":
+        assert task.distribution is not None
+        return KFAC(model, task.distribution, **point)
     return torch.optim.AdamW(model.parameters(), weight_decay=0.0, **point)
+
+
+def missing(name: str, task: type[Task]) -> str | None:
+    """Why ``name`` cannot take the task, or None."""
+    if name == "kfac" and task.distribution is None:
+        return "K-FAC is written for linear layers and losses that are a distribution's"
+    return absent(name)

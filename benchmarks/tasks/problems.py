@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.data import mnist
 from benchmarks.equations import PROBLEMS as EQUATIONS
-from benchmarks.models import cross_entropy
+from benchmarks.models import Loss, cross_entropy
 
 Pair = tuple[Tensor, Tensor]
 EVALUATION = 2048  # examples at most
@@ -31,6 +31,8 @@ class Task(ABC):
     title: ClassVar[str]
     steps: ClassVar[int]  # of a whole run
     measure: ClassVar[str] = "loss"  # what `reached` tells
+    # The loss of all outputs at once, of linear layers alone: what K-FAC draws targets for.
+    distribution: ClassVar[Loss | None] = None
 
     model: nn.Module
 
@@ -45,6 +47,10 @@ class Task(ABC):
     @abstractmethod
     def reached(self) -> tuple[float, float]:
         """What is reported: on examples of the training set, and on others."""
+
+    def accuracy(self) -> float | None:
+        """The share of other examples that are classified right, where there are classes."""
+        return None
 
 
 class Examples(Task):
@@ -95,6 +101,7 @@ class Autoencoder(Examples):
 
     title = "autoencoder 784-300-150-75-20, digits"
     steps, batch = 480, 500
+    distribution = staticmethod(cross_entropy)
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -117,6 +124,7 @@ class Classifier(Examples):
     title = "classifier 4 x 512, digits"
     steps, batch = 100, 500
     width: ClassVar[int] = 512
+    distribution = staticmethod(F.cross_entropy)
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -127,6 +135,14 @@ class Classifier(Examples):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets)
+
+    @torch.no_grad()
+    def accuracy(self) -> float | None:
+        self.model.eval()
+        x, y = self.test
+        right = self.model(x).argmax(1) == y
+        self.model.train()
+        return float(right.float().mean())
 
 
 class Residual(nn.Module):
@@ -147,6 +163,7 @@ class Convolutions(Classifier):
 
     title = "residual network, 7 convolutions, digits"
     steps, batch = 96, 250
+    distribution = None
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -166,6 +183,7 @@ class Regression(Examples):
 
     title = "regression 16-128-128-1, noisy function"
     steps, batch = 300, 256
+    distribution = staticmethod(F.mse_loss)
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -200,11 +218,11 @@ def text() -> tuple[Tensor, Tensor, int]:
 
 
 class Block(nn.Module):
-    """Causal attention and a feed-forward part, each behind a LayerNorm."""
+    """Attention and a feed-forward part, each behind a LayerNorm."""
 
-    def __init__(self, width: int, heads: int = 4) -> None:
+    def __init__(self, width: int, heads: int = 4, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.feed = nn.Sequential(
@@ -217,7 +235,7 @@ class Block(nn.Module):
             f(n).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for f in (self.query, self.key, self.value)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.feed(self.norms[1](x))
 
@@ -270,6 +288,34 @@ class Characters(Task):
         draw = torch.Generator().manual_seed(5)  # the same stretches every time
         train, test = (float(self.loss(*self.take(t, 128, draw))) for t in self.texts)
         return train, test
+
+
+class Patches(nn.Module):
+    """Images to logits of their classes by attention among their patches."""
+
+    def __init__(self, patch: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.cut = nn.Conv2d(1, width, patch, patch)
+        self.places = nn.Parameter(torch.randn((28 // patch) ** 2, width) * 0.02)
+        self.blocks = nn.Sequential(*(Block(width, causal=False) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cut(x).flatten(2).transpose(1, 2) + self.places
+        return self.head(self.norm(self.blocks(h)).mean(1))
+
+
+class VisionTransformer(Classifier):
+    """A small ViT: 16 patches of 7 x 7 pixels."""
+
+    title = "vision transformer 3 x 64, digits"
+    steps, batch = 160, 250
+    distribution = None
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.train, self.test = ((x.view(-1, 1, 28, 28), y) for x, y in (self.train, self.test))
+        self.model = Patches(7, 64, 3)
 
 
 class MoreCharacters(Characters):

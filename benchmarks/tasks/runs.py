@@ -24,6 +24,7 @@ TASKS: dict[str, type[Task]] = {
     "autoencoder": problems.Autoencoder,
     "classifier": problems.Classifier,
     "convolutions": problems.Convolutions,
+    "patches": problems.VisionTransformer,
     "characters": problems.Characters,
     "characters-128": problems.MoreCharacters,
     "regression": problems.Regression,
@@ -43,9 +44,10 @@ def run(
     loss_scale: float = 1.0,
 ) -> Row:
     """Train with a cosine from the learning rate to 0 and return the row; ``loss_scale`` multiplies
-    the loss that the optimizer sees."""
+    the loss that the optimizer sees. Seconds are a processor's: with one thread those of the run,
+    and nearly the same whatever else the machine does."""
     task = TASKS[name](seed)
-    opt = build(optimizer, task.model, point)
+    opt = build(optimizer, task, point)
     steps = TASKS[name].steps if steps is None else steps
     rates = [group["lr"] for group in opt.param_groups]
     batches, seconds = task.batches(), 0.0
@@ -53,9 +55,9 @@ def run(
     for step in range(steps):
         anneal(opt, rates, step / steps)
         batch = next(batches)
-        begun = time.perf_counter()
+        begun = time.process_time()
         loss = opt.step(_closure(opt, batch, loss_scale))
-        seconds += time.perf_counter() - begun
+        seconds += time.process_time() - begun
         if not torch.isfinite(loss.detach()) and optimizer not in ("kbfgs", "tuned"):
             curve.append([step + 1, math.nan, math.nan, seconds])
             break
@@ -73,6 +75,7 @@ def run(
         "loss_scale": loss_scale,
         **environment("cpu"),
         "status": "complete" if finite else "diverged",
+        "accuracy": task.accuracy() if finite else None,
         "curve": [[x if math.isfinite(x) else None for x in place] for place in curve],
         "counters": counters(opt),
     }

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.baselines import kfac
@@ -14,6 +15,13 @@ from benchmarks.baselines.kfac import KFAC
 from benchmarks.models import Loss, cross_entropy, half_squared_error
 from tests.helpers.compare import assert_equal_to
 
+# The target of which S is the gradient, of a sample's loss.
+TARGETS = {
+    cross_entropy: lambda outputs, S: outputs.sigmoid() - S,
+    half_squared_error: lambda outputs, S: outputs - S,
+    F.cross_entropy: lambda outputs, S: outputs.softmax(1) - S,
+    F.mse_loss: lambda outputs, S: outputs - S * outputs.shape[1] / 2,
+}
 LOSSES = pytest.mark.parametrize("loss", [cross_entropy, half_squared_error])
 WEIGHT_DECAY = 0.1
 
@@ -59,20 +67,19 @@ def test_a_step_is_the_dense_kronecker_solve(loss: Loss, bias: bool) -> None:
         assert_equal_to(parameter.detach(), part.reshape(parameter.shape), P.numel(), 1 / lam**2)
 
 
-@LOSSES
-def test_sampled_gradients_are_those_of_drawn_targets(
-    loss: Loss,
-) -> None:
+@pytest.mark.parametrize("loss", TARGETS)
+def test_sampled_gradients_are_those_of_drawn_targets(loss: Loss) -> None:
     """At every layer, per sample: what autograd says for the loss summed over the samples."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
     x = torch.rand(8, 4).double()
     outputs = model(x)
     torch.manual_seed(1)
-    target = outputs.detach() - kfac.SAMPLED[loss](outputs.detach())  # S = outputs - target
-    if loss is cross_entropy:  # S = sigmoid(outputs) - target
-        target = outputs.detach().sigmoid() - outputs.detach() + target
-        assert set(target.round(decimals=9).flatten().tolist()) == {0.0, 1.0}
+    target = TARGETS[loss](outputs.detach(), kfac.SAMPLED[loss](outputs.detach()))
+    if loss in (cross_entropy, F.cross_entropy):
+        assert set(target.round(decimals=9).abs().flatten().tolist()) == {0.0, 1.0}
+    if loss is F.cross_entropy:
+        assert_equal_to(target.sum(1), torch.ones(len(x)).double(), 3, 1.0)
     opt = KFAC(model, loss)
     hidden = model[0](x)
     (expected,) = torch.autograd.grad(len(x) * loss(model[2](model[1](hidden)), target), hidden)
@@ -113,7 +120,7 @@ def test_inverses_are_made_in_the_first_steps_and_then_seldom(
 
 
 def test_draws_have_the_models_moments() -> None:
-    """E S = 0, E S^2 = p(1-p) or 1, to five standard errors."""
+    """E S = 0, E S^2 = p(1-p) or 1 or 2, to five standard errors."""
     torch.manual_seed(0)
     n = 40_000
     for value, (sample, variance) in itertools.product(
@@ -121,6 +128,11 @@ def test_draws_have_the_models_moments() -> None:
         [
             (kfac.bernoulli, lambda z: torch.sigmoid(z) * torch.sigmoid(-z)),
             (kfac.gaussian, torch.ones_like),
+            (lambda z: kfac.scaled_gaussian(z[:, None])[:, 0], lambda z: 2 * torch.ones_like(z)),
+            (
+                lambda z: kfac.categorical(torch.stack((z, 0 * z), 1))[:, 0],
+                lambda z: torch.sigmoid(z) * torch.sigmoid(-z),
+            ),
         ],
     ):
         z = torch.full((n,), value)
