@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,7 +55,7 @@ def run(
         anneal(opt, rates, step / steps)
         batch = next(batches)
         begun = time.process_time()
-        loss = opt.step(_closure(opt, batch, loss_scale))
+        loss = opt.step(closure_of(opt, batch, loss_scale))
         seconds += time.process_time() - begun
         if not torch.isfinite(loss.detach()) and optimizer not in ("kbfgs", "tuned"):
             curve.append([step + 1, math.nan, math.nan, seconds])
@@ -81,7 +80,9 @@ def run(
     }
 
 
-def _closure(opt: Any, batch: Callable[[], Tensor], scale: float) -> Callable[[], Tensor]:
+def closure_of(opt: Any, batch: Callable[[], Tensor], scale: float = 1.0) -> Callable[[], Tensor]:
+    """What ``opt`` is stepped with."""
+
     def closure() -> Tensor:
         opt.zero_grad()
         loss = batch() * scale
@@ -124,6 +125,7 @@ def spread(rows: Sequence[Row], key: str = "train") -> Spread:
     return Spread.of([final(row, key) for row in rows])
 
 
-def seconds(rows: Sequence[Row]) -> float:
-    """Of all steps, evaluation excluded; the median of the seeds."""
-    return statistics.median(row["curve"][-1][3] for row in rows)
+def text(values: Spread) -> str:
+    """Median (range), three digits."""
+    middle, low, high = (f"{x:.3g}" for x in (values.median, values.smallest, values.largest))
+    return middle if low == high else f"{middle} ({low}–{high})"

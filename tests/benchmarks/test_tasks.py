@@ -12,7 +12,8 @@ from torch import nn
 from benchmarks.optimizers import MuonWithAdamW
 from benchmarks.summary import point_text, read_rows
 from benchmarks.tasks import __main__ as command
-from benchmarks.tasks import optimizers, runs
+from benchmarks.tasks import optimizers, runs, seconds
+from kbfgs_ext.bench.measure import store
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+STEP_SECONDS = {"adamw": 0.001, "muon": 0.002, "kbfgs": 0.004}
 LARGE = ("autoencoder", "characters-128")  # make test-all
 
 
@@ -48,7 +50,7 @@ def test_every_optimizer_moves_every_parameter(name: str) -> None:
     before = [p.detach().clone() for p in task.model.parameters()]
     batches = task.batches()
     for _ in range(2):
-        opt.step(runs._closure(opt, next(batches), 1.0))
+        opt.step(runs.closure_of(opt, next(batches)))
     for old, new in zip(before, task.model.parameters(), strict=True):
         assert not torch.equal(old, new)
 
@@ -89,3 +91,25 @@ def test_the_command_makes_every_run_once_and_the_best_setting_with_all_seeds(
 def test_a_run_that_diverged_has_reached_nothing() -> None:
     row = {"status": "diverged", "curve": [[0, 1.0, 1.0, 0.0], [3, None, None, 0.1]]}
     assert runs.final(row) == math.inf
+
+
+def test_by_seconds_the_steps_fit_into_the_other_s_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(seconds, "step_seconds", lambda task, points: STEP_SECONDS)
+    rows = tmp_path / "rows.jsonl"
+    line = f"--tasks regression --optimizers adamw muon --seeds 0 --steps 4 --out {rows}"
+    assert command.main(line.split()) == 0
+    whole = [row | {"steps": runs.TASKS["regression"].steps} for row in read_rows(rows)]
+    store(rows, whole, runs.IDENTITY)
+    out = tmp_path / "seconds.jsonl"
+    line = f"--tasks regression --seeds 0 1 --rows {rows} --out {out}"
+    assert seconds.main(line.split()) == 0
+    made = read_rows(out)
+    assert [(row["rival"], row["seed"], row["steps"]) for row in made] == [
+        ("adamw", 0, 75), ("adamw", 1, 75), ("muon", 0, 150), ("muon", 1, 150),
+    ]  # fmt: skip
+    assert all(row["step_seconds"] == STEP_SECONDS["kbfgs"] for row in made)
+
+
+def test_a_step_of_everyone_is_timed_by_the_processor() -> None:
+    found = seconds.step_seconds("regression", {"adamw": {"lr": 1e-3}, "kbfgs": {}})
+    assert list(found) == ["adamw", "kbfgs"] and all(0 < s < 1 for s in found.values())
