@@ -8,6 +8,7 @@
 #include "kron_arguments_cuda.h"
 #include "kron_precondition_cuda.h"
 #include "lengths_arguments.h"
+#include "panels.h"
 
 namespace kbfgs::cuda {
 
@@ -77,19 +78,12 @@ void lengths_cuda(const Call& call) {
   });
 }
 
-// A layer of (3) for cuBLAS; without H_g it has no left factor.
-template <typename T>
-struct LargeLayer {
-  size_t i;  // of the call's layers
-  Strided<T*> P, M, work;
-  const T *H_g, *H_a;
-};
-
 // The layers of one call of (3): the small ones for small_step, the others for cuBLAS.
 template <typename T>
 struct Directions {
   std::vector<SmallLayer<T>> small;
-  std::vector<LargeLayer<T>> large;
+  std::vector<Precondition<T>> large;
+  std::vector<bool> is_small;  // of the call's layers
 };
 
 template <typename T>
@@ -102,30 +96,31 @@ Directions<T> directions(CudaArguments<T>& args, const Tensors& M) {
     T* g = args.given("H_g") ? args.state("H_g", i, n_g * n_g) : nullptr;
     const Strided<T*> work = args.tile("work", i, n_g, n_a);
     const bool whole = p.stride == n_a && m.stride == n_a;  // not a tile of larger matrices
-    if (whole && small_step_fits(n_g, n_a, sizeof(T)))
+    out.is_small.push_back(whole && small_step_fits(n_g, n_a, sizeof(T)));
+    if (out.is_small.back())
       out.small.push_back(
           {p.data, g, m.data, a, {}, {}, nullptr, int(n_g), int(n_a), int(n_a), 0});
     else
-      out.large.push_back({i, p, m, work, g, a});
+      out.large.push_back(
+          {n_g, n_a, p.data, g, m.data, a, work.data, p.stride, m.stride, work.stride});
   }
   return out;
 }
 
 template <typename T>
-void multiply_large(const std::vector<LargeLayer<T>>& large, Device device) {
-  const auto tile = [&](const Strided<T*>& t) {
-    return torch_view<T>({t.data, t.m, t.columns, t.stride}, device);
+void multiply_large(const std::vector<Precondition<T>>& large, Device device) {
+  const auto view = [&](const T* data, int64_t rows, int64_t columns, int64_t stride) {
+    return torch_view<T>({data, rows, columns, stride}, device);
   };
-  const auto factor = [&](const T* H, int64_t n) { return torch_view<T>({H, n, n, n}, device); };
-  for (const auto& l : large) {
-    TorchTensor left = tile(l.M);
-    if (l.H_g != nullptr) {
-      const TorchTensor work = tile(l.work);
-      multiply(work, factor(l.H_g, l.M.m), left);
-      left = work;
-    }
-    multiply(tile(l.P), left, factor(l.H_a, l.M.columns));
-  }
+  for (const auto& l : side_by_side(large))
+    if (l.H_g != nullptr)
+      multiply(
+          view(l.work, l.n_g, l.n_a, l.ld_work), view(l.H_g, l.n_g, l.n_g, l.n_g),
+          view(l.M, l.n_g, l.n_a, l.ld_M));
+  for (const auto& l : one_below_the_other(large))
+    multiply(
+        view(l.P, l.n_g, l.n_a, l.ld_P), view(l.left(), l.n_g, l.n_a, l.ld_left()),
+        view(l.H_a, l.n_a, l.n_a, l.n_a));
 }
 
 void kron_precondition_cuda(const Call& call) {
@@ -146,13 +141,13 @@ void kron_step_cuda(const Call& call) {
     auto split = directions(args, M);
     const auto averages = parameters(args, M, "M", Joined::kWritten, Gradient::kGiven);
     std::vector<ParameterLayer<decltype(zero)>> steps;
-    size_t small = 0, large = 0;
+    size_t small = 0;
     for (size_t i = 0; i < M.size(); ++i) {
       auto l = averages[i];
       l.step_size = args.scalar("step_size", i);
-      if (large < split.large.size() && split.large[large].i == i) {
+      if (!split.is_small[i]) {
         l.joined = args.state("P", i, M[i].numel());
-        steps.push_back(l), ++large;
+        steps.push_back(l);
       } else {
         auto& layer = split.small[small++];
         layer.W = l.W, layer.b = l.b, layer.d_in = l.d_in, layer.step_size = l.step_size;

@@ -36,6 +36,8 @@ struct Precondition {
   const T* H_a;  // n_a x n_a
   T* work;       // n_g x n_a
   int64_t ld_P, ld_M, ld_work;  // row strides: a tile of larger matrices has theirs
+  const T* left() const { return H_g == nullptr ? M : work; }  // of the right product
+  int64_t ld_left() const { return H_g == nullptr ? ld_M : ld_work; }
 };
 
 template <typename T>

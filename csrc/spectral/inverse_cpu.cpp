@@ -25,6 +25,10 @@ namespace {
 // Zen 4 with MKL: three inverses take 24 ms, LAPACK's 32.
 constexpr int64_t kDirect = 32, kRows = 64;
 
+// Up to here a thread takes a matrix from end to end: less waiting for each other, and a cache of its
+// own that holds it.
+constexpr int64_t kAlone = 256;
+
 // V in place of M, k <= kDirect: on and above the diagonal read, zeros below it written.
 struct RootBody {
   template <int W, typename T>
@@ -110,6 +114,13 @@ std::vector<Halves<T>> halves(const Places<T>& all, int64_t k, int64_t ld) {
   return out;
 }
 
+// Calls body(place) for every matrix, in parallel.
+template <typename T, class Body>
+void one_by_one(const Places<T>& all, int64_t k, const Body& body) {
+  const int64_t count = static_cast<int64_t>(all.size());
+  parallel_units(count, count * k * k, [&](int64_t i) { body(Places<T>{all[i]}); });
+}
+
 template <class Body, typename T>
 void directly(const Places<T>& all, int64_t k, int64_t ld) {
   const int64_t count = static_cast<int64_t>(all.size());
@@ -121,6 +132,8 @@ void directly(const Places<T>& all, int64_t k, int64_t ld) {
 template <typename T>
 void roots(const Places<T>& all, int64_t k, int64_t ld) {
   if (k <= kDirect) return directly<RootBody>(all, k, ld);
+  if (k <= kAlone && all.size() > 1)
+    return one_by_one(all, k, [&](const Places<T>& one) { roots(one, k, ld); });
   const auto parts = halves(all, k, ld);
   const int64_t h = parts[0].h, rest = parts[0].rest;
   using H = Halves<T>;
@@ -139,7 +152,8 @@ void roots(const Places<T>& all, int64_t k, int64_t ld) {
     gemm(p.B + b, ld, p.of(p.W, 0, h, 0, e), p.of(p.D, 0, e, b, e - b), 1, 0);
   });
   by_blocks(parts, h, [&](const H& p, int64_t b, int64_t e) {  // W = -V_A B
-    gemm(p.W + b * p.ld_W, p.ld_W, p.of(p.A, b, e - b, b, h - b), p.of(p.B, b, h - b, 0, rest), -1, 0);
+    const Matrix<T> V = p.of(p.A, b, e - b, b, h - b);
+    gemm(p.W + b * p.ld_W, p.ld_W, V, p.of(p.B, b, h - b, 0, rest), -1, 0);
   });
   by_blocks(parts, h, [&](const H& p, int64_t b, int64_t e) {
     for (int64_t i = b; i < e; ++i) std::copy_n(p.W + i * p.ld_W, rest, p.B + i * ld);
@@ -150,6 +164,8 @@ void roots(const Places<T>& all, int64_t k, int64_t ld) {
 template <typename T>
 void squares(const Places<T>& all, int64_t k, int64_t ld) {
   if (k <= kDirect) return directly<SquareBody>(all, k, ld);
+  if (k <= kAlone && all.size() > 1)
+    return one_by_one(all, k, [&](const Places<T>& one) { squares(one, k, ld); });
   const auto parts = halves(all, k, ld);
   const int64_t h = parts[0].h, rest = parts[0].rest;
   using H = Halves<T>;

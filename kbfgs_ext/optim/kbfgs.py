@@ -14,7 +14,7 @@ from kbfgs_ext.optim import gradients, hyper
 from kbfgs_ext.optim.base import CoveredOptimizer
 from kbfgs_ext.optim.compiled import uncompiled
 from kbfgs_ext.optim.safeguard import SafeguardRule
-from kbfgs_ext.optim.settings import BLOCK_SIZE, Settings
+from kbfgs_ext.optim.settings import Settings
 from kbfgs_ext.optim.step import FINISH, SECOND
 from kbfgs_ext.optim.warm_start import warm_start
 
@@ -73,7 +73,8 @@ class KBFGS(CoveredOptimizer):
         factor_every: update the activation side (A and H_a) in every factor_every-th step.
         block_size: largest block of a factor. A side of a layer (n_a or n_g) that is longer has a
             block-diagonal factor, of blocks of nearly equal size: its memory grows with the side,
-            not with the square of it. None makes one block of every side, however long.
+            not with the square of it. "auto" is 256, with direction="newton" 2048; None makes one
+            block of every side, however long.
         restart_after: put a factor back to its start, on the device, after so many rejected pairs
             in a row; and all of them after so many steps in a row that the safeguard has undone at
             its smallest scale, or with direction="newton" when the loss surges. None never does.
@@ -147,7 +148,7 @@ class KBFGS(CoveredOptimizer):
         matmul_precision: str | None = None,
         pair_every: int = 10,
         factor_every: int = 1,
-        block_size: int | None = BLOCK_SIZE,
+        block_size: int | str | None = "auto",
         restart_after: int | None = 10,
         initial_scale: float | str = 1.0,
         step_length: str = "layer",

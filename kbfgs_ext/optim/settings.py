@@ -14,7 +14,9 @@ HESSIAN_ACTIONS = ("ema", "minibatch")
 STEP_LENGTHS = ("direction", "balanced", "layer")
 DIRECTIONS = ("newton", "spectral")
 PRECISIONS = ("highest", "high", "medium")
-BLOCK_SIZE = 2048  # a block is 16 MiB of float32
+# The largest block of a factor where nothing is said. docs/tuning.md has the evidence for 256; with
+# 2048, 16 MiB of float32, every side of the paper's networks is one block.
+BLOCK_SIZES = {"spectral": 256, "newton": 2048}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Settings:
     matmul_precision: str | None = None
     pair_every: int = 10
     factor_every: int = 1
-    block_size: int | None = BLOCK_SIZE
+    block_size: int | str | None = "auto"
     restart_after: int | None = 10
     initial_scale: float | str = 1.0
     step_length: str = "layer"
@@ -60,9 +62,10 @@ class Settings:
             )
         check_count("pair_every", self.pair_every)
         check_count("factor_every", self.factor_every)
-        for name in ("block_size", "restart_after"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+        if self.block_size not in (None, "auto"):
+            check_count("block_size", self.block_size)
+        if self.restart_after is not None:
+            check_count("restart_after", self.restart_after)
         if self.step_length not in STEP_LENGTHS:
             raise ValueError(f"step_length must be one of {STEP_LENGTHS}, got {self.step_length!r}")
         if self.direction not in DIRECTIONS:
@@ -81,6 +84,13 @@ class Settings:
     def keep_A(self) -> bool:
         """Whether the moving average A is kept."""
         return self.hessian_action == "ema"
+
+    @property
+    def largest_block(self) -> int | None:
+        """Rows of the largest block of a factor; None where a side is one block, however long."""
+        if isinstance(self.block_size, str):
+            return BLOCK_SIZES[self.direction]
+        return self.block_size
 
     @property
     def rule(self) -> SafeguardRule | None:

@@ -164,7 +164,9 @@ def test_a_factor_larger_than_the_model_is_named_once():
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (2.5, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (2.5, TypeError), (True, TypeError), ("large", TypeError)]
+)
 def test_bad_values(value, error):
-    with pytest.raises(error, match=f"block_size must be .*got {value}"):
+    with pytest.raises(error, match=f"block_size must be .*got {value!r}"):
         KBFGSL(mlp(4, 3), block_size=value)
