@@ -64,10 +64,9 @@ def kept_whole(model: nn.Module) -> None:
 
 def sharded(world: World) -> None:
     """Layers with fewer rows than there are ranks, or a number of rows that they do not divide."""
-    number = 40 if world.size == 2 else 12
-    compare(world, net(), of(KBFGS), loss_of=huber, number=number, shard=layer_by_layer)
+    compare(world, net(), of(KBFGS), loss_of=huber, shard=layer_by_layer)
     paper = of(weight_decay=1e-2, max_grad_norm=0.3)
-    compare(world, net(), paper, number=number // 2, shard=at_once)
+    compare(world, net(), paper, number=20 if world.size == 2 else 6, shard=at_once)
 
 
 def sharded_hybrid(world: World) -> None:

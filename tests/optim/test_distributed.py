@@ -4,9 +4,8 @@ bit on all ranks, and no rank that waits for ever."""
 from __future__ import annotations
 
 import pytest
-import torch.distributed as dist
 
-from tests.optim.worlds import Plan, cases_of, check, run
+from tests.optim.worlds import Plan, cases_of, check, needs_gloo
 
 OF_TWO = (
     "defaults", "paper", "convolutions", "parts_of_a_weight", "blocks", "ema", "published", "tuned",
@@ -18,18 +17,14 @@ OF_TWO = (
     "warm_start", "resume", "not_finite_on_one_rank", "a_rank_raises", "ranks_out_of_step",
     "optimizer_of_the_bare_model", "refusals", "bytes_sent", "last",
 )  # fmt: skip
-OF_FOUR = ("defaults", "ema", "unequal_batches", "empty_batch", "warm_start", "resume")
+OF_FOUR = (
+    "defaults", "convolutions", "blocks", "ema", "ring_of_pairs", "steps_undone",
+    "norms_in_the_fallback", "accumulation", "clipping", "narrow_dtypes", "unequal_batches",
+    "empty_batch", "random_numbers_and_buffers", "synced_batch_norm", "warm_start", "resume",
+)  # fmt: skip
 PLAN: Plan = [(4, OF_FOUR), (2, OF_TWO)]
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed"
-)
-
-
-@pytest.fixture(scope="module")
-def said(tmp_path_factory) -> list[dict[str, str]]:
-    """What each rank says of each case: four processes, two of which go on as a world of two."""
-    return run(PLAN, tmp_path_factory.mktemp("ranks"))
+pytestmark = needs_gloo
 
 
 @pytest.mark.parametrize(("size", "name"), cases_of(PLAN))

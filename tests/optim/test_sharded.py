@@ -4,9 +4,8 @@ state that is divided among the ranks, and checkpoints of it."""
 from __future__ import annotations
 
 import pytest
-import torch.distributed as dist
 
-from tests.optim.worlds import Plan, cases_of, check, run
+from tests.optim.worlds import Plan, cases_of, check, needs_gloo
 
 OF_TWO = (
     "shared_work", "memory_falls", "bytes_shared", "sharded", "sharded_methods", "sharded_kinds",
@@ -15,15 +14,7 @@ OF_TWO = (
 OF_FOUR = ("shared_work", "memory_falls", "sharded", "sharded_hybrid", "loaded")
 PLAN: Plan = [(2, ("saved",)), (4, OF_FOUR), (2, OF_TWO)]  # "loaded" is what "saved" has saved
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed"
-)
-
-
-@pytest.fixture(scope="module")
-def said(tmp_path_factory) -> list[dict[str, str]]:
-    """What each rank says of each case: four processes, two of which begin and end alone."""
-    return run(PLAN, tmp_path_factory.mktemp("ranks"))
+pytestmark = needs_gloo
 
 
 @pytest.mark.parametrize(("size", "name"), cases_of(PLAN))

@@ -9,9 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+import torch.distributed as dist
+
 ROOT = Path(__file__).parents[2]
 PROCESSES = 4
 Plan = list[tuple[int, Sequence[str]]]  # numbers of processes, and the cases that they run
+needs_gloo = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed"
+)
 
 
 def cases_of(plan: Plan) -> list[tuple[int, str]]:
