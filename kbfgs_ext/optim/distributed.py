@@ -58,11 +58,13 @@ class Ranks(Exchange):
         self, group: Any, wrappers: Sequence[DDP], mean_over: str, device: torch.device
     ) -> None:
         super().__init__(group, wrappers, device)
+        self.twins = group  # the ranks that keep the same factors as this one, if there are any
         self._by_rows = mean_over == "rows"
         self._all_weights = float(self.size)
         self._rows: dict[int, tuple[int, float]] = {}  # by layer: here, and on all ranks
         self._asked: list[Part] = []  # of which step 9 is half done: y is in the vector
         self._s: dict[int, torch.Tensor] = {}  # theirs, by the block
+        self._more = False  # this step has another exchange
         self._mark([])
 
     def meet(self, wrapper: DDP) -> None:
@@ -89,18 +91,27 @@ class Ranks(Exchange):
 
     def broadcast(self, parameters: Sequence[torch.Tensor]) -> None:
         own = [p.detach() for p in parameters if id(p) not in self._averaged]
-        for chunk in _chunks(own):
+        self._take_first(own, self.group)
+
+    @staticmethod
+    def _take_first(tensors: Sequence[torch.Tensor], group: Any) -> None:
+        """All ranks of the ``group`` get what its first has."""
+        for chunk in _chunks(tensors):
             flat = _flatten_dense_tensors(chunk)
-            dist.broadcast(flat, group=self.group, group_src=0)
-            for p, value in zip(chunk, _unflatten_dense_tensors(flat, chunk), strict=True):
-                p.copy_(value)
+            dist.broadcast(flat, group=group, group_src=0)
+            for t, value in zip(chunk, _unflatten_dense_tensors(flat, chunk), strict=True):
+                t.copy_(value)
 
     # ------------------------------------------------------------------ the vector
 
     def begin(self, layers: list[CoveredLayer], parameters: Tensors, number: int) -> None:
-        self._number, self._kind, self._passed = number, 0, False
+        self._number, self._kind, self._passed, self._busy = number, 0, False, False
         self._asked = []
         self._moved.clear()
+        if self._apart and self.twins is not None:
+            own = [t for x in layers for name, t in x.kept.items() if name.split(".")[0] != "A"]
+            self._take_first(own, self.twins)
+        self._apart = False
         if (len(layers), len(parameters)) == (len(self._layers), len(self._parameters)):
             return
         self._lay_out(layers, parameters)
@@ -138,7 +149,19 @@ class Ranks(Exchange):
         for layer in layers:
             layer.moving = [p for p in layer.parameters() if id(p) in known]
             layer.bare = not layer.started and not layer.observer.seen
+        self._look_ahead()
         return loss
+
+    def _look_ahead(self) -> None:
+        """What the others come to after a first exchange."""
+        active = [layer for layer in self._layers if layer.moving]
+        paired = any(layer.observer.a_bar is not None for layer in active)
+        self._more = paired or any(layer.observer.has_inputs() for layer in active)
+        self._expect(self._more)
+        self._busy |= self.shares or not all(layer.started for layer in active)  # P, A_0
+
+    def hand_out(self, parts: list[Part]) -> None:
+        self._expect(self._more)
 
     def second(
         self, paired: list[CoveredLayer], loss: torch.Tensor, slope: torch.Tensor | None

@@ -13,6 +13,8 @@ Ranks that share the work (owners.py) send s in the place of y before that, and 
 are sharded the change of h in the place of g_bar after it.
 
 A rank that fails takes part in the exchange that comes next with ``failed`` set, and all raise.
+Where the others wait for something else, for gradients or P that will not come, it leaves a note in
+the store that all processes have: their own error, at the group's timeout, is raised with it.
 """
 
 from __future__ import annotations
@@ -63,6 +65,9 @@ class Exchange(Alone):
         self._moved: set[int] = set()  # of them, those that this rank has a gradient of
         self._number = 0
         self._passed = False  # a backward of this pass has gone through DDP
+        self._busy = False  # the others wait for, or come to, something else than the vector
+        self._apart = False  # one rank has failed, and its state may lack what the others' has
+        self._leave("")
 
     def _lay_out(self, layers: list[CoveredLayer], parameters: Tensors) -> None:
         """Make the vector for these."""
@@ -99,32 +104,67 @@ class Exchange(Alone):
                 dist.all_reduce(self.vector, group=self.group)
         except RuntimeError as error:
             raise RankError(
-                f"rank {self.rank} waits for the others in step {self._number}, and not all of"
+                self._note()
+                or f"rank {self.rank} waits for the others in step {self._number}, and not all of"
                 f" them come: one has ended, or hangs. {error}"
             ) from error
         said = self.vector[: self._told].tolist()
         if said[FAILED]:
+            self._apart = True
             raise RankError(self._failures(None))
         if said[KIND] != kind * self.size or said[STEP] != self._number * self.size:
             raise RankError(
-                f"the ranks are not in the same place: this one, rank {self.rank}, is in step"
+                self._note()
+                or f"the ranks are not in the same place: this one, rank {self.rank}, is in step"
                 f" {self._number}. All ranks make the same calls, and load the same checkpoint"
             )
+        if self._noted:
+            self._leave("")
+        if kind in (SECOND, CHANGE, ACTION):
+            self._expect(kind == SECOND and self.sharded)
         return said
 
+    def _expect(self, more: bool) -> None:
+        """``more``: this step has another exchange; else the others go on to the next first pass,
+        in which DDP or FSDP exchange something before."""
+        self._busy = not more and (self.sharded or bool(self.wrappers))
+
     def fail(self, error: BaseException, inside: bool = False) -> None:
-        """Tell the others, in the exchange that they wait in or come to. Not where they wait
-        inside DDP for gradients that this rank will not send: they see it end."""
-        stuck = bool(self.wrappers) and inside and not self._passed
-        if stuck or not isinstance(error, Exception) or isinstance(error, RankError):
+        """Tell the others, in the exchange that they wait in or come to, or by a note. RankError if
+        it is another rank that has failed, of which this ``error`` follows."""
+        if not isinstance(error, Exception) or isinstance(error, RankError) or not self._layers:
             return
-        if self._layers:
-            # If they do not come, what has happened here says more than that.
-            with contextlib.suppress(Exception):
-                self.vector.zero_()
-                self.vector[FAILED] = 1.0
-                dist.all_reduce(self.vector, group=self.group)
-                self._failures(f"{type(error).__name__}: {error}")
+        said = self._note()
+        if said:
+            raise RankError(said) from error
+        gathers = self.sharded or (bool(self.wrappers) and inside)
+        if self._busy or (gathers and not self._passed):
+            self._leave(f"rank {self.rank} failed with {type(error).__name__}: {error}")
+            return
+        # If they do not come, what has happened here says more than that.
+        with contextlib.suppress(Exception):
+            self.vector.zero_()
+            self.vector[FAILED] = 1.0
+            dist.all_reduce(self.vector, group=self.group)
+            self._apart = True
+            self._failures(f"{type(error).__name__}: {error}")
+
+    @property
+    def _key(self) -> str:
+        return f"kbfgs_ext: who failed in {self.group.group_name}"
+
+    def _leave(self, note: str) -> None:
+        self._noted = bool(note)
+        with contextlib.suppress(Exception):  # without a store they learn no more than that
+            dist.distributed_c10d._get_default_store().set(self._key, note)
+
+    def _note(self) -> str:
+        """Of another rank's; empty where there is none."""
+        with contextlib.suppress(Exception):
+            store = dist.distributed_c10d._get_default_store()
+            if not self._noted and store.check([self._key]):
+                return store.get(self._key).decode()
+        return ""
 
     def _failures(self, own: str | None) -> str:
         said: list[str | None] = [None] * self.size

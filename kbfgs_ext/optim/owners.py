@@ -57,13 +57,13 @@ class Owners(Ranks):
 
     def __init__(self, *arguments: Any, inner: Any = None) -> None:
         super().__init__(*arguments)
+        self.twins = None
         # The ranks that share the work: all, or those of a replica, which do the same in each.
         self.inner = self.group if inner is None else inner
         self.place, self.places = dist.get_rank(self.inner), dist.get_world_size(self.inner)
         self.leads = self.place == self.rank  # in the replica that speaks for all
         self.loads = [0] * self.places  # FLOPs a step
         self._owner: dict[int, int] = {}  # by the layer
-        self._owing = False  # others wait for P, or come to
 
     def take(self, layers: list[CoveredLayer]) -> None:
         owners = share_out([cost(layer) for layer in layers], self.loads)
@@ -90,23 +90,9 @@ class Owners(Ranks):
         else:
             dist.reduce(average, group_dst=self._owner[id(layer)], group=self.group)
 
-    def first(self, loss: torch.Tensor) -> torch.Tensor:
-        loss = super().first(loss)
-        self._owing = True
-        return loss
-
-    def begin(self, layers: list[CoveredLayer], parameters: Tensors, number: int) -> None:
-        self._owing = False
-        super().begin(layers, parameters, number)
-
-    def fail(self, error: BaseException, inside: bool = False) -> None:
-        """Tell the others, unless they wait for something else: then they see this process end."""
-        if not self._owing:
-            super().fail(error, inside)
-
     def hand_out(self, parts: list[Part]) -> None:
         self._send(parts)
-        self._owing = False
+        super().hand_out(parts)
 
     def _send(self, parts: list[Part]) -> None:
         sent = [
@@ -143,6 +129,7 @@ class Shards(Owners):
         self._rooms: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         group = inner if mesh.ndim == 1 else dist.group.WORLD
         super().__init__(group, [], mean_over, device, inner=inner)
+        self.twins = None if mesh.ndim == 1 else mesh.get_group(0)
 
     def _mark(self, layers: list[CoveredLayer]) -> None:
         parameters = [p for module in self._modules for p in module.parameters()]
@@ -254,8 +241,3 @@ class Shards(Owners):
         self._passed = False
         with super().quiet():
             yield
-
-    def fail(self, error: BaseException, inside: bool = False) -> None:
-        """Tell the others, unless they may wait for parameters that this rank has not sent."""
-        if self._passed:
-            super().fail(error, inside)

@@ -16,7 +16,7 @@ from kbfgs_ext import KBFGS, KBFGSL
 from kbfgs_ext.optim.safeguard import SafeguardRule
 from tests.optim.distributed_cases import four_calls, huber, net, of, scaled
 from tests.optim.distributed_kinds import Attentive
-from tests.optim.distributed_states import Counter, raises
+from tests.optim.distributed_states import Counter, broken, raises
 from tests.optim.models import mlp, newton, newton_l, rows
 from tests.optim.ranks import World, batches, compare, half_square, steps, whole
 
@@ -76,6 +76,16 @@ def sharded_hybrid(world: World) -> None:
     opt = compare(world, net(), of(KBFGS, pair_every=2), loss_of=huber, **rest)
     assert "shared by 2 ranks" in opt.explain()
     compare(world, net(), of(hessian_action="ema", max_grad_norm=0.3), but=OWN_A, **rest)
+    x, y = batches()
+    x, y = x[world.slices()], y[world.slices()]
+    model = net()
+    rest["shard"](model)
+    opt = newton(model)
+    with broken("descend_", world.rank == 3):
+        said = raises(Exception, lambda: steps(model, opt, x, y, 1, half_square))
+    assert said == ("no memory" if world.rank == 3 else "rank 3 failed with OSError: no memory")
+    steps(model, opt, x, y, 3, half_square)
+    world.same_bits({name: whole(p).detach() for name, p in model.named_parameters()})
 
 
 def sharded_methods(world: World) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext import CapturedStep
+from kbfgs_ext.ops import registry
 from tests.optim.distributed_cases import net
 from tests.optim.models import newton, rows
 from tests.optim.models import snapshot as tensors_of
@@ -29,6 +31,23 @@ def raises(kind: type[BaseException], call) -> str:
     except kind as error:
         return str(error)
     raise AssertionError(f"{kind.__name__} was not raised")
+
+
+@contextlib.contextmanager
+def broken(op: str, here: bool) -> Iterator[None]:
+    """The op fails on this rank."""
+    run = registry.run
+
+    def fails(name: str, backend: Any, call: Any) -> None:
+        if name == op:
+            raise OSError("no memory")
+        run(name, backend, call)
+
+    registry.run = fails if here else run
+    try:
+        yield
+    finally:
+        registry.run = run
 
 
 # ---------------------------------------------------------------------- starts and checkpoints
@@ -121,90 +140,7 @@ def resume(world: World) -> None:
         world.same_bits({k: t for k, t in tensors_of(model, opt).items() if not k.endswith(" A")})
 
 
-# ---------------------------------------------------------------------- what goes wrong
-
-
-def not_finite_on_one_rank(world: World) -> None:
-    """A NaN in the first pass of one rank voids the step on all; one in the second undoes it."""
-    x, y = batches()
-    mine = world.slices()
-    for plain in (False, True):
-        model = net()
-        run: nn.Module = model if plain else DDP(model)
-        opt = newton(run, process_group=dist.group.WORLD)
-        steps(run, opt, x[mine], y[mine], 3, half_square)
-        before = {name: p.clone() for name, p in model.named_parameters()}
-        bad = x[mine].clone()
-        if world.rank == 1:
-            bad[0, 0] = float("nan")
-        steps(run, opt, bad, y[mine], 1, half_square)
-        assert opt.counters()["skipped"] == 1
-        assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-        calls = []
-
-        def loss_of(model, x, y, calls=calls):
-            calls.append(0)
-            loss = half_square(model, x, y)
-            return loss * float("nan") if len(calls) == 2 and world.rank == 1 else loss
-
-        steps(run, opt, x[mine], y[mine], 1, loss_of)
-        assert opt.counters()["undone"] == 1
-        assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-        steps(run, opt, x[mine], y[mine], 3, half_square)
-        world.same_bits(tensors_of(model, opt))
-
-
-def a_rank_raises(world: World) -> None:
-    """The others say which and why; nothing has moved, and training may go on."""
-    x, y = batches()
-    mine = world.slices()
-    for plain in (False, True):
-        model = net()
-        run: nn.Module = model if plain else DDP(model)
-        opt = newton(run, process_group=dist.group.WORLD)
-        steps(run, opt, x[mine], y[mine], 3, half_square)
-        before = {name: p.clone() for name, p in model.named_parameters()}
-        for where in ("before", "after", "second", "loss"):
-            if where == "before" and not plain:
-                continue  # the others wait inside DDP
-            calls = []
-
-            def closure(where=where, calls=calls, run=run, opt=opt):
-                calls.append(0)
-                here = world.rank == 1
-                if where == "before" and here:
-                    raise KeyError("before")
-                opt.zero_grad()
-                loss = half_square(run, x[mine], y[mine])
-                loss.backward()
-                if (where == "after" or (where == "second" and len(calls) == 2)) and here:
-                    raise ValueError("the metric failed")
-                return "no loss" if where == "loss" and here else loss
-
-            if world.rank == 1:
-                kinds = {"before": KeyError, "loss": TypeError}
-                raises(kinds.get(where, ValueError), lambda c=closure, o=opt: o.step(c))
-            else:
-                said = raises(RuntimeError, lambda c=closure, o=opt: o.step(c))
-                why = {
-                    "before": "KeyError: 'before'",
-                    "loss": "TypeError: closure must return",
-                }.get(where, "ValueError: the metric failed")
-                assert f"rank 1 failed with {why}" in said, said
-            for name, p in model.named_parameters():
-                assert torch.equal(before[name], p), (where, name)
-        steps(run, opt, x[mine], y[mine], 3, half_square)
-        world.same_bits(tensors_of(model, opt))
-
-
-def ranks_out_of_step(world: World) -> None:
-    model = net()
-    opt = newton(model, process_group=dist.group.WORLD)
-    x, y = batches()
-    steps(model, opt, x, y, 2, half_square)
-    opt.steps.number += world.rank
-    said = raises(RuntimeError, lambda: steps(model, opt, x, y, 1, half_square))
-    assert "the ranks are not in the same place" in said
+# ---------------------------------------------------------------------- what is refused
 
 
 def optimizer_of_the_bare_model(world: World) -> None:
@@ -294,15 +230,3 @@ def bytes_sent(world: World) -> None:
         assert not counter.sizes
     model = DDP(net(), process_group=alone)
     steps(model, newton(model), x, y, 3, half_square)
-
-
-def last(world: World) -> None:
-    """A rank ends in the middle of a step: the others learn of it."""
-    model = net()
-    opt = newton(model, process_group=dist.group.WORLD)
-    x, y = batches()
-    steps(model, opt, x, y, 1, half_square)
-    if world.rank == world.size - 1:
-        os._exit(0)
-    said = raises(RuntimeError, lambda: steps(model, opt, x, y, 1, half_square))
-    assert "not all of them come" in said

@@ -164,6 +164,7 @@ def main(rank: int, directory: Path, plan: list[tuple[int, list[str]]]) -> None:
     """
     from tests.optim import (
         distributed_cases,
+        distributed_failures,
         distributed_kinds,
         distributed_saved,
         distributed_shards,
@@ -171,8 +172,8 @@ def main(rank: int, directory: Path, plan: list[tuple[int, list[str]]]) -> None:
     )
 
     cases = {}
-    modules = distributed_cases, distributed_kinds, distributed_saved, distributed_shards
-    for module in (*modules, distributed_states):
+    modules = distributed_cases, distributed_failures, distributed_kinds, distributed_saved
+    for module in (*modules, distributed_shards, distributed_states):
         cases |= vars(module)
 
     torch.set_num_threads(1)

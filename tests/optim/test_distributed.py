@@ -14,8 +14,9 @@ OF_TWO = (
     "other_factors", "full_second_pass", "kinds_of_ddp", "other_loops", "narrow_dtypes",
     "weights_used_by_hand", "plain_model", "unequal_batches", "empty_batch",
     "layers_of_one_rank", "random_numbers_and_buffers", "synced_batch_norm",
-    "warm_start", "resume", "not_finite_on_one_rank", "a_rank_raises", "ranks_out_of_step",
-    "optimizer_of_the_bare_model", "refusals", "bytes_sent", "last",
+    "warm_start", "resume", "not_finite_on_one_rank", "a_rank_raises", "an_op_fails",
+    "ranks_out_of_step",
+    "optimizer_of_the_bare_model", "refusals", "bytes_sent", "others_wait_elsewhere", "last",
 )  # fmt: skip
 OF_FOUR = (
     "defaults", "convolutions", "blocks", "ema", "ring_of_pairs", "steps_undone",
