@@ -3,7 +3,8 @@
 ========================= ============================================================
 parameters                to the bit: the safeguard's copies are there anyway
 the fallback's state      to the bit, with what the step itself has made of it
-momentum                  to rounding, by its equation (2) the other way round
+momentum                  to rounding, by its equation (2) the other way round; it stays where the
+                          caller has dropped, zeroed or changed a gradient since
 counters, step number     by subtraction
 factors that just started back to before the start, unless a warm start has made them
 other factors             stay, with pairs and counts: nobody keeps a copy of a factor.
@@ -16,12 +17,14 @@ A normal step pays nothing for it: it copies nothing, allocates nothing and read
 from __future__ import annotations
 
 import torch
+from torch.utils.weak import TensorWeakRef
 
 from kbfgs_ext.optim import direction, gradients
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.fallback import Fallback
 from kbfgs_ext.optim.parts import MOVED, STILL, Part
 from kbfgs_ext.optim.safeguard import Safeguard
+from kbfgs_ext.optim.shards import version
 
 
 class Moved:
@@ -37,10 +40,15 @@ class Moved:
         self.fallback: Fallback | None = None  # if it has stepped
         self.fresh: list[CoveredLayer] = []  # whose factors start in this step
         self.parts: list[Part] = []
+        # What the step was made of: gradients and their versions, by the parameter.
+        self._gradients: dict[int, tuple[TensorWeakRef, int]] = {}
 
     def begin(self, part: Part) -> None:
         """``part`` goes next."""
         part.look()
+        for p in [p for layer in part.layers for p in layer.moving]:
+            if (g := p.grad) is not None:
+                self._gradients[id(p)] = TensorWeakRef(g), version(g)
         for one in (part, part.mine):
             if one is not None:
                 one.stage = STILL
@@ -64,22 +72,32 @@ class Moved:
         for part in self.parts:
             if part.stage == MOVED:
                 direction.undo(part, torch.ones_like(self.ok))
-            if part.mine is not None and part.mine.stage != STILL and sound:
-                turn_back(part.mine)
+            mine = part.mine
+            if mine is None or mine.stage == STILL or not sound:
+                continue
+            if all(map(self._as_given, mine.layers)):
+                turn_back(mine)
         for layer in self.fresh:
             if not layer.warm_batches:
                 for factor in (*layer.activations, *layer.gradients):
                     factor.reset()
                 layer.started = False
 
+    def _as_given(self, layer: CoveredLayer) -> bool:
+        """Whether the gradients that the step was made of are there still; of a sharded layer the
+        owner has its own."""
+        for p in () if layer.shard else layer.moving:
+            gradient, known = self._gradients[id(p)]
+            if p.grad is None or gradient() is not p.grad or known != version(p.grad):
+                return False
+        return True
+
 
 def turn_back(part: Part) -> None:
     """(2) solved for the M of before, in place: M <- (M - (1-momentum)*D)/momentum, with [W, b] and
-    the gradients as the step had them. Without momentum the M of before has no say any more, and
-    where the caller has dropped a gradient since, nothing tells it: M stays then."""
+    the gradients as the step had them. Without momentum the M of before has no say any more."""
     momentum = part.group["momentum"]
-    dropped = any(p.grad is None for layer in part.layers for p in layer.moving)
-    if not momentum or dropped:
+    if not momentum:
         return
     *given, decay = part.given()
     share = momentum - 1

@@ -217,22 +217,35 @@ def fails_after(calls, function):
     return failing
 
 
+def halves(opt):
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad.mul_(0.5)
+
+
 @METHODS
-def test_an_error_once_the_gradients_are_gone(method):
-    """What the caller has dropped between the passes is no obstacle: but for the momentum all is
-    as before."""
+@pytest.mark.parametrize(
+    "lose",
+    [lambda opt: opt.zero_grad(), lambda opt: opt.zero_grad(set_to_none=False), halves],
+    ids=["dropped", "zeroed", "changed"],
+)
+def test_an_error_once_the_gradients_are_gone(method, lose):
+    """What the caller has done to them between the passes is no obstacle: but for the momentum,
+    which stays as the step has made it, all is as before."""
     model, opt = build_with_norm(method, 2)
     good, before = good_of(model, opt), everything(model, opt)
     with opt.first_pass():
         loss = good()
     opt.descend(loss)
+    stepped = everything(model, opt)
     with opt.second_pass():
         good()
-    opt.zero_grad()
+    lose(opt)
     with pytest.raises(TypeError, match="real scalar"):
         opt.finish("no scalar")
-    before |= {name: M for name, M in everything(model, opt).items() if name.endswith(" M")}
-    assert_as_before(before, model, opt, LEARNED, BUFFERS)
+    moved = {name: M for name, M in stepped.items() if name.endswith(" M")}
+    assert moved and not any(torch.equal(M, before[name]) for name, M in moved.items())
+    assert_as_before(before | moved, model, opt, LEARNED, BUFFERS)
 
 
 # ---------------------------------------------------------------------- around the step
