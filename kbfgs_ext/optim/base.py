@@ -55,7 +55,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         generators: Iterable[torch.Generator] = (),
         process_group: Any = None,
         mean_over: str = "ranks",
-        shared_work: bool = False,
+        shared_work: bool | str = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -80,7 +80,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
         for options, _ in divided:
             hyper.check_group({**defaults, **options})
         device = common_device(found.layers)
-        process = process_of(process_group, wrappers, mean_over, device, shared_work, everything)
+        among = shared_work, everything, found.layers
+        process = process_of(process_group, wrappers, mean_over, device, *among)
         process.take(found.layers)
         process.broadcast(list(model.parameters()))
         self.steps = Step(settings, everything, generators, device, process)
@@ -213,7 +214,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
     def explain(self) -> str:
         """Which backend each op of the last step took, and why not a faster one.
 
-        Before the first step it is what `kbfgs_ext.explain` says of the device.
+        Before the first step it is what `kbfgs_ext.explain` says of the device. With several ranks
+        it ends in who does what, and what sharing the work spares and sends.
         """
         trace = self.steps.trace
         said = registry.explain_step(trace) if trace else registry.explain(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -138,6 +139,15 @@ class CoveredLayer:
         for factor, end in self._blocks():
             M |= {name + end: shape for name, shape in self._shapes_of(factor).items()}
         return M
+
+    @property
+    def owned_bytes(self) -> int:
+        """Of what the owner alone keeps, if ranks share the work."""
+        shapes: Shapes = {"M": ((self.n_g, self.n_a), self.dtype)}
+        for factor, end in self._blocks():
+            own = {n: x for n, x in factor.kept_shapes(self.dtype).items() if n not in EVERYWHERE}
+            shapes |= {name + end: x for name, x in own.items()}
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
 
     def scratch_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every scratch tensor, but for the product scratch that all layers share."""

@@ -39,6 +39,7 @@ from kbfgs_ext.optim.exchange import (
 from kbfgs_ext.optim.factors import ActivationMatrix, Tensors, times
 from kbfgs_ext.optim.inputs import mean_square
 from kbfgs_ext.optim.parts import Part, of_mine
+from kbfgs_ext.optim.sharing import Shares
 from kbfgs_ext.optim.updates import Verdict
 
 CHUNK = 2**24  # elements of gradients that are sent together
@@ -64,6 +65,7 @@ class Ranks(Exchange):
         self._rows: dict[int, tuple[int, float]] = {}  # by layer: here, and on all ranks
         self._asked: list[Part] = []  # of which step 9 is half done: y is in the vector
         self._s: dict[int, torch.Tensor] = {}  # theirs, by the block
+        self._taken: list[CoveredLayer] = []  # of all groups
         self._more = False  # this step has another exchange
         self._mark([])
 
@@ -88,6 +90,15 @@ class Ranks(Exchange):
         }
         for layer in layers:
             layer.observer.averaged = id(layer.bias) in self._averaged
+
+    def take(self, layers: list[CoveredLayer]) -> None:
+        self._taken += layers
+
+    def _shares(self) -> Shares:
+        return Shares.of(self._taken, self.size)
+
+    def explain(self) -> str:
+        return f"all {self.size} ranks do all the work; {self._shares()}"
 
     def broadcast(self, parameters: Sequence[torch.Tensor]) -> None:
         own = [p.detach() for p in parameters if id(p) not in self._averaged]

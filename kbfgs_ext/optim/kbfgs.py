@@ -106,8 +106,8 @@ class KBFGS(CoveredOptimizer):
         mean_over: what the objective is the mean over: "ranks", of the closures' losses, as with
             DDP; or "rows", where a rank counts as much as the rows that it has, without DDP.
         shared_work: of several processes each makes the steps of some layers and keeps their
-            factors, whose memory falls with the ranks: docs/distributed.md. Models under
-            `fully_shard` are always trained so.
+            factors, whose memory falls with the ranks: docs/distributed.md. "auto" does so where
+            layers are large enough. Models under `fully_shard` are always trained so.
         memory: keep the gradient factor as its last ``memory`` pairs, at least 1: K-BFGS(L), for
             which `KBFGSL` is the name. None keeps it as a matrix.
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
@@ -161,7 +161,7 @@ class KBFGS(CoveredOptimizer):
         generators: Iterable[torch.Generator] = (),
         process_group: torch.distributed.ProcessGroup | None = None,
         mean_over: str = "ranks",
-        shared_work: bool = False,
+        shared_work: bool | str = False,
         memory: int | None = None,
         **torch_keywords: bool | None,
     ) -> None:
@@ -196,7 +196,7 @@ class KBFGS(CoveredOptimizer):
             relative_damping=bool(relative_damping),
             master_weights=bool(master_weights),
         )
-        around = exclude, context, generators, process_group, mean_over, bool(shared_work)
+        around = exclude, context, generators, process_group, mean_over, shared_work
         super().__init__(model, settings, defaults, groups, fallback, *around)
 
     def step(  # type: ignore[override]

@@ -14,7 +14,7 @@ Steps 2 to 4 are an all-to-all of the gradient's rows, the owners' work, and an 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,27 +27,7 @@ from kbfgs_ext.optim.exchange import ASK, CHANGE, SLOPE
 from kbfgs_ext.optim.factors import Tensors
 from kbfgs_ext.optim.parts import Part, of_mine
 from kbfgs_ext.optim.shards import is_sharded, local
-
-
-def cost(layer: CoveredLayer) -> int:
-    """The FLOPs that an owner does for a layer and the others do not, by their leading terms: the
-    product H_g M H_a, P's polar factor by four products of n x k x k and 16 of k x k, and the
-    updates of both factors."""
-    n_g, n_a = layer.n_g, layer.n_a
-    b_g, b_a = (max(f.n for f in side) for side in (layer.gradients, layer.activations))
-    groups = layer.groups
-    k, n = sorted((n_g // groups, n_a))
-    polar, updates = 4 * n * k**2 + 16 * k**3, 8 * n_a * b_a
-    return 2 * n_g * n_a * (b_g + b_a) + groups * (polar + updates) + 8 * n_g * b_g
-
-
-def share_out(costs: Sequence[int], loads: list[int]) -> list[int]:
-    """Who takes what: the costliest first, each to whom has the least so far; adds to ``loads``."""
-    owners = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[i] = loads.index(min(loads))
-        loads[owners[i]] += costs[i]
-    return owners
+from kbfgs_ext.optim.sharing import cost, share_out
 
 
 class Owners(Ranks):
@@ -66,6 +46,7 @@ class Owners(Ranks):
         self._owner: dict[int, int] = {}  # by the layer
 
     def take(self, layers: list[CoveredLayer]) -> None:
+        super().take(layers)
         owners = share_out([cost(layer) for layer in layers], self.loads)
         for layer, owner in zip(layers, owners, strict=True):
             self._owner[id(layer)] = owner
@@ -74,10 +55,11 @@ class Owners(Ranks):
     def explain(self) -> str:
         own = sum(owner == self.rank for owner in self._owner.values())
         share = self.loads[self.place] / max(sum(self.loads), 1)
+        why = "" if self.sharded else f"\n{self._shares()}"
         rows = ", and has some rows of every weight" if self.sharded else ""
         return (
             f"work shared by {self.places} ranks: rank {self.rank} owns {own} of"
-            f" {len(self._owner)} layers, {share:.0%} of the FLOPs{rows}"
+            f" {len(self._owner)} layers, {share:.0%} of the FLOPs{rows}{why}"
         )
 
     def _of(self, parts: list[Part], owner: int) -> list[CoveredLayer]:

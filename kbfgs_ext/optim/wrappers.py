@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.distributed import Ranks
 from kbfgs_ext.optim.owners import Owners, Shards
 from kbfgs_ext.optim.process import Alone
 from kbfgs_ext.optim.shards import mesh_of, shards_of
+from kbfgs_ext.optim.sharing import CHOICES, Shares
 
 MEANS = ("ranks", "rows")
 
@@ -35,17 +37,21 @@ def process_of(
     wrappers: Sequence[DDP],
     mean_over: str,
     device: torch.device,
-    shared_work: bool = False,
+    shared_work: bool | str = False,
     model: nn.Module | None = None,
+    layers: Sequence[CoveredLayer] = (),
 ) -> Alone:
     """The process as one of ``group``, or of the group of ``wrappers``, or of the mesh over which
-    the ``model`` is sharded; `Alone` in a group of one.
+    the ``model`` is sharded; `Alone` in a group of one. With ``shared_work="auto"`` the ``layers``
+    decide.
 
     Raises:
         TypeError, ValueError: the arguments do not fit each other.
     """
     if mean_over not in MEANS:
         raise ValueError(f"mean_over must be one of {MEANS}, got {mean_over!r}")
+    if shared_work not in CHOICES:
+        raise ValueError(f"shared_work must be one of {CHOICES}, got {shared_work!r}")
     if wrappers and mean_over == "rows":
         raise ValueError(
             'mean_over="rows" with DistributedDataParallel, which has averaged over the ranks by'
@@ -63,6 +69,8 @@ def process_of(
         return Alone(wrappers)
     if dist.get_rank(groups[0]) < 0:
         raise ValueError("process_group: this process is not in the group")
+    if shared_work == "auto":
+        shared_work = Shares.of(layers, dist.get_world_size(groups[0])).pays
     kind = Owners if shared_work else Ranks
     return kind(groups[0], wrappers, mean_over, device)
 

@@ -44,6 +44,22 @@ def shared_work(world: World) -> None:
     compare(world, net(), gamma, number=10, shared_work=True)
 
 
+def chosen_by_size(world: World) -> None:
+    """By "auto"; who does what, and what sharing spares and sends, is said in every case."""
+    group = {"process_group": dist.group.WORLD}
+    for sizes, choice in (((5, 7, 6, 3), False), ((1000, 1000, 1000), True)):
+        for asked in (False, True, "auto"):
+            opt = KBFGS(mlp(*sizes, dtype=torch.float32), shared_work=asked, **group)
+            shares = choice if asked == "auto" else asked
+            assert opt.steps.process.shares is shares
+            said = opt.steps.process.explain()
+            does = "work shared by {} ranks" if shares else "all {} ranks do all the work"
+            assert said.startswith(does.format(world.size))
+            assert "FLOPs a byte" in said and 'shared_work="auto" shares from 1000' in said
+            assert not choice or "each is spared 50% of" in said
+    assert opt.explain().endswith(said)
+
+
 def layer_by_layer(model: nn.Module, **options) -> None:
     """Each layer for itself, and the root."""
     for layer in model.children():

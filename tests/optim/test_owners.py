@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kbfgs_ext import KBFGS
-from kbfgs_ext.optim.owners import cost, share_out
+from kbfgs_ext.optim import sharing
 from kbfgs_ext.optim.shards import pieces
+from kbfgs_ext.optim.sharing import Shares, cost, share_out
 from tests.optim.models import mlp
 
 
@@ -40,6 +41,41 @@ def test_blocks_cost_less_than_whole_sides():
     assert whole[0] == (
         2 * n_g * n_a * (n_g + n_a) + 4 * n_g * n_a**2 + 16 * n_a**3 + 8 * (n_g**2 + n_a**2)
     )
+
+
+def test_what_sharing_spares_and_sends():
+    layers = KBFGS(mlp(63, 64, 64, 64, dtype=torch.float32)).layers  # 64 x 64, 64 x 65, 64 x 65
+    a, b = cost(layers[0]), cost(layers[1])
+    shares = Shares.of(layers, 2)
+    assert shares.flops == a + 2 * b and shares.most == a + b
+    assert shares.sent == 4 * 64 * (64 + 2 * 65)
+    assert shares.spared == b / shares.sent
+    usage = KBFGS(mlp(63, 64, 64, 64, dtype=torch.float32)).memory_usage()
+    matrices = usage["M"] + usage["H_a"] + usage["H_g"]
+    assert matrices <= shares.kept <= matrices + usage["vectors"]
+    assert shares.kept < 2 * shares.heaviest < 2 * shares.kept
+    said = str(shares)
+    assert f"{shares.spared:.0f} FLOPs a byte" in said and "shares from 1000" in said
+
+
+def test_auto_shares_what_is_large(monkeypatch):
+    """The longer the sides and the more the ranks; one layer cannot be shared, however large."""
+
+    def pays(*sizes, ranks=2):
+        return Shares.of(KBFGS(mlp(*sizes, dtype=torch.float32)).layers, ranks).pays
+
+    assert not pays(64, 64, 64) and pays(1024, 1024, 1024)
+    assert not pays(1024, 1024)
+    assert not pays(*[256] * 9) and pays(*[256] * 9, ranks=8)
+    monkeypatch.setattr(sharing, "FLOPS_PER_BYTE", 100)
+    assert pays(256, 256, 256)
+
+
+def test_what_shared_work_takes():
+    for wrong in ("always", None, 3):
+        with pytest.raises(ValueError, match="shared_work must be one of"):
+            KBFGS(mlp(4, 3), shared_work=wrong)
+    KBFGS(mlp(4, 3), shared_work="auto")  # one process
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9])
