@@ -171,7 +171,7 @@ class Ranks(Exchange):
         self._expect(self._more)
         self._busy |= self.shares or not all(layer.started for layer in active)  # P, A_0
 
-    def hand_out(self, parts: list[Part]) -> None:
+    def handed_out(self, parts: list[Part]) -> None:
         self._expect(self._more)
 
     def second(

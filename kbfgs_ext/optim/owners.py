@@ -29,6 +29,8 @@ from kbfgs_ext.optim.parts import Part, of_mine
 from kbfgs_ext.optim.shards import is_sharded, local
 from kbfgs_ext.optim.sharing import cost, share_out
 
+PIECE = 2**22  # elements: of each rank about as many P are made before they are sent
+
 
 class Owners(Ranks):
     """The processes of ``group``, each with layers of its own."""
@@ -44,6 +46,8 @@ class Owners(Ranks):
         self.leads = self.place == self.rank  # in the replica that speaks for all
         self.loads = [0] * self.places  # FLOPs a step
         self._owner: dict[int, int] = {}  # by the layer
+        self._sent: list[Any] = []  # P that are on their way
+        self.piece = PIECE * self.places
 
     def take(self, layers: list[CoveredLayer]) -> None:
         super().take(layers)
@@ -72,18 +76,22 @@ class Owners(Ranks):
         else:
             dist.reduce(average, group_dst=self._owner[id(layer)], group=self.group)
 
-    def hand_out(self, parts: list[Part]) -> None:
-        self._send(parts)
-        super().hand_out(parts)
-
-    def _send(self, parts: list[Part]) -> None:
-        sent = [
+    def hand_out(self, part: Part) -> None:
+        """Begin to; meanwhile the direction of the next part is made."""
+        self._sent += [
             dist.broadcast(layer["P"], group_src=owner, group=self.group, async_op=True)
             for owner in range(self.places)
-            for layer in self._of(parts, owner)
+            for layer in self._of([part], owner)
         ]
-        for one in sent:
-            one.wait()
+
+    def handed_out(self, parts: list[Part]) -> None:
+        while self._sent:
+            self._sent.pop(0).wait()
+        super().handed_out(parts)
+
+    def begin(self, layers: list[CoveredLayer], parameters: Tensors, number: int) -> None:
+        self._sent.clear()
+        super().begin(layers, parameters, number)
 
     def _along(self, parts: list[Part]) -> dict[int, torch.Tensor]:
         if not parts:
@@ -111,6 +119,7 @@ class Shards(Owners):
         self._rooms: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         group = inner if mesh.ndim == 1 else dist.group.WORLD
         super().__init__(group, [], mean_over, device, inner=inner)
+        self.piece = None
         self.twins = None if mesh.ndim == 1 else mesh.get_group(0)
 
     def _mark(self, layers: list[CoveredLayer]) -> None:
@@ -156,7 +165,10 @@ class Shards(Owners):
             ],
         )
 
-    def _send(self, parts: list[Part]) -> None:
+    def hand_out(self, part: Part) -> None:
+        """All at once, in the end."""
+
+    def handed_out(self, parts: list[Part]) -> None:
         mine = self._of(parts, self.place)
         each = [lengths_of(x.by_group(x["P"])) for x in mine]
         send = [
@@ -173,6 +185,7 @@ class Shards(Owners):
             for r in range(self.places)
         ]
         self._swap(send, receive)
+        super().handed_out(parts)
 
     def _swap(self, send: list[Tensors], receive: list[Tensors]) -> None:
         """All ranks give each other tensors, of which both know the shapes; by the dtype."""

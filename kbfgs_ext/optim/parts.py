@@ -294,13 +294,14 @@ def of_mine(parts: list[Part]) -> list[Part]:
 
 class Parts:
     """The parts that lists of layers fall into, kept from step to step, and the scratch that all
-    layers share."""
+    layers share. A part ends where its P have ``piece`` elements."""
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device, piece: int | None = None) -> None:
         self.groups: list[Group] = []
         self.layers: list[CoveredLayer] = []  # of all groups
         self.slopes = torch.empty(0)  # those of all layers, for one sum
         self._settings, self._device = settings, device
+        self._piece = None if settings.step_length == "balanced" else piece  # that is of all
         self._known: dict[tuple, list[Part]] = {}
         self._product = torch.empty(0)
         self._made = 0  # layers that have their tensors
@@ -347,7 +348,19 @@ class Parts:
                     key = rows[id(layer)], fusible, layer.bare, layer.halved
                     alike.setdefault(key, []).append(layer)
             for (in_rows, *_), layers in alike.items():
-                yield Part(group, layers, self._settings, in_rows)
+                for some in self._pieces(layers):
+                    yield Part(group, some, self._settings, in_rows)
+
+    def _pieces(self, layers: list[CoveredLayer]) -> Iterator[list[CoveredLayer]]:
+        piece: list[CoveredLayer] = []
+        for layer in layers:
+            piece.append(layer)
+            elements = sum(x.n_g * x.n_a for x in piece)
+            if self._piece is not None and elements >= self._piece:
+                yield piece
+                piece = []
+        if piece:
+            yield piece
 
     def scratch(self, part: Part) -> Tensors:
         """Each layer's part of the scratch that the direction needs, flat."""

@@ -32,6 +32,7 @@ class Alone:
     alone = True
     shares = False  # every layer has one rank that makes its P and keeps its factors
     rank, size = 0, 1
+    piece: int | None = None  # elements of P, from which on parts are handed out by themselves
 
     def __init__(self, wrappers: Sequence[DDP] = ()) -> None:
         self.wrappers = list(wrappers)
@@ -99,8 +100,11 @@ class Alone:
     def collect(self, parts: list[Part]) -> None:
         """Before the direction: gradients go where P is made."""
 
-    def hand_out(self, parts: list[Part]) -> None:
-        """After it: P goes where weights move."""
+    def hand_out(self, part: Part) -> None:
+        """After that of ``part``: P may go where weights move."""
+
+    def handed_out(self, parts: list[Part]) -> None:
+        """After that of all ``parts``: P is there."""
 
     def changed(self, parts: list[Part]) -> None:
         """After step 6's change of the outputs: it goes where the factors are."""

@@ -83,7 +83,7 @@ class Step:
         self._moved = Moved()  # by the step under way
         self._random: RandomState | None = None
         self._model, self._watch = model, Watch(model)
-        self.parts = Parts(settings, device)
+        self.parts = Parts(settings, device, process.piece)
         self._course: Generator[str, Any, None] | None = None
 
     # ------------------------------------------------------------------ the calls
@@ -156,8 +156,7 @@ class Step:
 
     @property
     def second_pass_wanted(self) -> bool:
-        """Whether the second pass that comes next has anything to show: not in a run whose factors
-        have not started, since its first loss or gradients were not finite."""
+        """Whether the second pass has anything to show: not where factors could not start."""
         return self.due == SECOND and bool(self.active)
 
     # ------------------------------------------------------------------ what they do
@@ -251,9 +250,11 @@ class Step:
             self._moved.begin(part)
         with self.phase("direction"):
             process.collect(parts)
-            for part in of_mine(parts):
-                self.direction.aim(part, self.parts.scratch(part), verdict.ok)
-            process.hand_out(parts)
+            for part in parts:
+                for mine in of_mine([part]):
+                    self.direction.aim(mine, self.parts.scratch(mine), verdict.ok)
+                process.hand_out(part)
+            process.handed_out(parts)
             for part in parts:
                 self.direction.move(part, verdict.ok)
         with self.phase("curvature"):

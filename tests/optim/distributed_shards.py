@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext.ops import registry
+from kbfgs_ext.optim import owners
 from kbfgs_ext.optim.safeguard import SafeguardRule
 from tests.optim.distributed_cases import four_calls, huber, net, of, scaled
 from tests.optim.distributed_kinds import Attentive
@@ -58,6 +61,38 @@ def chosen_by_size(world: World) -> None:
             assert "FLOPs a byte" in said and 'shared_work="auto" shares from 1000' in said
             assert not choice or "each is spared 50% of" in said
     assert opt.explain().endswith(said)
+
+
+def handed_out_in_pieces(world: World) -> None:
+    """P of one part is on its way while that of the next is made: the same steps."""
+    events, run, broadcast = [], registry.run, dist.broadcast
+
+    def noted(op, backend, call):
+        events.append(op)
+        run(op, backend, call)
+
+    def sent(*arguments, **keywords):
+        events.append("sent")
+        return broadcast(*arguments, **keywords)
+
+    with mock.patch.object(owners, "PIECE", 1):
+        make = of(KBFGS, block_size=4)
+        opt = compare(world, net(), make, loss_of=huber, number=10, shared_work=True)
+        assert len(opt.steps.parts.of(opt.layers)) == 3
+        model = net()
+        opt = KBFGS(model, process_group=dist.group.WORLD, shared_work=True)
+        x, y = batches()
+        with mock.patch.object(registry, "run", noted), mock.patch.object(dist, "broadcast", sent):
+            steps(model, opt, x, y, 1, half_square)
+        order = [event for event in events if event in ("polar_", "sent")]
+        own = sum(layer.mine for layer in opt.layers)
+        assert order.count("polar_") == own and order.count("sent") == 3
+        assert own < 2 or "sent" in order[: order.index("polar_") + 2]
+        # Steps that are measured by each other are of one part.
+        balanced = KBFGS(
+            model, process_group=dist.group.WORLD, shared_work=True, step_length="balanced"
+        )
+        assert len(balanced.steps.parts.of(balanced.layers)) == 1
 
 
 def layer_by_layer(model: nn.Module, **options) -> None:

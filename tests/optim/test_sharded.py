@@ -8,9 +8,9 @@ import pytest
 from tests.optim.worlds import Plan, cases_of, check, needs_gloo
 
 OF_TWO = (
-    "shared_work", "chosen_by_size", "memory_falls", "bytes_shared", "sharded", "sharded_methods",
-    "sharded_kinds", "sharded_loops", "sharded_precision", "sharded_alike", "tools_of_torch",
-    "loaded",
+    "shared_work", "chosen_by_size", "handed_out_in_pieces", "memory_falls", "bytes_shared",
+    "sharded", "sharded_methods", "sharded_kinds", "sharded_loops", "sharded_precision",
+    "sharded_alike", "tools_of_torch", "loaded",
 )  # fmt: skip
 OF_FOUR = ("shared_work", "memory_falls", "sharded", "sharded_hybrid", "loaded")
 PLAN: Plan = [(2, ("saved",)), (4, OF_FOUR), (2, OF_TWO)]  # "loaded" is what "saved" has saved
