@@ -167,6 +167,11 @@ def mesh_of(model: nn.Module) -> Any:
             raise NotImplementedError(
                 f"parameter '{name}' of the model is on another mesh than '{sharded[0]}'"
             )
+        if local(p).device.type != mesh.device_type:
+            raise NotImplementedError(
+                f"parameter '{name}' of the model is kept on {local(p).device.type} and computed"
+                f" with on {mesh.device_type}: K-BFGS does not take fully_shard's CPUOffloadPolicy"
+            )
         if p.dtype.itemsize < 4:
             raise NotImplementedError(
                 f"parameter '{name}' of the model is sharded and {p.dtype}: keep it in float32 and"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.recorder import Recorder
+from kbfgs_ext.optim.shards import is_sharded
 
 DARK = (
     "the covered layers ran under torch.no_grad() or inference_mode(): a pass needs gradients,"
@@ -32,7 +33,14 @@ def look(layers: list[CoveredLayer]) -> None:
 
 
 def moved(recorder: Recorder, layers: list[CoveredLayer]) -> list[CoveredLayer]:
-    """The layers of which something moves; raises where there are none."""
+    """The layers of which something moves; raises where there are none, or where the optimizer does
+    not have what the model trains."""
+    for layer in [layer for layer in layers if not layer.moving and layer.shard is None]:
+        if any(is_sharded(p) for module, _ in layer.uses for p in module.parameters()):
+            raise RuntimeError(
+                f"layer '{layer.name}' was sharded after the optimizer was made, which has the"
+                " weights of before: call fully_shard first, and then make the optimizer"
+            )
     active = [layer for layer in layers if layer.moving]
     if active:
         return active

@@ -91,12 +91,13 @@ def test_accelerate(precision, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", ["lightning_automatic", "with_accelerate"])
-def test_two_processes(name, tmp_path):
+def test_two_processes(name, wrapper, tmp_path):
     """Started by the framework's own launcher: one step, the same weights."""
     pytest.importorskip(NEEDS[name], reason=f'needs {NEEDS[name]}: pip install ".[examples]"')
     ended = subprocess.run(
-        [sys.executable, ROOT / "tests/examples/launched.py", name, tmp_path],
+        [sys.executable, ROOT / "tests/examples/launched.py", name, wrapper, tmp_path],
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
@@ -104,7 +105,7 @@ def test_two_processes(name, tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert one["size"] == two["size"] == 2
+    assert one["size"] == two["size"] == 2 and one["cut"] == (wrapper == "fsdp2")
     assert one["weights"] == two["weights"] and one["losses"] != two["losses"]
     assert_learns(one["losses"])
 

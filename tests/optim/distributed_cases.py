@@ -39,7 +39,7 @@ def huber(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def defaults(world: World) -> None:
-    for options in ({}, {"hessian_action": "ema", "pair_every": 2}):
+    for options in world.some(({}, {"hessian_action": "ema", "pair_every": 2})):
         for method in (KBFGS, KBFGSL):
             compare(world, net(), of(method, **options), loss_of=huber, but=(" A",))
     compare(world, net(), of(KBFGS), plain=True, unequal=True, loss_of=huber, mean_over="rows")
@@ -259,7 +259,7 @@ def unequal_batches(world: World) -> None:
         share = world.size * len(x) / len(batches()[0])
         return half_square(model, x, y) * share
 
-    for action in ("ema", "minibatch"):
+    for action in world.some(("minibatch", "ema")):
         make = of(hessian_action=action)
         rest = dict(unequal=True, but=(" A",))
         losses = dict(loss_of=scaled_loss, whole_loss=half_square)
@@ -300,7 +300,7 @@ def empty_batch(world: World) -> None:
             wanted = steps(twin, make(twin), x[:m], y[:m], 40, half_square)
             torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-10, atol=1e-10)
 
-    for action in ("ema", "minibatch"):
+    for action in world.some(("minibatch", "ema")):
         run(of(hessian_action=action), plain=False)
         run(of(hessian_action=action), plain=True)
     run(of(), plain=True, made=between)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -174,6 +175,13 @@ def refusals(world: World) -> None:
     assert "sharded by its inputs" in raises(NotImplementedError, lambda: newton(across))
     whole = fully_shard(net(), mesh=mesh)
     assert "fully_shard" in raises(ValueError, lambda: newton(whole, mean_over="rows"))
+    with mock.patch.object(type(mesh), "device_type", "cuda"):  # as if the weights were offloaded
+        assert "CPUOffloadPolicy" in raises(NotImplementedError, lambda: newton(whole))
+    late = net()
+    opt = newton(late)
+    fully_shard(late, mesh=mesh)
+    said = raises(RuntimeError, lambda: steps(late, opt, *batches(), 1, half_square))
+    assert "'0' was sharded after the optimizer was made" in said
     parallel = parallelize_module(net(), mesh, {"0": ColwiseParallel()})
     assert "DTensor" in raises(NotImplementedError, lambda: newton(parallel))
     sharded = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.optim.worlds import Plan, cases_of, check, needs_gloo
+from tests.optim.worlds import Plan, cases_of, check, marks
 
 OF_TWO = (
     "defaults", "paper", "convolutions", "parts_of_a_weight", "blocks", "ema", "published", "tuned",
@@ -25,7 +25,7 @@ OF_FOUR = (
 )  # fmt: skip
 PLAN: Plan = [(4, OF_FOUR), (2, OF_TWO)]
 
-pytestmark = needs_gloo
+pytestmark = marks
 
 
 @pytest.mark.parametrize(("size", "name"), cases_of(PLAN))

@@ -7,9 +7,10 @@ import torch
 
 from kbfgs_ext import KBFGS
 from kbfgs_ext.optim import sharing
+from kbfgs_ext.optim.process import Alone
 from kbfgs_ext.optim.shards import pieces
 from kbfgs_ext.optim.sharing import Shares, cost, share_out
-from tests.optim.models import mlp
+from tests.optim.models import closure_of, mlp, rows
 
 
 def test_the_costliest_go_first_to_who_has_least():
@@ -75,7 +76,17 @@ def test_what_shared_work_takes():
     for wrong in ("always", None, 3):
         with pytest.raises(ValueError, match="shared_work must be one of"):
             KBFGS(mlp(4, 3), shared_work=wrong)
-    KBFGS(mlp(4, 3), shared_work="auto")  # one process
+    opt = KBFGS(mlp(4, 3), shared_work="auto")
+    assert type(opt.steps.process) is Alone and not opt.steps.process.explain()
+
+
+def test_one_process_exchanges_nothing():
+    """A collective would raise: torch.distributed has no group."""
+    model = mlp(5, 4, 3)
+    opt = KBFGS(model, pair_every=2)
+    assert type(opt.steps.process) is Alone and not torch.distributed.is_initialized()
+    losses = [opt.step(closure_of(model, opt, rows(8, 5), rows(8, 3))) for _ in range(3)]
+    assert losses[2] < losses[0]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.optim.worlds import Plan, cases_of, check, needs_gloo
+from tests.optim.worlds import Plan, cases_of, check, marks
 
 OF_TWO = (
     "shared_work", "chosen_by_size", "handed_out_in_pieces", "memory_falls", "bytes_shared",
@@ -15,7 +15,7 @@ OF_TWO = (
 OF_FOUR = ("shared_work", "memory_falls", "sharded", "sharded_hybrid", "loaded")
 PLAN: Plan = [(2, ("saved",)), (4, OF_FOUR), (2, OF_TWO)]  # "loaded" is what "saved" has saved
 
-pytestmark = needs_gloo
+pytestmark = marks
 
 
 @pytest.mark.parametrize(("size", "name"), cases_of(PLAN))

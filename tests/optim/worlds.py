@@ -15,9 +15,13 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[2]
 PROCESSES = 4
 Plan = list[tuple[int, Sequence[str]]]  # numbers of processes, and the cases that they run
-needs_gloo = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed"
-)
+LIMIT = 600  # seconds for all of them: a machine that does much else is slow at waiting, too
+marks = [
+    pytest.mark.skipif(
+        not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed"
+    ),
+    pytest.mark.timeout(LIMIT),
+]
 
 
 def cases_of(plan: Plan) -> list[tuple[int, str]]:
@@ -39,7 +43,7 @@ def run(plan: Plan, directory: Path) -> list[dict[str, str]]:
         for rank in range(PROCESSES)
     ]
     try:
-        output = [process.communicate(timeout=280)[0] for process in processes]
+        output = [process.communicate(timeout=LIMIT - 20)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
