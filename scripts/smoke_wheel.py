@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from pathlib import Path
 
@@ -54,13 +55,16 @@ def fresh(wheel: Path, torch: str | None) -> None:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin/python"
         wanted = "torch" if torch is None else f"torch=={torch}"
-        # No build tools on the path: a wheel must not need them.
-        environment = {**os.environ, "CXX": "/nonexistent", "PYTHONPATH": ""}
+        # No compiler and no other tool on the path: a wheel must not need them.
+        environment = {**os.environ, "PATH": str(python.parent), "CXX": "", "PYTHONPATH": ""}
         for command in (
-            ["-m", "pip", "install", "-q", wanted, str(wheel.resolve())],
+            ["-m", "pip", "install", "-q", wanted],
+            ["-m", "pip", "install", "-q", "--only-binary=:all:", str(wheel.resolve())],
             [str(Path(__file__).resolve()), "--here"],
         ):
+            began = time.perf_counter()
             subprocess.run([python, *command], check=True, cwd=folder, env=environment)
+            print(f"{time.perf_counter() - began:.1f} s: {Path(command[-1]).name}")
 
 
 def main() -> None:
