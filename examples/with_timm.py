@@ -1,4 +1,4 @@
-"""timm: a vision transformer with timm's loss and schedule; its convolution and norms go to AdamW.
+"""timm: a vision transformer with timm's loss, optimizer factory and schedule; norms go to AdamW.
 
 python examples/with_timm.py
 """
@@ -6,9 +6,13 @@ python examples/with_timm.py
 import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import OptimInfo, create_optimizer_v2
+from timm.optim._optim_factory import default_registry
 from timm.scheduler import CosineLRScheduler
 
 from kbfgs_ext import KBFGS
+
+default_registry.register(OptimInfo(name="kbfgs", opt_class=KBFGS, has_eps=False))
 
 
 def main(steps: int = 12) -> list[float]:
@@ -20,9 +24,10 @@ def main(steps: int = 12) -> list[float]:
     images[range(128), labels % 3, :, :8] += labels.view(-1, 1, 1) - 1.0
     loss_fn = LabelSmoothingCrossEntropy(0.1)
 
-    # timm's factory makes optimizers from parameters; this one takes the model.
-    opt = KBFGS(
+    opt = create_optimizer_v2(
         model,
+        "kbfgs",
+        param_group_fn=lambda model: model,  # the factory makes a list of parameters otherwise
         fallback=lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.05),
     )
     schedule = CosineLRScheduler(opt, t_initial=steps, lr_min=1e-3, t_in_epochs=False)

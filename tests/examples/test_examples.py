@@ -113,6 +113,31 @@ def test_two_processes(name, tmp_path):
     assert weights["fsdp2"] == pytest.approx(weights["ddp"], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_sharded_loop_resumes_as_if_nothing_had_happened(ranks, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from sharded_loop import main; whole = main()\n"
+        "assert main(folder=sys.argv[1]) == whole and main(folder=sys.argv[1]) == whole[6:]\n"
+        "print(f'losses {whole}')\n"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "examples")))
+    ended = subprocess.run(
+        [sys.executable, *(torchrun if ranks > 1 else []), script, tmp_path / "saved"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    said = re.findall(r"losses (\[.*?\])", ended.stdout)
+    assert len(said) == ranks
+    for losses in map(json.loads, said):
+        assert_learns(losses)
+
+
 def test_transformers(monkeypatch, tmp_path):
     losses = load("with_transformers", monkeypatch).main(folder=str(tmp_path))
     assert len(losses) == 3 * 4
@@ -143,7 +168,8 @@ def test_transformers_refuses_what_it_cannot_do(monkeypatch, tmp_path):
 def test_timm(monkeypatch, capsys):
     assert_learns(load("with_timm", monkeypatch).main())
     covered = re.search(r"(\d+) layers covered", capsys.readouterr().out)
-    assert int(covered[1]) == 2 * 4 + 1  # qkv, proj and the MLP of each block, and the head
+    # qkv, proj and the MLP of each block, the embedding of the patches and the head
+    assert int(covered[1]) == 2 * 4 + 2
 
 
 def test_tensorboard(monkeypatch, tmp_path):
