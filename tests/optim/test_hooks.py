@@ -14,7 +14,7 @@ from tests.optim.loops import (
     backward_of,
     train,
 )
-from tests.optim.models import METHODS
+from tests.optim.models import METHODS, problem
 from tests.optim.test_closures import BIAS, PLAIN, error_of, net, x_of
 
 
@@ -145,3 +145,14 @@ def test_optimizers_that_follow_each_other(method, bias):
         twin, other = fresh, method(fresh)
         train(twin, other, PLAIN, 2)
         assert_one_run((model, opt), (twin, other))
+
+
+@METHODS
+def test_a_profiler_sees_the_phases_by_name(method):
+    _, opt, closure = problem(method, pair_every=1)
+    opt.step(closure)
+    with torch.profiler.profile() as seen:
+        opt.step(closure)
+    names = {event.key for event in seen.key_averages() if event.key.startswith("kbfgs_ext: ")}
+    phases = ("first pass", "statistics", "direction", "second pass", "curvature")
+    assert names == {f"kbfgs_ext: {phase}" for phase in phases}
