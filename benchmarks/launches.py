@@ -1,8 +1,9 @@
 """How many kernels a call launches on a GPU: ``ours(op, args, backend)``, ``torchs(func, args)``.
 
-Only shapes are looked at. Ours are held to the launchers themselves by tests/triton and
-tests/cuda_host (test_launches.py). Of torch's ops each is one kernel, but for what is listed here;
-a product that cuBLAS splits along its depth has one more, which is not reckoned with.
+Only shapes are looked at, and which factors are the same. Ours are held to the launchers
+themselves by tests/triton and tests/cuda_host (test_launches.py). Of torch's ops each is one
+kernel, but for what is listed here; a product that cuBLAS splits along its depth has one more,
+which is not reckoned with.
 """
 
 from __future__ import annotations
@@ -43,9 +44,16 @@ def _iterations(args: Arguments) -> int:
 
 
 def _kron_products(args: Arguments) -> int:
-    """Two of cuBLAS for a large layer; one launch for all that are small."""
-    large = _large(args)
-    return (2 if args["H_g"] else 1) * large + _tables(len(args["M"]) - large)
+    """One of cuBLAS for every factor of a large layer, or of its tiles: those that share a factor
+    are one product (panels.h). One launch for all that are small."""
+    large = [max(M.shape) > SMALL for M in args["M"]]
+    factors = {
+        (side, H.data_ptr() or id(H))
+        for side in ("H_g", "H_a")
+        for H, counts in zip(args[side], large, strict=False)  # H_g may be left out
+        if counts
+    }
+    return len(factors) + _tables(len(large) - sum(large))
 
 
 def _kron_step(args: Arguments) -> int:

@@ -52,7 +52,10 @@ class Attention(nn.Module):
 
 
 KINDS = (
-    LayerKind("Linear, 1024 to 1024", lambda: nn.Linear(1024, 1024), (1024,), 1024),
+    LayerKind(
+        "Linear, 1024 to 1024, factors whole", lambda: nn.Linear(1024, 1024), (1024,), 1024,
+        {"block_size": None},
+    ),
     LayerKind(
         "the same in blocks of 256", lambda: nn.Linear(1024, 1024), (1024,), 1024,
         {"block_size": 256},

@@ -45,8 +45,10 @@ class CoveredLayer:
         self.mine = True  # this rank makes the layer's P
         self.observer = Observer(name, view, self.bias)
         g_kind = GradientMatrix if settings.memory is None else PairRing
-        a_rows = cut(self.n_a, settings.largest_block, view.unit, self.n_a - d_in)
-        g_rows = cut(n_g // self.groups, settings.largest_block)
+        a_rows = cut(
+            self.n_a, settings.largest_block(view.trailing > 0), view.unit, self.n_a - d_in
+        )
+        g_rows = cut(n_g // self.groups, settings.largest_block())
         # The blocks of both sides.
         self.activations = [ActivationMatrix("a", rows, settings, stack) for rows in a_rows]
         self.gradients = [g_kind("g", rows, settings, stack) for rows in g_rows]

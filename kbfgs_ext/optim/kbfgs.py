@@ -73,8 +73,8 @@ class KBFGS(CoveredOptimizer):
         factor_every: update the activation side (A and H_a) in every factor_every-th step.
         block_size: largest block of a factor. A side of a layer (n_a or n_g) that is longer has a
             block-diagonal factor, of blocks of nearly equal size: its memory grows with the side,
-            not with the square of it. "auto" is 256, with direction="newton" 2048; None makes one
-            block of every side, however long.
+            not with the square of it. "auto" is 256, but 2048 for the inputs of convolutions and
+            with direction="newton"; None makes one block of every side, however long.
         restart_after: put a factor back to its start, on the device, after so many rejected pairs
             in a row; and all of them after so many steps in a row that the safeguard has undone at
             its smallest scale, or with direction="newton" when the loss surges. None never does.

@@ -14,9 +14,10 @@ HESSIAN_ACTIONS = ("ema", "minibatch")
 STEP_LENGTHS = ("direction", "balanced", "layer")
 DIRECTIONS = ("newton", "spectral")
 PRECISIONS = ("highest", "high", "medium")
-# The largest block of a factor where nothing is said. docs/tuning.md has the evidence for 256; with
-# 2048, 16 MiB of float32, every side of the paper's networks is one block.
-BLOCK_SIZES = {"spectral": 256, "newton": 2048}
+# The largest block of a factor where nothing is said: small ones along the polar factor, for which
+# docs/tuning.md has the evidence. With large ones, 16 MiB of float32, every side of the paper's
+# networks is one block.
+SMALL_BLOCK, LARGE_BLOCK = 256, 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +86,15 @@ class Settings:
         """Whether the moving average A is kept."""
         return self.hessian_action == "ema"
 
-    @property
-    def largest_block(self) -> int | None:
-        """Rows of the largest block of a factor; None where a side is one block, however long."""
-        if isinstance(self.block_size, str):
-            return BLOCK_SIZES[self.direction]
-        return self.block_size
+    def largest_block(self, patches: bool = False) -> int | None:
+        """Rows of the largest block of a factor; None where a side is one block, however long.
+
+        ``patches``: the side is that of a convolution's inputs, where statistics are convolutions
+        too, and take about 25 launches for every block.
+        """
+        if not isinstance(self.block_size, str):
+            return self.block_size
+        return SMALL_BLOCK if self.direction == "spectral" and not patches else LARGE_BLOCK
 
     @property
     def rule(self) -> SafeguardRule | None:

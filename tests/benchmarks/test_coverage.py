@@ -28,7 +28,7 @@ def test_rows_and_what_is_left_out(tmp_path, monkeypatch, capsys):
     row = json.loads(line)
     assert (row["layers"], row["parameters"], row["shared_machine"]) == (2, 2690, True)
     assert row["share"] == pytest.approx(2682 / 2690)
-    assert row["factor_bytes"] == 4 * (28**2 + 4**2 + 257**2 + 10**2)
+    assert row["factor_bytes"] == 4 * (28**2 + 4**2 + 129**2 + 128**2 + 10**2)
     assert list(row["not_covered"]) == ["BatchNorm2d is no kind of layer that is covered"]
     assert min(row[name + "_seconds"] for name in ("adamw", "first", "later")) > 0
     monkeypatch.setattr(coverage, "OUT", path)

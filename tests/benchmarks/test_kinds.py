@@ -26,7 +26,7 @@ def test_groups_and_blocks_are_one_call():
     """Torch's kernels and Triton's do not grow with them; CUDA's are one for every 64."""
     conv, grouped = ROWS["Conv2d, 128 to 128, 3 x 3"], ROWS["the same in 32 groups"]
     assert all(b - a <= 8 for a, b in zip(conv["triton"], grouped["triton"], strict=True))
-    whole, blocks = ROWS["Linear, 1024 to 1024"], ROWS["the same in blocks of 256"]
+    whole, blocks = ROWS["Linear, 1024 to 1024, factors whole"], ROWS["the same in blocks of 256"]
     assert whole["triton"] == blocks["triton"]
     assert blocks["factor_bytes"] < whole["factor_bytes"] / 3
 

@@ -200,7 +200,7 @@ def test_quasi_newton_runs_count_what_they_do(images: Dataset, name: str, warm_s
     assert run.status == "complete"
     assert run.rows[0].counters == {}
     pairs = run.rows[1].counters["accepted"] + run.rows[1].counters["rejected"]
-    assert pairs == 8  # a layer each, in the first of two steps
+    assert pairs == 8 + 3  # a block of H_g each, in the first of two steps; 784 outputs have four
     assert (run.warm_start_seconds > 0) == warm_start
     assert run.rows[1].seconds > run.warm_start_seconds
 
