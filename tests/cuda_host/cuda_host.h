@@ -38,6 +38,7 @@ struct Settings {
   int shared_bytes = 64 * 1024;
   bool backwards = false;
   std::vector<Launch> launches;  // since the settings were set
+  int products = 0;              // of cuBLAS, the same
 };
 Settings& settings();
 

@@ -13,7 +13,7 @@ void bind(PyObject* module);  // bindings_cuda.cpp
 PYBIND11_MODULE(KBFGS_HOST_MODULE, module) {
   kbfgs::cuda::bind(module.ptr());
   module.def("set_machine", [](int multiprocessors, int shared_bytes, bool backwards) {
-    cuda_host::settings() = {multiprocessors, shared_bytes, backwards, {}};
+    cuda_host::settings() = {multiprocessors, shared_bytes, backwards, {}, 0};
   });
   // (blocks, threads, shared bytes, cooperative) of every launch since set_machine.
   module.def("launches", [] {
@@ -22,4 +22,5 @@ PYBIND11_MODULE(KBFGS_HOST_MODULE, module) {
       out.append(pybind11::make_tuple(l.blocks, l.threads, l.shared_bytes, l.cooperative));
     return out;
   });
+  module.def("products", [] { return cuda_host::settings().products; });
 }

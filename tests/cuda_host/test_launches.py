@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from benchmarks import launches
+from kbfgs_ext.ops import registry
 from tests.cuda_host.oncpu import run
-from tests.helpers import cases, traffic
+from tests.helpers import calls, cases, compare, kron_cases, traffic
 
 # d_in, d_out of the autoencoders, sizes divided by 10 so that the host gets through them: launches
 # depend on the number of layers and on which are small, not on the sizes beyond that.
@@ -53,13 +54,20 @@ def test_launches_of_all_layers(host, name, build, count, cooperative):
     args = build(torch.float32)
     run(name, args)
     assert len(host.launches()) == count
-    products = 0  # by cuBLAS
-    if name == "polar_":
-        products = (4 * len(args["coefficients"]) // 3 - 1) * len(args["P"])
-    if name == "kron_step_":
-        products = 2 * sum(max(M.shape) > launches.SMALL for M in args["M"])
+    products = host.products()  # by cuBLAS
     assert launches.ours(name, args, "cuda") == count + products
     assert all(launch[3] == cooperative for launch in host.launches())
+
+
+def test_tiles_that_share_a_factor_are_one_product(host):
+    """300 x 420 in 2 x 3 blocks: two products with H_g, three with H_a."""
+    args = kron_cases.kron_precondition_grid([(300, 420)], 2, 3)(torch.float32)
+    truth = calls.run("kron_precondition_", calls.widened(args), "reference")
+    registry.implementation("kron_precondition_", "cuda").run(args)  # and not copies: see oncpu.run
+    assert (len(host.launches()), host.products()) == (0, 2 + 3)
+    assert launches.ours("kron_precondition_", args, "cuda") == 2 + 3
+    for got, wanted in zip(args["P"], truth["P"], strict=True):
+        compare.assert_equal_to(got, wanted, 300, wanted.abs().max().item())
 
 
 MANY = [(3, 2)] * 130  # three tables of 64
@@ -82,8 +90,8 @@ def test_more_layers_than_a_table_holds_are_split(host, name, build, count):
     """The groups of a depthwise convolution, say."""
     args = build(torch.float32)
     run(name, args)
-    products = 15 * 130 if name == "polar_" else 0  # by cuBLAS
-    assert len(host.launches()) == count == launches.ours(name, args, "cuda") - products
+    assert len(host.launches()) == count
+    assert launches.ours(name, args, "cuda") == count + host.products()
 
 
 def test_factors_stay_on_chip_where_they_fit(host):

@@ -34,6 +34,32 @@ def kron_precondition(layers, bias=True, identity=False, condition=10.0, layout=
     return build
 
 
+def kron_precondition_grid(shapes, g, a, shared=False):
+    """The tiles of layers of n_g x n_a with g and a blocks; ``shared`` scratch if asked for."""
+
+    def build(dtype):
+        args = {name: [] for name in ("P", "H_g", "M", "H_a", "work")}
+        scratch = nan_filled((max(n_g * n_a for n_g, n_a in shapes),))[0].to(dtype)
+        for i, (n_g, n_a) in enumerate(shapes):
+            (M,), (P, work) = (
+                in_dtype(dtype, [randn(n_g, n_a, seed=i)]),
+                in_dtype(dtype, nan_filled((n_g, n_a), (n_g, n_a))),
+            )
+            work = scratch[: n_g * n_a].view(n_g, n_a) if shared else work
+            rows, columns = torch.arange(n_g).chunk(g), torch.arange(n_a).chunk(a)
+            H_g = in_dtype(dtype, random_spds(tuple(map(len, rows)), 20 + i))
+            H_a = in_dtype(dtype, random_spds(tuple(map(len, columns)), 30 + i))
+            for own_g, r in zip(H_g, rows, strict=True):
+                for own_a, c in zip(H_a, columns, strict=True):
+                    for name, matrix in (("P", P), ("M", M), ("work", work)):
+                        args[name].append(matrix[r[0] : r[-1] + 1, c[0] : c[-1] + 1])
+                    args["H_g"].append(own_g)
+                    args["H_a"].append(own_a)
+        return args
+
+    return build
+
+
 def momentum(layers, bias=True, mu=0.9, decay=1e-2, ok=None, layout=lambda t: t):
     def build(dtype):
         M = [randn(*shape, seed=i) for i, shape in enumerate(_joined_shapes(layers, bias))]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbfgs_ext import ops
-from tests.helpers import backends, calls, cases, compare
+from tests.helpers import backends, calls, cases, compare, kron_cases
 from tests.helpers.oracles import kron_direction, randn, spd
 
 
@@ -20,6 +20,27 @@ def test_direction_is_the_kronecker_product(backend, n_g, n_a, seed):
     compare.assert_equal_to(P, kron_direction(H_g, M, H_a), n_g + n_a, M.abs().max().item() * 9)
     ops.kron_precondition_([P], [], [M], [H_a], [work], backend=backend)
     compare.assert_equal_to(P, M @ H_a, n_a, M.abs().max().item() * 9)
+
+
+@pytest.mark.parametrize("backend", backends.BOTH)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("identity", [False, True], ids=["", "identity"])
+@pytest.mark.parametrize(("g", "a"), [(1, 1), (3, 1), (1, 4), (3, 4), (9, 9)])
+def test_tiles_of_block_diagonal_factors(backend, threads, identity, g, a):
+    """Of two layers that share their scratch: each as by its dense block-diagonal factors."""
+    shapes = [(40, 90), (70, 33)]
+    args = kron_cases.kron_precondition_grid(shapes, g, a, shared=True)(torch.float64)
+    left = [torch.eye(len(H)).double() for H in args["H_g"]] if identity else args["H_g"]
+    wanted = [H @ M @ H_a for H, M, H_a in zip(left, args["M"], args["H_a"], strict=True)]
+    args["H_g"] = [] if identity else args["H_g"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ops.kron_precondition_(**args, backend=backend)
+    finally:
+        torch.set_num_threads(before)
+    for got, want in zip(args["P"], wanted, strict=True):
+        compare.assert_equal_to(got, want, 160, args["M"][0].abs().max().item() * 100)
 
 
 @pytest.mark.parametrize("backend", backends.BOTH)
