@@ -28,6 +28,7 @@ from benchmarks.step.clock import PHASES
 from benchmarks.step.models import MODELS
 from benchmarks.summary import Row, Spread
 from benchmarks.tables import RESULTS, lines_of, machine, markdown, number, significant
+from benchmarks.tasks import blocks as tasks_blocks
 from benchmarks.tasks import seconds as tasks_seconds
 from benchmarks.tasks.table import tasks
 from kbfgs_ext.bench.cases import APART, BLAS, COMPILED, EAGER, OURS
@@ -350,6 +351,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "physics": physics,
     "tasks": tasks,
     "tasks-seconds": tasks_seconds.table,
+    "tasks-blocks": tasks_blocks.table,
     "coverage": coverage.table,
     "kinds": kinds.table,
     "sixteen-bits": sixteen_bits.table,

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.optimizers import MuonWithAdamW
 from benchmarks.summary import point_text, read_rows
 from benchmarks.tasks import __main__ as command
-from benchmarks.tasks import optimizers, runs, seconds
+from benchmarks.tasks import blocks, optimizers, runs, seconds
 from kbfgs_ext.bench.measure import store
 
 
@@ -113,3 +113,10 @@ def test_by_seconds_the_steps_fit_into_the_other_s_run(tmp_path: Path, monkeypat
 def test_a_step_of_everyone_is_timed_by_the_processor() -> None:
     found = seconds.step_seconds("regression", {"adamw": {"lr": 1e-3}, "kbfgs": {}})
     assert list(found) == ["adamw", "kbfgs"] and all(0 < s < 1 for s in found.values())
+
+
+def test_sizes_of_blocks_are_runs_of_the_same_task(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for _ in range(2):
+        blocks.main(f"--tasks regression --seeds 0 --steps 3 --out {path}".split())
+    assert [row["point"]["block_size"] for row in read_rows(path)] == list(blocks.SIZES)
