@@ -33,6 +33,8 @@ def table() -> str:
     body, places = [], {}
     for task in WIDE:
         mine = [row for row in rows if row["task"] == task]
+        if not mine:
+            continue
         seeds = {row["seed"] for row in mine}
         runs = {size: [r for r in mine if r["point"]["block_size"] == size] for size in SIZES}
         runs[SMALL_BLOCK] = [r for r in of(defaults, task, "kbfgs") if r["seed"] in seeds]
