@@ -64,4 +64,6 @@ def missing(name: str, task: type[Task]) -> str | None:
     """Why ``name`` cannot take the task, or None."""
     if name == "kfac" and task.distribution is None:
         return "K-FAC is written for linear layers and losses that are a distribution's"
+    if name == "soap" and task.double:
+        return "heavyball's SOAP takes no float64"
     return absent(name)

@@ -33,6 +33,7 @@ class Task(ABC):
     measure: ClassVar[str] = "loss"  # what `reached` tells
     # The loss of all outputs at once, of linear layers alone: what K-FAC draws targets for.
     distribution: ClassVar[Loss | None] = None
+    double: ClassVar[bool] = False  # its network is of float64
 
     model: nn.Module
 
@@ -333,6 +334,7 @@ class Equation(Task):
 
     title = "Poisson's equation"
     steps = 500
+    double = True
     measure = "loss; error of the solution for test"
 
     def __init__(self, seed: int) -> None:
