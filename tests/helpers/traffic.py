@@ -149,7 +149,7 @@ def launches(backend: str, what: str, model: list[Layer]) -> int:
     op, _, action = what.partition(", ")
     M = [torch.empty(x.n_g, x.n_a, device="meta") for x in model]
     A, X = (M, []) if action == "ema" or op == "factor_ema_" else ([], M)
-    return counted.ours(op, {"M": M, "H_g": M, "A": A, "X": X}, backend)
+    return counted.ours(op, {"M": M, "H_g": M, "H_a": M, "A": A, "X": X}, backend)
 
 
 def table() -> str:
