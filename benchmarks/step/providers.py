@@ -163,12 +163,12 @@ def fill_memory(opt: KBFGSL) -> None:
     """Let all pairs of the memory be there, as they are after that many steps: a step's cost grows
     with them. Of s = y the factor stays the identity."""
     opt.steps.parts.materialize()
-    for layer in opt.layers:
-        pairs = F.normalize(torch.randn_like(layer["S"]), dim=1)
-        layer["S"].copy_(pairs)
-        layer["Y"].copy_(pairs)
-        layer["rho"].fill_(1.0)
-        layer["pushed"].fill_(len(pairs))
+    for ring in [factor for layer in opt.layers for factor in layer.gradients]:
+        pairs = F.normalize(torch.randn_like(ring["S"]), dim=1)
+        ring["S"].copy_(pairs)
+        ring["Y"].copy_(pairs)
+        ring["rho"].fill_(1.0)
+        ring["pushed"].fill_(len(pairs))
 
 
 def _built(name: str) -> Make:
