@@ -6,7 +6,7 @@
 
 namespace kbfgs::cuda {
 
-// out = left*right. A view costs as much as a launch: what is used twice is made once.
+// out = left*right.
 inline void multiply(
     const TorchTensor& out, const TorchTensor& left, const TorchTensor& right) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), left.get(), right.get()));

@@ -32,7 +32,7 @@ template <typename T>
 void gemm(T* C, int64_t ldc, const Matrix<T>& A, const Matrix<T>& B, double alpha, double beta) {
   constexpr int64_t line = kLine / sizeof(T), elements = kPanelBytes / sizeof(T);
   const bool lies_well = reinterpret_cast<uintptr_t>(C) % kLine == 0 && ldc % line == 0;
-  const int64_t ld = (B.cols + line - 1) / line * line, most = std::min(kPanelRows, elements / ld);
+  const int64_t ld = rounded_up(B.cols), most = std::min(kPanelRows, elements / ld);
   if (lies_well || beta != 0 || A.cols < kWorth || B.cols < 2 * line || most < line)
     return product(C, ldc, A, B, alpha, beta);
 

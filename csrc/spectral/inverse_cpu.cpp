@@ -114,18 +114,17 @@ std::vector<Halves<T>> halves(const Places<T>& all, int64_t k, int64_t ld) {
   return out;
 }
 
-// Calls body(place) for every matrix, in parallel.
+// Calls body(matrix, work) for every matrix, in parallel.
 template <typename T, class Body>
 void one_by_one(const Places<T>& all, int64_t k, const Body& body) {
   const int64_t count = static_cast<int64_t>(all.size());
-  parallel_units(count, count * k * k, [&](int64_t i) { body(Places<T>{all[i]}); });
+  parallel_units(
+      count, count * k * k, [&](int64_t i) { body(all[i].first, all[i].second); });
 }
 
 template <class Body, typename T>
 void directly(const Places<T>& all, int64_t k, int64_t ld) {
-  const int64_t count = static_cast<int64_t>(all.size());
-  parallel_units(
-      count, count * k * k, [&](int64_t i) { vectorised<Body>(all[i].first, k, ld); });
+  one_by_one(all, k, [&](T* M, T*) { vectorised<Body>(M, k, ld); });
 }
 
 // V in place of M, zeros below the diagonal.
@@ -133,7 +132,7 @@ template <typename T>
 void roots(const Places<T>& all, int64_t k, int64_t ld) {
   if (k <= kDirect) return directly<RootBody>(all, k, ld);
   if (k <= kAlone && all.size() > 1)
-    return one_by_one(all, k, [&](const Places<T>& one) { roots(one, k, ld); });
+    return one_by_one(all, k, [&](T* M, T* W) { roots(Places<T>{{M, W}}, k, ld); });
   const auto parts = halves(all, k, ld);
   const int64_t h = parts[0].h, rest = parts[0].rest;
   using H = Halves<T>;
@@ -165,7 +164,7 @@ template <typename T>
 void squares(const Places<T>& all, int64_t k, int64_t ld) {
   if (k <= kDirect) return directly<SquareBody>(all, k, ld);
   if (k <= kAlone && all.size() > 1)
-    return one_by_one(all, k, [&](const Places<T>& one) { squares(one, k, ld); });
+    return one_by_one(all, k, [&](T* M, T* W) { squares(Places<T>{{M, W}}, k, ld); });
   const auto parts = halves(all, k, ld);
   const int64_t h = parts[0].h, rest = parts[0].rest;
   using H = Halves<T>;
