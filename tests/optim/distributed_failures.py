@@ -21,16 +21,23 @@ from tests.optim.models import snapshot as tensors_of
 from tests.optim.ranks import World, batches, half_square, steps
 
 
+def started(world: World, plain: bool, number: int = 3, **options: Any) -> tuple:
+    """A network, what is trained (itself or its DDP), the optimizer after so many steps, and the
+    parameters as they are then."""
+    x, y = batches()
+    model = net()
+    run: nn.Module = model if plain else DDP(model)
+    opt = newton(run, process_group=dist.group.WORLD, **options)
+    steps(run, opt, x[world.slices()], y[world.slices()], number, half_square)
+    return model, run, opt, {name: p.clone() for name, p in model.named_parameters()}
+
+
 def not_finite_on_one_rank(world: World) -> None:
     """A NaN in the first pass of one rank voids the step on all; one in the second undoes it."""
     x, y = batches()
     mine = world.slices()
     for plain in (False, True):
-        model = net()
-        run: nn.Module = model if plain else DDP(model)
-        opt = newton(run, process_group=dist.group.WORLD)
-        steps(run, opt, x[mine], y[mine], 3, half_square)
-        before = {name: p.clone() for name, p in model.named_parameters()}
+        model, run, opt, before = started(world, plain)
         bad = x[mine].clone()
         if world.rank == 1:
             bad[0, 0] = float("nan")
@@ -56,11 +63,7 @@ def a_rank_raises(world: World) -> None:
     x, y = batches()
     mine = world.slices()
     for plain in (False, True):
-        model = net()
-        run: nn.Module = model if plain else DDP(model)
-        opt = newton(run, process_group=dist.group.WORLD)
-        steps(run, opt, x[mine], y[mine], 3, half_square)
-        before = {name: p.clone() for name, p in model.named_parameters()}
+        model, run, opt, before = started(world, plain)
         for where in ("before", "after", "second", "loss"):
             if where == "before" and not plain:
                 continue  # the others wait inside DDP
@@ -107,11 +110,7 @@ def an_op_fails(world: World) -> None:
             (3, "kron_step_", False),  # a step without a second pass
             (3, "bfgs_update_", True),
         ):
-            model = net()
-            run: nn.Module = model if plain else DDP(model)
-            opt = newton(run, process_group=dist.group.WORLD, pair_every=2)
-            steps(run, opt, x[mine], y[mine], before_it, half_square)
-            before = {name: p.clone() for name, p in model.named_parameters()}
+            model, run, opt, before = started(world, plain, before_it, pair_every=2)
 
             def train(number: int, opt=opt, run=run) -> None:
                 steps(run, opt, x[mine], y[mine], number, half_square)
