@@ -1,10 +1,11 @@
 """What is covered of networks that people train: ``python -m benchmarks.coverage``.
 
 Networks of torchvision, timm and transformers, built without weights, with a batch of 16 random
-images of 32 x 32, or of 16 random sequences of 32 tokens. A row per network: the share of trained
-parameters in covered layers, the bytes of the factors, and seconds of a step of fused AdamW, of
-K-BFGS's first step, which starts the factors, and of a later one. A network whose package is not
-installed is left out with its name. ``pip install ".[networks]"`` has them all.
+images of 32 x 32, or of 16 random sequences of 32 tokens, unless the name says more. A row per
+network: the share of trained parameters in covered layers, the bytes of the factors, and seconds of
+a step of fused AdamW, of K-BFGS's first step, which starts the factors, and of a later one. A
+network whose package is not installed is left out with its name. ``pip install ".[networks]"`` has
+them all.
 """
 
 from __future__ import annotations
@@ -38,20 +39,22 @@ Row = dict[str, Any]
 class Network:
     """A network of a package.
 
-    ``build`` takes the package; ``vocabulary`` is that of a language model, None of one for images.
+    ``build`` takes the package; ``vocabulary`` is that of a language model, None of one for images;
+    ``size`` is the batch's.
     """
 
     name: str
     package: str
     build: Callable[[Any], nn.Module]
     vocabulary: int | None = None
+    size: int = BATCH
 
     def batch(self) -> Batch:
         """Random inputs and targets."""
         if self.vocabulary is not None:
-            tokens = torch.randint(self.vocabulary, (BATCH, TOKENS))
+            tokens = torch.randint(self.vocabulary, (self.size, TOKENS))
             return tokens, tokens
-        return torch.randn(BATCH, 3, IMAGE, IMAGE), torch.randint(CLASSES, (BATCH,))
+        return torch.randn(self.size, 3, IMAGE, IMAGE), torch.randint(CLASSES, (self.size,))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy."""
@@ -91,6 +94,7 @@ def _timm(name: str, **options: Any) -> Callable[[Any], nn.Module]:
 
 NETWORKS = [
     Network("resnet18", "torchvision", _torchvision("resnet18")),
+    Network("resnet18, batch 128", "torchvision", _torchvision("resnet18"), size=128),
     Network("resnet50", "torchvision", _torchvision("resnet50")),
     Network("convnext_tiny", "torchvision", _torchvision("convnext_tiny")),
     Network("mobilenet_v2", "torchvision", _torchvision("mobilenet_v2")),
