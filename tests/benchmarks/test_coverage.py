@@ -46,5 +46,5 @@ def test_words_choose_networks(tmp_path, monkeypatch, capsys):
 def test_every_network_has_a_batch_and_a_package():
     for network in coverage.NETWORKS:
         x, target = network.batch()
-        assert len(x) == len(target) == coverage.BATCH
+        assert len(x) == len(target) == network.size
         assert network.package in ("torchvision", "timm", "transformers")
