@@ -20,8 +20,9 @@ the store that all processes have: their own error, at the group's timeout, is r
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,9 @@ class Exchange(Alone):
 
     alone = False
     sharded = False  # a rank has but parts of the parameters
+    # By the group's name: a note is for one optimizer. None is wiped as another rank, made later,
+    # would wipe what a faster one has written.
+    _made: ClassVar[Counter[str]] = Counter()
 
     def __init__(self, group: Any, wrappers: Sequence[DDP], device: torch.device) -> None:
         super().__init__(wrappers)
@@ -67,7 +71,9 @@ class Exchange(Alone):
         self._passed = False  # a backward of this pass has gone through DDP
         self._busy = False  # the others wait for, or come to, something else than the vector
         self._apart = False  # one rank has failed, and its state may lack what the others' has
-        self._leave("")
+        self._made[group.group_name] += 1
+        self._key = f"kbfgs_ext: who failed in {group.group_name}, {self._made[group.group_name]}"
+        self._noted = False
 
     def _lay_out(self, layers: list[CoveredLayer], parameters: Tensors) -> None:
         """Make the vector for these."""
@@ -148,10 +154,6 @@ class Exchange(Alone):
             dist.all_reduce(self.vector, group=self.group)
             self._apart = True
             self._failures(f"{type(error).__name__}: {error}")
-
-    @property
-    def _key(self) -> str:
-        return f"kbfgs_ext: who failed in {self.group.group_name}"
 
     def _leave(self, note: str) -> None:
         self._noted = bool(note)
