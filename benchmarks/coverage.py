@@ -5,7 +5,7 @@ images of 32 x 32, or of 16 random sequences of 32 tokens, unless the name says 
 network: the share of trained parameters in covered layers, the bytes of the factors, and seconds of
 a step of fused AdamW, of K-BFGS's first step, which starts the factors, and of a later one. A
 network whose package is not installed is left out with its name. ``pip install ".[networks]"`` has
-them all.
+them all. On a GPU a later step is one as a CUDA graph too, where the network has no dropout.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.step.captured import captured
 from kbfgs_ext import KBFGS
 from kbfgs_ext.bench.environment import environment
 from kbfgs_ext.bench.measure import load, store
 
 OUT = Path(__file__).resolve().parent / "results" / "coverage.jsonl"
 BATCH, IMAGE, TOKENS, CLASSES = 16, 32, 32, 10
+MADE_BY = 30  # steps after which both graphs are there, of steps with a second pass and without
 Batch = tuple[Tensor, Tensor]
 Row = dict[str, Any]
 
@@ -49,12 +51,13 @@ class Network:
     vocabulary: int | None = None
     size: int = BATCH
 
-    def batch(self) -> Batch:
+    def batch(self, device: torch.device) -> Batch:
         """Random inputs and targets."""
         if self.vocabulary is not None:
-            tokens = torch.randint(self.vocabulary, (self.size, TOKENS))
+            tokens = torch.randint(self.vocabulary, (self.size, TOKENS)).to(device)
             return tokens, tokens
-        return torch.randn(self.size, 3, IMAGE, IMAGE), torch.randint(CLASSES, (self.size,))
+        images = torch.randn(self.size, 3, IMAGE, IMAGE)
+        return images.to(device), torch.randint(CLASSES, (self.size,)).to(device)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy."""
@@ -106,16 +109,22 @@ NETWORKS = [
 ]
 
 
-def measure(network: Network, package: Any, steps: int) -> Row:
+def measure(network: Network, package: Any, steps: int, device: torch.device) -> Row:
     """The row of a network; AdamW takes ``steps`` steps, and K-BFGS as many after its first."""
     torch.manual_seed(0)
-    batch = network.batch()
-    model = network.build(package).train()
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch = network.batch(device)
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return network.build(package).train().to(device)
+
+    model = made()
+    on_gpu = device.type == "cuda"
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=on_gpu)
     plain = _seconds(network, model, adamw, batch, 1 + steps)
+    replays = {"adamw_captured": _replay(network, model, adamw, batch, steps)}
     del adamw
-    torch.manual_seed(0)
-    model = network.build(package).train()
+    model = made()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of what it leaves to the fallback
         opt = KBFGS(model)
@@ -133,6 +142,9 @@ def measure(network: Network, package: Any, steps: int) -> Row:
         "bytes": opt.memory_usage()["total"],
     }
     seconds = _seconds(network, model, opt, batch, 1 + steps)
+    replays["later_captured"] = _replay(network, model, opt, batch, steps)
+    if on_gpu:
+        row |= replays
     return row | {
         "adamw_seconds": statistics.median(plain[1:]),
         "first_seconds": seconds[0],
@@ -165,15 +177,42 @@ def _seconds(
 
     taken = []
     for _ in range(steps):
+        _wait(batch)
         begin = time.perf_counter()
         opt.step(closure)
+        _wait(batch)
         taken.append(time.perf_counter() - begin)
     return taken
 
 
+def _wait(batch: Batch) -> None:
+    if batch[0].is_cuda:
+        torch.cuda.synchronize()
+
+
+def _replay(
+    network: Network, model: nn.Module, opt: torch.optim.Optimizer, batch: Batch, steps: int
+) -> float | None:
+    """Seconds of a step as a CUDA graph; None without a GPU, or where there is dropout."""
+    x, target = batch
+    if not x.is_cuda or any(
+        getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in model.modules()
+    ):
+        return None
+    step = captured(opt, lambda x: network.loss(model, (x, target)))
+    for _ in range(MADE_BY):
+        step(x)
+    _wait(batch)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        step(x)
+    _wait(batch)
+    return (time.perf_counter() - begin) / steps
+
+
 def table() -> str:
     """The rows as Markdown."""
-    rows = load(OUT)
+    rows = [row for row in load(OUT) if row["device_type"] == "cpu"]
     heads = ["network", "parameters", "layers", "covered", "factors, MiB", "AdamW, s", "first, s"]
     lines = [[*heads, "later, s", "most of the rest"], ["---", *["---:"] * 7, "---"]]
     for row in rows:
@@ -212,6 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="*", help="words in the names of those to measure")
     parser.add_argument("--steps", type=int, default=10, help="later steps that are timed")
     parser.add_argument("--shared", action="store_true", help="the machine has other work to do")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=Path, default=OUT, help="where the rows go")
     args = parser.parse_args(arguments)
     for network in NETWORKS:
@@ -222,8 +262,9 @@ def main(arguments: list[str] | None = None) -> None:
         except ImportError:
             print(f"{network.name}: left out, {network.package} is not installed")
             continue
-        row = measure(network, package, args.steps)
-        store(args.json, [row | {"shared_machine": args.shared} | environment()], ("network",))
+        row = measure(network, package, args.steps, args.device)
+        row |= {"shared_machine": args.shared} | environment(args.device)
+        store(args.json, [row], ("network", "device_type"))
         print(
             f"{network.name}: {row['share']:.1%} of {row['parameters'] / 1e6:.1f} M covered,"
             f" {row['factor_bytes'] / 2**20:.0f} MiB of factors; a step of AdamW"

@@ -50,7 +50,9 @@ def stages(out: Path) -> list[Stage]:
     """
     python = sys.executable
     cores = os.cpu_count() or 4
-    workers = ["-n", str(min(cores, 14))] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(min(cores, 14)), "--dist", "loadgroup"]
+    if not importlib.util.find_spec("xdist"):
+        workers = []
 
     def tests(name: str, seconds: float, *what: str) -> Stage:
         junit = out / f"{name}.xml"

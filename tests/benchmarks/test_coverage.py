@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from torch import nn
 
 from benchmarks import coverage
@@ -45,6 +46,6 @@ def test_words_choose_networks(tmp_path, monkeypatch, capsys):
 
 def test_every_network_has_a_batch_and_a_package():
     for network in coverage.NETWORKS:
-        x, target = network.batch()
+        x, target = network.batch(torch.device("cpu"))
         assert len(x) == len(target) == network.size
         assert network.package in ("torchvision", "timm", "transformers")

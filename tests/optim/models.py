@@ -31,8 +31,10 @@ def mlp(*sizes: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> n
 
 
 def rows(m: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """m x d normal numbers."""
-    return torch.randn(m, d, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    """m x d normal numbers, the same on every device."""
+    numbers = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(m, d, dtype=dtype, generator=numbers, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def closure_of(

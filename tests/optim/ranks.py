@@ -1,6 +1,6 @@
-"""One of several processes that run the cases of distributed_cases.py, over gloo:
+"""One of several processes that run the cases of distributed_cases.py and its like:
 
-    python -m tests.optim.ranks RANK DIRECTORY PLAN
+    python -m tests.optim.ranks RANK DIRECTORY PLAN BACKEND DEVICE
 
 Every case runs in all processes at once; what each has to say of it goes to DIRECTORY/RANK.json.
 """
@@ -157,7 +157,9 @@ def compare(
     return opt
 
 
-def main(rank: int, directory: Path, plan: list[tuple[int, list[str]]]) -> None:
+def main(
+    rank: int, directory: Path, plan: list[tuple[int, list[str]]], backend: str, device: str
+) -> None:
     """Run the plan: numbers of processes, of which this is one or not, and their cases.
 
     What each rank has to say of each case is "" or a traceback.
@@ -177,13 +179,14 @@ def main(rank: int, directory: Path, plan: list[tuple[int, list[str]]]) -> None:
         cases |= vars(module)
 
     torch.set_num_threads(1)
+    torch.set_default_device(device)
     warnings.simplefilter("ignore")
     said = {}
     for i, (size, names) in enumerate(plan):
         if rank >= size:
             continue
         store = dist.FileStore(str(directory / f"store{i}"), size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         world = World(rank, size, directory)
         for name in names:
             torch.manual_seed(0)
@@ -201,4 +204,5 @@ def main(rank: int, directory: Path, plan: list[tuple[int, list[str]]]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+    _, own, folder, cases, *where = sys.argv
+    main(int(own), Path(folder), json.loads(cases), *where)

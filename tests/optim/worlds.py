@@ -13,7 +13,6 @@ import pytest
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
-PROCESSES = 4
 Plan = list[tuple[int, Sequence[str]]]  # numbers of processes, and the cases that they run
 LIMIT = 600  # seconds for all of them: a machine that does much else is slow at waiting, too
 marks = [
@@ -29,25 +28,29 @@ def cases_of(plan: Plan) -> list[tuple[int, str]]:
     return [(size, name) for size, names in plan for name in names]
 
 
-def run(plan: Plan, directory: Path) -> list[dict[str, str]]:
+def run(
+    plan: Plan, directory: Path, backend: str = "gloo", device: str = "cpu"
+) -> list[dict[str, str]]:
     """What each rank says of each case."""
+    ranks = range(max(size for size, _ in plan))
+    what = [str(directory), json.dumps(plan), backend, device]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.optim.ranks", str(rank), directory, json.dumps(plan)],
+            [sys.executable, "-m", "tests.optim.ranks", str(rank), *what],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(PROCESSES)
+        for rank in ranks
     ]
     try:
         output = [process.communicate(timeout=LIMIT - 20)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    paths = [directory / f"{rank}.json" for rank in range(PROCESSES)]
+    paths = [directory / f"{rank}.json" for rank in ranks]
     return [
         {**(json.loads(path.read_text()) if path.exists() else {}), "output": text}
         for path, text in zip(paths, output, strict=True)
