@@ -68,7 +68,7 @@ def stages(out: Path) -> list[Stage]:
             {"TORCH_CUDA_ARCH_LIST": _architecture(), "MAX_JOBS": str(cores)},
             prepares=True,
         ),
-        tests("steps", 120, "tests/gpu", "--ignore=tests/gpu/test_ops.py"),
+        tests("steps", 150, "tests/gpu", "--ignore=tests/gpu/test_ops.py"),
         tests("ops", 180, "tests/gpu/test_ops.py"),
     ]
     if shutil.which("compute-sanitizer"):
