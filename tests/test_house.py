@@ -1,5 +1,6 @@
 """The house: one name per family everywhere, files of readable size, documents that run."""
 
+import ast
 import importlib
 import inspect
 import re
@@ -16,6 +17,7 @@ from kbfgs_ext.ops import registry
 from tests.helpers import backends, calls, traffic
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "kbfgs_ext"
 LONGEST_FILE = 400  # lines
 
 
@@ -225,3 +227,24 @@ def test_only_unsupported_falls_through(monkeypatch):
                 torch.ops.kbfgs_ext.bfgs_update_(*args)
         with pytest.raises(registry.Unsupported if error is None else error):
             torch.ops.kbfgs_ext.bfgs_update_(*args, backend="cpu")
+
+
+FACTORIES = {
+    "arange", "asarray", "as_tensor", "empty", "empty_strided", "eye", "from_numpy", "frombuffer",
+    "full", "linspace", "ones", "rand", "randint", "randn", "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+
+
+def test_whatever_is_made_has_a_named_device():
+    """What `torch.set_default_device` says is of the user's tensors, not of ours."""
+    nowhere = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "torch"
+        and (node.func.attr in FACTORIES or (node.func.attr == "Generator" and not node.args))
+        and "device" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert not nowhere, "\n".join(nowhere)

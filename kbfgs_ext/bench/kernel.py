@@ -46,11 +46,11 @@ class Numbers:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = torch.Generator("cpu").manual_seed(self.seed)
 
     def normal(self, *shape: int) -> Tensor:
         """Normal numbers."""
-        return torch.randn(*shape, generator=self._generator).to(self.device)
+        return torch.randn(*shape, generator=self._generator, device="cpu").to(self.device)
 
     def vector(self, n: int) -> Tensor:
         """A vector of length near 1."""

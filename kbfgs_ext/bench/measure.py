@@ -140,7 +140,7 @@ class Bench:
 
 def quantile(values: list[float], q: float) -> float:
     """The quantile, interpolated."""
-    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
+    return float(torch.tensor(values, dtype=torch.float64, device="cpu").quantile(q))
 
 
 def load(path: Path) -> list[Row]:

@@ -100,7 +100,7 @@ class Tables:
         return table
 
     def _upload(self, words: list[int], device: torch.device) -> torch.Tensor:
-        host = torch.tensor(words, dtype=torch.int64)
+        host = torch.tensor(words, dtype=torch.int64, device="cpu")
         if device.type != "cuda":
             return host
         staging = self._pinned(host.numel(), device)
@@ -113,10 +113,11 @@ class Tables:
         They come in blocks of at least 64 Ki words (512 KB, some 300 tables), because memory cannot
         be page-locked during a capture: the warm-up steps before it make the block.
         """
-        block, used = self._staging.get(device, (torch.empty(0), 0))
+        block, used = self._staging.get(device, (torch.empty(0, device="cpu"), 0))
         if used + size > block.numel():
             room = max(1 << 16, TABLES_IN_A_BLOCK * size)
-            block, used = torch.empty(room, dtype=torch.int64, pin_memory=True), 0
+            block = torch.empty(room, dtype=torch.int64, device="cpu", pin_memory=True)
+            used = 0
         self._staging[device] = block, used + size
         self._keep(block, device)
         return block[used : used + size]

@@ -67,7 +67,7 @@ class Observer:
         self._accumulators: dict[int, tuple[Any, Any]] = {}
         self._zeros: dict[int, tuple[Any, int]] = {}  # gradients that `note_zeros` has seen
         self._means: list[torch.Tensor] = []  # d_in each: of the second use of a pass and on
-        self.begin(None, torch.empty(0), keep_inputs=False)
+        self.begin(None, torch.empty(0, device="cpu"), keep_inputs=False)
 
     def begin(self, a_bar: torch.Tensor | None, g_bar: torch.Tensor, keep_inputs: bool) -> None:
         """Start a pass.

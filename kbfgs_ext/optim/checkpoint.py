@@ -64,7 +64,7 @@ def pack(
         at += len(group["params"])
     entries: dict[int, dict[str, Any]] = {}  # by the parameter, of which a layer may be a part
     for layer in layers:
-        progress = torch.tensor([int(layer.started), layer.warm_batches])
+        progress = torch.tensor([int(layer.started), layer.warm_batches], device="cpu")
         for p in layer.parameters():
             entries.setdefault(id(p), {"progress": progress.clone()})
         kept = {layer.prefix + name: tensor for name, tensor in layer.kept.items()}

@@ -61,7 +61,7 @@ class CoveredLayer:
         # Of the names of its tensors in a checkpoint, where the weight's other parts have theirs.
         self.prefix = f"{view.name}." if view.rows is not None else ""
         self.scratch: dict[str, torch.Tensor] = {}
-        self._no_bias = torch.empty(0)
+        self._no_bias = torch.empty(0, device="cpu")
         self._aside = False  # the weight lies so in memory that ops work on a copy
         self._settings = settings
 

@@ -98,12 +98,10 @@ class Exchange(Alone):
     def _exchange(self, kind: int, rows: Sequence[float], blind: Sequence[bool]) -> list[float]:
         """Sum the vector over the ranks; its sums of numbers, on the host. RankError if not all
         ranks are here, or one has failed."""
-        layers, moves = len(self._layers), [float(id(p) in self._moved) for p in self._parameters]
-        head = [kind, self._number, 0.0, self._weight]
-        self.vector[:LOSS].copy_(torch.tensor(head, dtype=self.vector.dtype))
-        counts = torch.tensor([*rows, *map(float, blind)], dtype=self.vector.dtype)
-        self.vector[HEAD : HEAD + 2 * layers].copy_(counts)
-        self.vector[HEAD + 2 * layers : self._told].copy_(torch.tensor(moves))
+        moves = [float(id(p) in self._moved) for p in self._parameters]
+        head, counts = [kind, self._number, 0.0, self._weight], [*rows, *map(float, blind), *moves]
+        for place, numbers in (slice(LOSS), head), (slice(HEAD, self._told), counts):
+            self.vector[place] = torch.tensor(numbers, dtype=self.vector.dtype, device="cpu")
         self._kind = kind
         try:
             with torch.profiler.record_function("kbfgs_ext: exchange"):

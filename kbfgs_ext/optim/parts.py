@@ -299,11 +299,11 @@ class Parts:
     def __init__(self, settings: Settings, device: torch.device, piece: int | None = None) -> None:
         self.groups: list[Group] = []
         self.layers: list[CoveredLayer] = []  # of all groups
-        self.slopes = torch.empty(0)  # those of all layers, for one sum
+        self.slopes = torch.empty(0, device=device)  # those of all layers, for one sum
         self._settings, self._device = settings, device
         self._piece = None if settings.step_length == "balanced" else piece  # that is of all
         self._known: dict[tuple, list[Part]] = {}
-        self._product = torch.empty(0)
+        self._product = torch.empty(0, device=device)
         self._made = 0  # layers that have their tensors
 
     def add(self, group: Group) -> None:

@@ -88,7 +88,8 @@ class Shard:
         mesh = weight.device_mesh
         dim, ranks = weight.placements[-1].dim, mesh.size(mesh.ndim - 1)
         # Where the dimension that is cut is found when outputs come first.
-        marked = view.outputs_first(torch.empty([1 + (i == dim) for i in range(weight.dim())]))
+        shape = [1 + (i == dim) for i in range(weight.dim())]
+        marked = view.outputs_first(torch.empty(shape, device="cpu"))
         if marked.shape[0] != 2:
             raise NotImplementedError(
                 f"layer '{name}' is sharded by its inputs, and ranks must have whole rows:"

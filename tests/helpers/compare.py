@@ -85,7 +85,8 @@ def entered(op: str, args: calls.Args, before: torch.Tensor, truth: torch.Tensor
         return spectral_cases.slope(args["coefficients"])
     largest = error(before, torch.zeros_like(before))
     if op in ("bfgs_update_", "curvature_update_"):
-        return 2 * largest  # (9) is a difference of terms that are larger than H
+        # (9) is a difference of terms that are larger than H, of pairs that are differences too.
+        return 4 * largest
     return largest
 
 

@@ -157,3 +157,32 @@ def test_reentrant_checkpointing_is_refused():
 
     with pytest.raises(RuntimeError, match="layer '0'.*use_reentrant=False"):
         opt.step(closure)
+
+
+@METHODS
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"direction": "spectral", "lr": 0.02, "pair_every": 2}, {"hessian_action": "ema"}],
+    ids=["paper", "spectral", "ema"],
+)
+def test_the_default_device_is_the_user_s_own(method, backend, options):
+    """What `torch.set_default_device` says moves nothing of ours: with "meta" it would have no
+    values."""
+    runs = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+        x, target = rows(12, 5, torch.float32), rows(12, 3, torch.float32, seed=1)
+        with torch.device(device):
+            opt = method(model, backend=backend, **options)
+            closure = closure_of(model, opt, x, target)
+            opt.warm_start([x[:6], x[6:]])
+            for _ in range(3):
+                opt.step(closure)
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            for _ in range(3):
+                opt.step(closure)
+            opt.explain(), opt.summary(), opt.memory_usage(), opt.coverage()
+        runs.append({**snapshot(model, opt), **opt.counters()})
+    assert_same(*runs)
