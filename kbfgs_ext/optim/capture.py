@@ -191,13 +191,18 @@ class Observer:
         return False
 
     def _accumulator(self, leaf: torch.Tensor) -> Any:
-        """The node of the graph that fills ``leaf.grad``; it stays, unless the leaf is cast."""
+        """The node of the graph that fills ``leaf.grad``; it stays, unless the leaf is cast, or
+        passes go to another stream."""
         key = leaf.dtype, leaf.device
         known = self._accumulators.get(id(leaf))
         if known is None or known[0] != key:
             known = key, torch.autograd.graph.get_gradient_edge(leaf).node
             self._accumulators[id(leaf)] = known
         return known[1]
+
+    def forget_accumulators(self) -> None:
+        """Let go of those nodes, so that autograd makes new ones on the present stream."""
+        self._accumulators.clear()
 
     def _check_fresh(self) -> None:
         """The first backward of a step must not add to gradients from before."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -59,6 +60,7 @@ class Rows(Inputs):
     """Rows as they are."""
 
     X: torch.Tensor
+    part_of: tuple[Rows, slice] | None = None  # whose columns these are, and which of them
 
     @property
     def m(self) -> int:  # type: ignore[override]
@@ -69,13 +71,24 @@ class Rows(Inputs):
         return Rows(torch.cat([self.X, *(other.X for other in others)])) if others else self
 
     def columns(self, these: slice) -> Rows:
-        return Rows(self.X[:, these])
+        return Rows(self.X[:, these], (self, these))
 
     def mean(self, out: torch.Tensor) -> None:
         torch.mean(self.X, 0, dtype=out.dtype, out=out)
 
     def of_the_same_square(self, like: torch.Tensor) -> torch.Tensor:
-        return self.X
+        if self.part_of is None or not self.X.is_cuda:
+            return self.X
+        whole, these = self.part_of
+        return whole.roots[:, these]
+
+    @functools.cached_property
+    def roots(self) -> torch.Tensor:
+        """The root mean square of every column, as one row: a GPU reads them at once, where blocks
+        of columns would be a launch each."""
+        wide = torch.promote_types(self.X.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(self.X, dim=0, keepdim=True, dtype=wide)
+        return norms.mul_(max(self.m, 1) ** -0.5)
 
     def average(
         self, A: list[torch.Tensor], a_bar: torch.Tensor, decay: float, ok: Any, backend: str

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from kbfgs_ext.optim.process import Alone
 
 
+def current_stream(device: torch.device) -> Any:
+    """That of a GPU, else None."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 Seen = list[tuple[Observer, View]]  # the layers that one call is of, by their places in its output
 
 
@@ -33,6 +38,8 @@ class Recorder:
         self.process = process
         # Whose bias gradient a backward has filled, by its number: backwards may be nested.
         self._noted: dict[int, list[Observer]] = {}
+        self._observers: list[Observer] = []
+        self._stream: Any = None  # of the last pass, on a GPU
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._hooks: dict[int, ModuleHook] = {}  # by the module
         self._places: list[
@@ -50,6 +57,7 @@ class Recorder:
                 self._handles += handles
                 self._places.append((cast(Any, module._forward_hooks), handle.id))
             hook.seen.append((observer, view))
+        self._observers.append(observer)
         observer.gradient_hook = GradientHook(self, observer)
         if observer.bias is not None:
             handle = observer.bias.register_post_accumulate_grad_hook(observer.gradient_hook)
@@ -72,8 +80,18 @@ class Recorder:
             if next(iter(hooks), ours) != ours and ours in hooks:
                 hooks.move_to_end(ours, last=False)
         CallsByHand.forget(self)
+        self._follow(current_stream(self._observers[0].weight.device))
         self.at, self.in_the_dark = which, False
         self._noted.clear()
+
+    def _follow(self, stream: Any) -> None:
+        """Passes are on ``stream`` now. Nodes that fill gradients belong to the stream they were
+        made on: kept from an ordinary step they would draw its stream into a capture, which fails.
+        """
+        if stream != self._stream:
+            self._stream = stream
+            for observer in self._observers:
+                observer.forget_accumulators()
 
     def note_gradient(self, observer: Observer) -> None:
         """A backward pass has filled a bias's gradient. All of them are kept at its end, in one

@@ -159,6 +159,32 @@ def test_captured_steps_are_the_ordinary_ones(method, network, half):
     torch.testing.assert_close(mine, weights, rtol=rel, atol=rel)
 
 
+@DEFAULTS
+@pytest.mark.parametrize("network", ["linear", "norm", "convolutions"])
+def test_captured_steps_may_follow_ordinary_ones(method, network):
+    """And be followed by them: autograd's nodes belong to the stream of the step that made them."""
+    ends = []
+    for captured in (False, True):
+        model, opt = made(method, network, pair_every=PERIOD)
+        loss_of = losses_of(model)
+        replay = CapturedStep(opt, loss_of)
+        losses = []
+        for k in range(8 * PERIOD):
+            x, target = batch(network, k)
+
+            def closure(opt=opt, loss_of=loss_of, x=x, target=target):
+                opt.zero_grad()
+                loss = loss_of(x, target)
+                loss.backward()
+                return loss
+
+            ordinary = not captured or k < PERIOD or k >= 7 * PERIOD
+            losses.append((opt.step(closure) if ordinary else replay(x, target)).item())
+        assert replay.captured is captured
+        ends.append(losses)
+    assert ends[1] == pytest.approx(ends[0], rel=1e-4)
+
+
 @ALL
 @DEFAULTS
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kbfgs_ext import KBFGS, CapturedStep
-from kbfgs_ext.optim import graph, hyper
+from kbfgs_ext.optim import graph, hyper, recorder
 from tests.helpers.tape import Tape
 from tests.optim.captured import CapturedRun
 from tests.optim.models import METHODS, assert_same, mlp, newton, newton_l, rows, snapshot
@@ -301,3 +301,16 @@ def test_all_warm_up_steps_run_on_one_stream(monkeypatch):
     for seed in range(3):
         step._on_the_side((rows(8, 5, seed=seed),))
     assert len(made) == 1
+
+
+def test_nodes_of_autograd_are_made_anew_on_another_stream(monkeypatch):
+    """One kept from an ordinary step would draw its stream into a capture."""
+    stream = [1]
+    monkeypatch.setattr(recorder, "current_stream", lambda device: stream[0])
+    _, opt, step = made()
+    for stream[0], kept in ((1, False), (1, True), (2, False), (2, True), (1, False)):
+        step(*BATCHES[0])
+        for layer in opt.layers:
+            seen = layer.observer._accumulator(layer.bias).metadata
+            assert bool(seen) is kept
+            seen["here"] = True

@@ -106,7 +106,11 @@ def _right(
     for k0 in tl.range(0, n_a, DEPTH):
         k = k0 + tl.arange(0, DEPTH)
         left = tile_of(row, LEFT, i, k, n_g, n_a, T)
-        h = tl.trans(tile_of(row, H_A, j, k, n_a, n_a, T))  # H_a is symmetric: along its rows
+        # H_a is symmetric. Tensor cores take it along its rows as well; else rows are its k.
+        if PRECISION == "ieee":
+            h = tile_of(row, H_A, k, j, n_a, n_a, T)
+        else:
+            h = tl.trans(tile_of(row, H_A, j, k, n_a, n_a, T))
         total = tl.dot(
             left.to(OPERAND), h.to(OPERAND), total, input_precision=PRECISION, out_dtype=T
         )  # (3)
