@@ -100,15 +100,16 @@ def training() -> str:
     )
 
 
-def steps() -> str:
-    """Milliseconds of a step of the MNIST autoencoder by precision, and their ratio to AdamW's."""
-    rows = [row for row in lines_of("step") if row["device_type"] == "cuda"]
+def steps(model: str = "mnist") -> str:
+    """Milliseconds of a step of ``model`` by precision, and their ratio to AdamW's."""
+    everything = [row for row in lines_of("step") if row["device_type"] == "cuda"]
+    rows = [row for row in everything if row["dataset"] == model]
     found = {(row["provider"], row["precision"]): row["ms"]["q50"] for row in rows}
     used = [name for name in PRECISIONS if (ANCHOR, name) in found]
     heads = ["a step", *(head for name in used for head in (f"{name}, ms", "x AdamW"))]
     body = []
-    for provider, title in STEPS.items():
-        cells = [title]
+    for provider in [name for name in STEPS if any((name, how) in found for how in used)]:
+        cells = [STEPS[provider]]
         for name in used:
             ms = found.get((provider, name))
             cells += ["–"] * 2 if ms is None else [

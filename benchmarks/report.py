@@ -356,6 +356,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kinds": kinds.table,
     "sixteen-bits": sixteen_bits.table,
     "gpu-steps": gpu.steps,
+    "gpu-transformer": lambda: gpu.steps("transformer"),
     "gpu-training": gpu.training,
 }
 

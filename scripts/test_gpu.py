@@ -46,7 +46,7 @@ def stages(out: Path) -> list[Stage]:
 
     The tests launch some 700 different Triton kernels, each compiled where it is first used: as
     many processes as there are cores share them (pytest-xdist). On 16 cores beside an H100 all
-    tests but those of the Triton ops in float64 took 72 s.
+    tests took 134 s.
     """
     python = sys.executable
     cores = os.cpu_count() or 4

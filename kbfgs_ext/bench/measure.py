@@ -150,7 +150,7 @@ def load(path: Path) -> list[Row]:
 
 def same_machine(row: Row, other: Row) -> bool:
     """Whether two rows or environments come from the same kind of device."""
-    return all(row[name] == other[name] for name in ("device", "device_type", "threads"))
+    return all(row.get(name) == other.get(name) for name in ("device", "device_type", "threads"))
 
 
 def store(path: Path, rows: list[Row], case: Sequence[str] = CASE) -> None:

@@ -24,6 +24,13 @@ def current_stream(device: torch.device) -> Any:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
+def wait_for_autograd(device: torch.device) -> None:
+    """Until its thread has let go of the last graph, which it may hold for a moment after
+    `backward` has returned, nodes and all: it does before it goes through another."""
+    with torch.enable_grad():
+        torch.zeros((), device=device, requires_grad=True).square().backward()
+
+
 Seen = list[tuple[Observer, View]]  # the layers that one call is of, by their places in its output
 
 
@@ -88,10 +95,13 @@ class Recorder:
         """Passes are on ``stream`` now. Nodes that fill gradients belong to the stream they were
         made on: kept from an ordinary step they would draw its stream into a capture, which fails.
         """
-        if stream != self._stream:
-            self._stream = stream
-            for observer in self._observers:
-                observer.forget_accumulators()
+        if stream == self._stream:
+            return
+        for observer in self._observers:
+            observer.forget_accumulators()
+        if self._stream is not None:
+            wait_for_autograd(self._observers[0].weight.device)
+        self._stream = stream
 
     def note_gradient(self, observer: Observer) -> None:
         """A backward pass has filled a bias's gradient. All of them are kept at its end, in one

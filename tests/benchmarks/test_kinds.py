@@ -41,3 +41,10 @@ def test_products_of_a_convolution(groups):
     by_name = {k.name: k.flops for k in trace.kernels}
     assert by_name["convolution"] == flops
     assert by_name["convolution_backward"] == 2 * flops
+
+
+def test_rows_take_the_place_of_older_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(kinds, "KINDS", kinds.KINDS[:1])
+    for _ in range(2):
+        kinds.main(["--json", str(tmp_path / "kinds.jsonl")])
+    assert [row["layer"] for row in load(tmp_path / "kinds.jsonl")] == [kinds.KINDS[0].title]

@@ -75,5 +75,5 @@ def test_the_command_predicts_and_runs_nothing(capsys, monkeypatch):
     assert command.main(["--model-only", "--model", "mnist", "--batch-size", "64"]) == 0
     said = capsys.readouterr().out
     assert "predicted for an H100, not measured" in said
-    assert "defaults" in said and "95 / 79" in said
+    assert "defaults" in said and "59 / 43" in said
     assert torch.get_num_threads() > 0

@@ -55,3 +55,10 @@ def test_a_named_backend_is_taken_all_the_same(monkeypatch):
     for backend in ("auto", "cuda", "triton"):
         registry.run("polar_", backend, call)
     assert taken == ["triton", "cuda", "triton"]
+
+
+@pytest.mark.parametrize(("dtype", "first"), [(torch.float32, "triton"), (torch.float64, "cuda")])
+def test_directions_in_blocks_go_to_triton(dtype, first):
+    whole = torch.zeros(4, 6, dtype=dtype)
+    call = {name: [whole[:2, :3], whole[:2, 3:]] for name in ("P", "M", "work", "H_g", "H_a")}
+    assert registry.order("kron_precondition_", call)[0] == first
