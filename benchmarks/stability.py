@@ -21,6 +21,7 @@ from benchmarks.records import Run
 from benchmarks.training import Config, train
 from kbfgs_ext import SafeguardRule
 
+DEFAULTS = "the defaults"  # the constructor's, whatever the other arguments say
 RULES: dict[str, bool | SafeguardRule] = {
     "off": False,
     "undo alone": SafeguardRule(shrink=1 - 1e-12, grow=1.0),
@@ -66,7 +67,8 @@ def _numbers(text: str) -> list[int]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stability", description=__doc__)
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=["off", "halve, grow 1.1"])
+    rules = [*RULES, DEFAULTS]
+    parser.add_argument("--rules", nargs="+", choices=rules, default=["off", "halve, grow 1.1"])
     parser.add_argument("--hessian-action", nargs="+", default=["ema", "minibatch"])
     parser.add_argument("--optimizer", choices=("kbfgs", "kbfgsl"), default="kbfgs")
     parser.add_argument("--seeds", type=_numbers, default=_numbers("0-5"))
@@ -84,15 +86,17 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = [(r, a, s) for r in args.rules for a in args.hessian_action for s in args.seeds]
     args.json.parent.mkdir(parents=True, exist_ok=True)
     for rule, action, seed in track(jobs, "runs", console=console):
-        settings = Settings(
-            preset="published",
-            lr=args.lr,
-            damping=args.damping,
-            damping_a=args.damping_a,
-            damping_g=args.damping_g,
-            hessian_action=action,
-            safeguard=RULES[rule],
-        )
+        settings = Settings(hessian_action=action)
+        if rule != DEFAULTS:
+            settings = Settings(
+                preset="published",
+                lr=args.lr,
+                damping=args.damping,
+                damping_a=args.damping_a,
+                damping_g=args.damping_g,
+                hessian_action=action,
+                safeguard=RULES[rule],
+            )
         config = Config(
             optimizer=args.optimizer,
             settings=settings,
