@@ -41,11 +41,15 @@ def run(
     seed: int,
     steps: int | None = None,
     loss_scale: float = 1.0,
+    make: Callable[[int], Task] | None = None,
 ) -> Row:
     """Train with a cosine from the learning rate to 0 and return the row; ``loss_scale`` multiplies
-    the loss that the optimizer sees. Seconds are a processor's: with one thread those of the run,
-    and nearly the same whatever else the machine does."""
-    task = TASKS[name](seed)
+    the loss that the optimizer sees, and ``make`` makes the task of a seed in another way.
+
+    Seconds are a processor's: with one thread those of the run, and nearly the same whatever else
+    the machine does.
+    """
+    task = (make or TASKS[name])(seed)
     opt = build(optimizer, task, point)
     steps = TASKS[name].steps if steps is None else steps
     rates = [group["lr"] for group in opt.param_groups]

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.optimizers import MuonWithAdamW
 from benchmarks.summary import point_text, read_rows
 from benchmarks.tasks import __main__ as command
-from benchmarks.tasks import blocks, optimizers, runs, seconds
+from benchmarks.tasks import blocks, optimizers, runs, seconds, transfer
 from kbfgs_ext.bench.measure import store
 
 
@@ -120,3 +120,19 @@ def test_sizes_of_blocks_are_runs_of_the_same_task(tmp_path: Path) -> None:
     for _ in range(2):
         blocks.main(f"--tasks regression --seeds 0 --steps 3 --out {path}".split())
     assert [row["point"]["block_size"] for row in read_rows(path)] == list(blocks.SIZES)
+
+
+def test_transfer_makes_every_run_once_and_tables_of_them(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(transfer, "WIDTHS", (16, 32))
+    monkeypatch.setattr(transfer, "RATES", (0.02, 0.05))
+    monkeypatch.setattr(transfer, "SCALED", ("characters",))
+    out = tmp_path / "rows.jsonl"
+    for _ in range(2):
+        transfer.main(["--seeds", "1", "--steps", "2", "--out", str(out)])
+    rows = read_rows(out)
+    assert len(rows) == 5 + 2 * 2
+    kept = {row["input_scale"]: row["curve"][0][1] for row in rows if not row["point"]}
+    assert len(set(kept.values())) == 3, "the network sees what is multiplied"
+    monkeypatch.setattr(transfer, "lines_of", lambda name: rows)
+    assert transfer.scales().count("transformer") == 2
+    assert transfer.widths().count("**") == 2 * 2
