@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="the rows' file")
     asked = parser.parse_args(argv)
     torch.set_num_threads(1)
-    wanted = [one for one in runs(asked.seeds) if one[-1] <= (asked.most or max(WIDTHS))]
+    wanted = [one for one in runs(asked.seeds) if asked.most is None or one[-1] <= asked.most]
     for name, point, seed, loss, inputs, width in track(
         wanted, "runs", console=Console(stderr=True), refresh_per_second=REFRESH
     ):
