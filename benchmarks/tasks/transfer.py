@@ -28,7 +28,6 @@ OUT = RESULTS / "tasks_transfer.jsonl"
 LOSSES, INPUTS = (0.01, 1.0, 100.0), (0.1, 1.0, 10.0)
 SCALED = ("classifier", "patches", "characters")
 WIDTHS, RATES = (256, 512, 1024, 2048), (0.0125, 0.025, 0.05, 0.1, 0.2)
-
 IDENTITY = ("task", "setting", "seed", "loss_scale", "input_scale", "width")
 
 
@@ -74,13 +73,14 @@ def widths() -> str:
     """Training loss at the end by width and learning rate; the lowest of a width is bold."""
     rows = [row for row in lines_of("tasks_transfer") if row["point"]]
     body = []
+    head = ["width", "seeds", *(f"lr {x:g}" for x in RATES)]
     for width in WIDTHS:
         mine = [row for row in rows if row["width"] == width]
         ends = {x: spread([r for r in mine if r["point"]["lr"] == x]) for x in RATES if mine}
         best = min(ends, key=lambda x: ends[x].median) if ends else None
         cells = [f"**{text(end)}**" if x == best else text(end) for x, end in ends.items()]
-        body += [[str(width), *cells]] if cells else []
-    return markdown(["width", *(f"lr {x:g}" for x in RATES)], body) + places(rows)
+        body += [[str(width), str(len({row["seed"] for row in mine})), *cells]] if cells else []
+    return markdown(head, body) + places(rows)
 
 
 def places(rows: Sequence[Row]) -> str:
@@ -92,8 +92,8 @@ def places(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    described = {"prog": "python -m benchmarks.tasks.transfer", "description": __doc__}
-    parser = argparse.ArgumentParser(**described)
+    command = "python -m benchmarks.tasks.transfer"
+    parser = argparse.ArgumentParser(prog=command, description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of a run, default the task's")
     parser.add_argument("--most", type=int, help="leave wider networks out")
@@ -109,8 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(all(row[k] == v for k, v in same.items()) for row in read_rows(asked.out)):
             continue
         make = functools.partial(wide, width) if point else functools.partial(scaled, name, inputs)
-        steps = asked.steps
-        row = run(name, "kbfgs", point, seed, steps, loss, make)
+        row = run(name, "kbfgs", point, seed, asked.steps, loss, make)
         store(asked.out, [row | about], IDENTITY)
     return 0
 

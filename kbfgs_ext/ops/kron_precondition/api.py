@@ -293,7 +293,7 @@ def _in_tiles(call: Call) -> bool:
 
 
 # On an H100, the MNIST autoencoder's directions in TF32: 0.16 ms, and 0.25 of cuBLAS's products; in
-# blocks of 256, in fp32: 0.15 in two launches, and 0.33 of 51 of cuBLAS's.
+# blocks of 256, in fp32: 0.15 in two launches, and 0.33 in 51 of cuBLAS's.
 prefer("kron_precondition_", "triton", _in_tiles)
 prefer("kron_step_", "triton", _in_tf32)
 
