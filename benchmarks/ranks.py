@@ -30,6 +30,7 @@ def joined() -> Iterator[None]:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
+        dist.barrier()  # a process that ends while its group's threads are at work may be aborted
     finally:
         dist.destroy_process_group()
 

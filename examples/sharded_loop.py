@@ -1,5 +1,4 @@
 """A loop like torchtitan's: FSDP2, batches in parts, warm-up, clipping, checkpoints of all ranks.
-
 python examples/sharded_loop.py, or torchrun --nproc-per-node 2 examples/sharded_loop.py
 """
 
@@ -50,11 +49,12 @@ def main(steps: int = 12, folder: str | None = None, save_at: int = 6) -> list[f
         losses.append(opt.step(closure).item())
         schedule.step()
         if folder and step + 1 == save_at:
-            state = {name: part.state_dict() for name, part in whole.items()}
-            dcp.save(state, checkpoint_id=folder)
+            dcp.save({n: part.state_dict() for n, part in whole.items()}, checkpoint_id=folder)
     return losses
 
 
 if __name__ == "__main__":
     losses = main()
     print(f"rank {dist.get_rank()}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    dist.barrier()  # a process that ends while its group's threads are at work may be aborted
+    dist.destroy_process_group()

@@ -118,9 +118,10 @@ def test_two_processes(name, tmp_path):
 def test_sharded_loop_resumes_as_if_nothing_had_happened(ranks, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys; from sharded_loop import main; whole = main()\n"
+        "import sys; from sharded_loop import dist, main; whole = main()\n"
         "assert main(folder=sys.argv[1]) == whole and main(folder=sys.argv[1]) == whole[6:]\n"
         "print(f'losses {whole}')\n"
+        "dist.barrier(), dist.destroy_process_group()\n"
     )
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     path = os.pathsep.join(map(str, (ROOT, ROOT / "examples")))
