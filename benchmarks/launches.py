@@ -50,7 +50,7 @@ def _kron_products(args: Arguments) -> int:
     factors = {
         (side, H.data_ptr() or id(H))
         for side in ("H_g", "H_a")
-        for H, counts in zip(args[side], large, strict=False)  # H_g may be left out
+        for H, counts in zip(args[side], large, strict=False)  # one side may be left out
         if counts
     }
     return len(factors) + _tables(len(large) - sum(large))
@@ -83,7 +83,7 @@ _TRITON: dict[str, Callable[[Arguments], int]] = {
     "double_damping_": lambda a: 3 if a["H"] else 1,
     "curvature_update_": lambda a: 5 if a["X"] else 4,
     "lbfgs_two_loop_": lambda a: 3 if a["form"] == "compact" else 1,
-    "kron_precondition_": lambda a: 2 if a["H_g"] else 1,
+    "kron_precondition_": lambda a: bool(a["H_g"]) + bool(a["H_a"]),
     "kron_step_": lambda a: 4,
     "polar_": lambda a: 3 * _iterations(a) + 4 - (_iterations(a) == 1),
 }

@@ -30,6 +30,7 @@ from benchmarks.summary import Row, Spread
 from benchmarks.tables import RESULTS, lines_of, machine, markdown, number, significant
 from benchmarks.tasks import blocks as tasks_blocks
 from benchmarks.tasks import seconds as tasks_seconds
+from benchmarks.tasks import sides as tasks_sides
 from benchmarks.tasks import transfer
 from benchmarks.tasks.table import tasks
 from kbfgs_ext.bench.cases import APART, BLAS, COMPILED, EAGER, OURS
@@ -353,6 +354,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": tasks,
     "tasks-seconds": tasks_seconds.table,
     "tasks-blocks": tasks_blocks.table,
+    "tasks-sides": tasks_sides.table,
     "tasks-scales": transfer.scales,
     "tasks-widths": transfer.widths,
     "coverage": coverage.table,

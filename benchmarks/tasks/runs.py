@@ -42,15 +42,18 @@ def run(
     steps: int | None = None,
     loss_scale: float = 1.0,
     make: Callable[[int], Task] | None = None,
+    equip: Callable[[Any], None] = lambda opt: None,
 ) -> Row:
     """Train with a cosine from the learning rate to 0 and return the row; ``loss_scale`` multiplies
-    the loss that the optimizer sees, and ``make`` makes the task of a seed in another way.
+    the loss that the optimizer sees, ``make`` makes the task of a seed in another way, ``equip``
+    changes the optimizer before the first step.
 
     Seconds are a processor's: with one thread those of the run, and nearly the same whatever else
     the machine does.
     """
     task = (make or TASKS[name])(seed)
     opt = build(optimizer, task, point)
+    equip(opt)
     steps = TASKS[name].steps if steps is None else steps
     rates = [group["lr"] for group in opt.param_groups]
     batches, seconds = task.batches(), 0.0

@@ -40,8 +40,11 @@ Precondition<T> precondition_of(CpuArguments<T>& args, size_t i) {
   const int64_t n_g = M.size(0), n_a = M.size(1);
   const auto tile = [&](const char* name) { return args.tile(name, i, n_g, n_a); };
   const Strided<T*> P = tile("P"), m = tile("M"), work = tile("work");
-  return {n_g, n_a, P.data, args.given("H_g") ? args.state("H_g", i, n_g * n_g) : nullptr,
-          m.data, args.state("H_a", i, n_a * n_a), work.data, P.stride, m.stride, work.stride};
+  const auto factor = [&](const char* name, int64_t n) {
+    return args.given(name) ? args.state(name, i, n * n) : nullptr;
+  };
+  return {n_g, n_a, P.data, factor("H_g", n_g), m.data, factor("H_a", n_a), work.data,
+          P.stride, m.stride, work.stride};
 }
 
 void kron_precondition_cpu(const Call& call) {

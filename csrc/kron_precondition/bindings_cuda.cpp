@@ -92,8 +92,10 @@ Directions<T> directions(CudaArguments<T>& args, const Tensors& M) {
   for (size_t i = 0; i < M.size(); ++i) {
     const int64_t n_g = M[i].size(0), n_a = M[i].size(1);
     const Strided<T*> p = args.tile("P", i, n_g, n_a), m = args.tile("M", i, n_g, n_a);
-    T* a = args.state("H_a", i, n_a * n_a);
-    T* g = args.given("H_g") ? args.state("H_g", i, n_g * n_g) : nullptr;
+    const auto factor = [&](const char* name, int64_t n) {
+      return args.given(name) ? args.state(name, i, n * n) : nullptr;
+    };
+    T *g = factor("H_g", n_g), *a = factor("H_a", n_a);
     const Strided<T*> work = args.tile("work", i, n_g, n_a);
     const bool whole = p.stride == n_a && m.stride == n_a;  // not a tile of larger matrices
     out.is_small.push_back(whole && small_step_fits(n_g, n_a, sizeof(T)));
@@ -115,12 +117,13 @@ void multiply_large(const std::vector<Precondition<T>>& large, Device device) {
   for (const auto& l : side_by_side(large))
     if (l.H_g != nullptr)
       multiply(
-          view(l.work, l.n_g, l.n_a, l.ld_work), view(l.H_g, l.n_g, l.n_g, l.n_g),
+          view(l.product(), l.n_g, l.n_a, l.ld_product()), view(l.H_g, l.n_g, l.n_g, l.n_g),
           view(l.M, l.n_g, l.n_a, l.ld_M));
   for (const auto& l : one_below_the_other(large))
-    multiply(
-        view(l.P, l.n_g, l.n_a, l.ld_P), view(l.left(), l.n_g, l.n_a, l.ld_left()),
-        view(l.H_a, l.n_a, l.n_a, l.n_a));
+    if (l.H_a != nullptr)
+      multiply(
+          view(l.P, l.n_g, l.n_a, l.ld_P), view(l.left(), l.n_g, l.n_a, l.ld_left()),
+          view(l.H_a, l.n_a, l.n_a, l.n_a));
 }
 
 void kron_precondition_cuda(const Call& call) {

@@ -33,11 +33,13 @@ struct Precondition {
   T* P;          // n_g x n_a, written
   const T* H_g;  // n_g x n_g, or null for the identity
   const T* M;    // n_g x n_a
-  const T* H_a;  // n_a x n_a
+  const T* H_a;  // n_a x n_a, or null for the identity
   T* work;       // n_g x n_a
   int64_t ld_P, ld_M, ld_work;  // row strides: a tile of larger matrices has theirs
   const T* left() const { return H_g == nullptr ? M : work; }  // of the right product
   int64_t ld_left() const { return H_g == nullptr ? ld_M : ld_work; }
+  T* product() const { return H_a == nullptr ? P : work; }  // the left one
+  int64_t ld_product() const { return H_a == nullptr ? ld_P : ld_work; }
 };
 
 template <typename T>

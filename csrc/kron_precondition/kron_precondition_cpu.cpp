@@ -135,11 +135,12 @@ template <typename T>
 void left_product(const Precondition<T>& l) {
   if (l.H_g == nullptr) return;
   const Matrix<T> H_g(l.H_g, l.n_g, l.n_g, l.n_g), M(l.M, l.n_g, l.n_a, l.ld_M);
-  gemm(l.work, l.ld_work, H_g, M, 1, 0);
+  gemm(l.product(), l.ld_product(), H_g, M, 1, 0);
 }
 
 template <typename T>
 void right_product(const Precondition<T>& l) {
+  if (l.H_a == nullptr) return;
   const Matrix<T> left(l.left(), l.n_g, l.n_a, l.ld_left()), H_a(l.H_a, l.n_a, l.n_a, l.n_a);
   gemm(l.P, l.ld_P, left, H_a, 1, 0);
 }

@@ -56,7 +56,7 @@ struct SmallLayer {
   T* P;            // n_g x n_a, written: the direction; with W, the parameters of before
   const T* H_g;    // n_g x n_g, symmetric, or null: the identity
   const T* M;      // n_g x n_a
-  const T* H_a;    // n_a x n_a, symmetric
+  const T* H_a;    // n_a x n_a, symmetric, or null: the identity
   Numbers<T> W, b;  // null: the direction alone
   const double* step_size;
   int n_g, d_in, n_a;

@@ -10,7 +10,7 @@
 
 namespace kbfgs {
 
-// Panels of the left products, work = H_g M.
+// Panels of the left products, work = H_g M, or P without H_a.
 template <typename T>
 std::vector<Precondition<T>> side_by_side(const std::vector<Precondition<T>>& tiles) {
   std::vector<Precondition<T>> panels;
@@ -18,8 +18,8 @@ std::vector<Precondition<T>> side_by_side(const std::vector<Precondition<T>>& ti
     if (!panels.empty()) {
       auto& p = panels.back();
       const bool rows = t.H_g == p.H_g && t.n_g == p.n_g;
-      const bool strides = t.ld_M == p.ld_M && t.ld_work == p.ld_work;
-      if (rows && strides && t.M == p.M + p.n_a && t.work == p.work + p.n_a) {
+      const bool strides = t.ld_M == p.ld_M && t.ld_product() == p.ld_product();
+      if (rows && strides && t.M == p.M + p.n_a && t.product() == p.product() + p.n_a) {
         p.n_a += t.n_a;
         continue;
       }

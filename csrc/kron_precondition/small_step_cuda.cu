@@ -83,13 +83,21 @@ __global__ void __launch_bounds__(SmallShape::kThreads, 1)
   const int pitch_a = padded<T>(l.n_a), pitch_g = padded<T>(l.n_g);
   T* left = reinterpret_cast<T*>(shared_memory());    // M, then H_g
   T* columns_a = left + l.n_g * max(pitch_a, pitch_g);  // of H_a
-  T* product = columns_a + pitch_a * S::kColumns;       // M H_a
+  T* product = columns_a + pitch_a * S::kColumns;       // M H_a, or M
 
-  stage(l.M, l.n_g, l.n_a, left);
-  for (int k = threadIdx.x / S::kColumns; k < pitch_a; k += S::kRowGroups) {
-    const bool inside = k < l.n_a && column < l.n_a;
-    columns_a[k * S::kColumns + threadIdx.x % S::kColumns] =
-        inside ? l.H_a[k * l.n_a + column] : T(0);
+  // 16 columns of a matrix of `rows` rows, padded with zeros to `pitch`.
+  const auto take_columns = [&](const T* matrix, int rows, int pitch, T* place) {
+    for (int k = threadIdx.x / S::kColumns; k < pitch; k += S::kRowGroups) {
+      const bool inside = k < rows && column < l.n_a;
+      place[k * S::kColumns + threadIdx.x % S::kColumns] =
+          inside ? matrix[k * l.n_a + column] : T(0);
+    }
+  };
+  if (l.H_a != nullptr) {
+    stage(l.M, l.n_g, l.n_a, left);
+    take_columns(l.H_a, l.n_a, pitch_a, columns_a);
+  } else {
+    take_columns(l.M, l.n_g, pitch_g, product);
   }
   for (int k = l.n_g * S::kColumns + int(threadIdx.x); k < pitch_g * S::kColumns;
        k += S::kThreads) {
@@ -116,10 +124,12 @@ __global__ void __launch_bounds__(SmallShape::kThreads, 1)
     multiply(left, l.n_g, l.n_a, columns_a, finish);
     return;
   }
-  multiply(left, l.n_g, l.n_a, columns_a, [&](int row, T sum) {
-    product[row * S::kColumns + threadIdx.x % S::kColumns] = sum;
-  });
-  __syncthreads();
+  if (l.H_a != nullptr) {
+    multiply(left, l.n_g, l.n_a, columns_a, [&](int row, T sum) {
+      product[row * S::kColumns + threadIdx.x % S::kColumns] = sum;
+    });
+    __syncthreads();
+  }
   stage(l.H_g, l.n_g, l.n_g, left);
   __syncthreads();
   multiply(left, l.n_g, l.n_g, product, finish);

@@ -112,8 +112,8 @@ def _lbfgs_two_loop(a: Arguments) -> int:
 
 
 def _kron_precondition(a: Arguments) -> int:
-    left = sum(2 * len(H) * M.numel() for H, M in zip(a["H_g"], a["M"], strict=False))
-    return left + _sum(lambda M, H: 2 * M.numel() * len(H), a["M"], a["H_a"])
+    sides = [H for H in (a["H_g"], a["H_a"]) if H]  # a side without factors is the identity
+    return sum(_sum(lambda M, H: 2 * M.numel() * len(H), a["M"], H) for H in sides)
 
 
 def _momentum(a: Arguments) -> int:

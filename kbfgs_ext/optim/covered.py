@@ -83,6 +83,11 @@ class CoveredLayer:
         return self.whole and self.groups == 1
 
     @property
+    def tall(self) -> bool:
+        """Whether there are more outputs than inputs, in a group."""
+        return self.n_g // self.groups > self.n_a
+
+    @property
     def rowwise(self) -> bool:
         """Whether every output is a group: the polar factor of a row is its direction."""
         return self.groups == self.n_g > 1

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from kbfgs_ext import ops
 from kbfgs_ext.ops.spectral import COEFFICIENTS, SHIFTS, WEIGHTS, only_value
-from kbfgs_ext.optim.factors import Tensors
+from kbfgs_ext.optim.factors import ActivationMatrix, Tensors
 from kbfgs_ext.optim.parts import MOVED, TURNED, Lengths, Part
 from kbfgs_ext.optim.settings import Settings
 
 
 class Direction:
-    """P = H_g M H_a, the paper's, or with direction="spectral" its polar factor, whose singular
-    values are all 1; ``step_length`` says how far a layer goes along it."""
+    """P = H_g M H_a, the paper's, or with direction="spectral" the polar factor of M H_a, of H_g M
+    where a layer has more outputs than inputs: its singular values are all 1. ``step_length`` says
+    how far a layer goes along it."""
 
     def __init__(self, settings: Settings, shared: bool = False) -> None:
         self._step_length, self._nesterov = settings.step_length, settings.nesterov
@@ -54,10 +57,25 @@ class Direction:
             ops.momentum_(M, *gradient)
         if part.bare:
             torch._foreach_copy_(part["P"], M)
+        elif self._spectral:
+            self.precondition(part, M, work)
         else:
             part.gradient.precondition(part, M, work)
         if self._spectral:
             self._flatten(part, scratch)
+
+    def precondition(self, part: Part, M: Tensors, work: Tensors) -> None:
+        """By the factor of the longer side: in a polar factor every direction of the shorter side
+        has length 1, whatever that side's factor makes of it."""
+        for some, tall in ((part.wide, False), (part.tall, True)):
+            if some is None:
+                continue
+            mine = [layer.tall == tall for layer in part.layers]
+            own_M, own_work = (list(itertools.compress(t, mine)) for t in (M, work))
+            if tall:
+                part.gradient.precondition_rows(some, own_M, own_work)
+            else:
+                ActivationMatrix.precondition_columns(some, own_M, own_work)
 
     def move(self, part: Part, ok: torch.Tensor) -> None:
         """The weights, or the rows of them that are here."""

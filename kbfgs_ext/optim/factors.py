@@ -111,6 +111,11 @@ class Factor:
         raise NotImplementedError
 
     @staticmethod
+    def precondition_rows(part: Part, M: Tensors, work: Tensors) -> None:
+        """P = H_g M alone."""
+        raise NotImplementedError
+
+    @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
         """Steps 6 to 8, and step 9 in the same call if ``with_activations`` (for "ema" alone)."""
         raise NotImplementedError
@@ -177,6 +182,12 @@ class ActivationMatrix(Factor):
         leaves the average as it is. a_bar is the mean of the minibatch."""
         A = [] if decay is None else [self.average]
         inputs.average(A, a_bar, decay or 0.0, ok, self.settings.backend)
+
+    @staticmethod
+    def precondition_columns(part: Part, M: Tensors, work: Tensors) -> None:
+        """P = M H_a alone."""
+        P, M, work = (part.columns(matrices) for matrices in (part["P"], M, work))
+        ops.kron_precondition_(P, [], M, part.a["H_a"], work, part.backend)
 
     @staticmethod
     def average_in(part: Part, ok: torch.Tensor) -> None:
@@ -262,6 +273,11 @@ class GradientMatrix(Factor):
         ops.kron_precondition_(P, H_g, M, H_a, work, part.backend)
 
     @staticmethod
+    def precondition_rows(part: Part, M: Tensors, work: Tensors) -> None:
+        P, M, work = (part.rows(matrices) for matrices in (part["P"], M, work))
+        ops.kron_precondition_(P, part.g["H_g"], M, [], work, part.backend)
+
+    @staticmethod
     def update(part: Part, verdict: Verdict, with_activations: bool) -> None:
         update_matrices(part, verdict, with_activations)
 
@@ -316,6 +332,10 @@ class PairRing(Factor):
         Q, M, unused = (part.columns(matrices) for matrices in (work, M, P))
         ops.kron_precondition_(Q, [], M, part.a["H_a"], unused, part.backend)
         PairRing.apply(part, part.rows(P), part.rows(work))
+
+    @staticmethod
+    def precondition_rows(part: Part, M: Tensors, work: Tensors) -> None:
+        PairRing.apply(part, part.rows(part["P"]), part.rows(M))
 
     @staticmethod
     def apply(part: Part, out: Tensors, Q: Tensors) -> None:

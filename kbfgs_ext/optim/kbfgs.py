@@ -30,8 +30,9 @@ class KBFGS(CoveredOptimizer):
 
     H_a follows from the activations; in every ``pair_every``-th step a second pass on the same
     minibatch, at the new weights, gives the pair that updates H_g. The paper moves [W, b] by -lr*P.
-    By default a step goes along P's polar factor, whose singular values are all 1, with M looked a
-    gradient ahead and the length lr in every layer (kbfgs_ext/ops/README.md has every equation).
+    By default a step goes along the polar factor of M H_a, or of H_g M in a layer with more outputs
+    than inputs, whose singular values are all 1, with M looked a gradient ahead and the length lr
+    in every layer (kbfgs_ext/ops/README.md has every equation).
     The defaults are the setting that is best in general; let ``lr`` fall towards 0 by a schedule.
     `presets.PUBLISHED` is the paper's method to the letter.
 
@@ -84,8 +85,9 @@ class KBFGS(CoveredOptimizer):
             length alike: -lr*(R/r)*P, with r the root mean square of the rows of a layer's P and R
             that of the rows of all P of its param group (of the layers with the same factors).
             "layer" takes from P the direction alone: -lr*P/r.
-        direction: "newton" is P = H_g M H_a, the paper's. "spectral" takes its polar factor, which
-            has the singular vectors of P and singular values of 1.
+        direction: "newton" is P = H_g M H_a, the paper's. "spectral" preconditions by the factor of
+            the longer side, P = M H_a or H_g M, and takes the polar factor, which has the singular
+            vectors of P and singular values of 1.
         nesterov: precondition not M but what it would be after the same gradient once more, which
             takes one more matrix of the weight's size.
         relative_damping: the dampings are shares: lam_a of the mean square of a layer's inputs,

@@ -102,6 +102,8 @@ class Part:
         self._singles: list[Part] = []
         self.mine = self._some([layer.mine for layer in layers])  # that this rank makes P of
         self.here = self._some([layer.rows > 0 for layer in layers])  # that it has rows of
+        self.wide = self._some([not layer.tall for layer in layers])
+        self.tall = self._some([layer.tall for layer in layers])
 
     def __getitem__(self, name: str) -> Tensors:
         tensors = self._each.get(name)

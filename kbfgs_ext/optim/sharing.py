@@ -18,14 +18,15 @@ CHOICES = (False, True, "auto")
 
 def cost(layer: CoveredLayer) -> int:
     """The FLOPs that an owner does for a layer and the others do not, by their leading terms: the
-    product H_g M H_a, P's polar factor by four products of n x k x k and 16 of k x k, and the
-    updates of both factors."""
+    product of M and the longer side's factor, P's polar factor by four products of n x k x k and 16
+    of k x k, and the updates of both factors."""
     n_g, n_a = layer.n_g, layer.n_a
     b_g, b_a = (max(f.n for f in side) for side in (layer.gradients, layer.activations))
     groups = layer.groups
     k, n = sorted((n_g // groups, n_a))
     polar, updates = 4 * n * k**2 + 16 * k**3, 8 * n_a * b_a
-    return 2 * n_g * n_a * (b_g + b_a) + groups * (polar + updates) + 8 * n_g * b_g
+    product = 2 * n_g * n_a * (b_g if layer.tall else b_a)
+    return product + groups * (polar + updates) + 8 * n_g * b_g
 
 
 def share_out(costs: Sequence[int], loads: list[int]) -> list[int]:

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.optimizers import MuonWithAdamW
 from benchmarks.summary import point_text, read_rows
 from benchmarks.tasks import __main__ as command
-from benchmarks.tasks import blocks, optimizers, runs, seconds, transfer
+from benchmarks.tasks import blocks, optimizers, runs, seconds, sides, transfer
 from kbfgs_ext.bench.measure import store
 
 
@@ -120,6 +120,17 @@ def test_sizes_of_blocks_are_runs_of_the_same_task(tmp_path: Path) -> None:
     for _ in range(2):
         blocks.main(f"--tasks regression --seeds 0 --steps 3 --out {path}".split())
     assert [row["point"]["block_size"] for row in read_rows(path)] == list(blocks.SIZES)
+
+
+def test_directions_with_other_sides_factors_are_runs_of_the_same_task(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for _ in range(2):
+        sides.main(f"--tasks regression --seeds 0 --steps 20 --out {path}".split())
+    rows = read_rows(path)
+    assert [row["sides"] for row in rows] == list(sides.SIDES)
+    ends = {row["curve"][-1][1] for row in rows}
+    ends.add(runs.run("regression", "kbfgs", {}, 0, 20)["curve"][-1][1])
+    assert len(ends) == len(rows) + 1, "another direction each"
 
 
 def test_transfer_makes_every_run_once_and_tables_of_them(tmp_path: Path, monkeypatch) -> None:

@@ -45,6 +45,7 @@ LAYERS = [(78, 100), (100, 50), (50, 25), (25, 30), (30, 25), (25, 50), (50, 100
         ("polar_", cases.polar([(78, 100), (100, 50)]), 4 + 4, False),
         ("polar_", cases.polar([(78, 100), (100, 50)], iterations=1), 4 + 1, False),
         ("kron_precondition_", cases.kron_precondition(LAYERS), 1, False),
+        ("kron_precondition_", cases.kron_precondition(LAYERS, without="H_a"), 1, False),
         # All small: momentum; direction and step.
         ("kron_step_", cases.kron_step(LAYERS), 2, False),
         ("kron_step_", cases.kron_step([(200, 130)]), 2, False),  # and two products by cuBLAS
@@ -68,6 +69,8 @@ def test_tiles_that_share_a_factor_are_one_product(host):
     assert launches.ours("kron_precondition_", args, "cuda") == 2 + 3
     for got, wanted in zip(args["P"], truth["P"], strict=True):
         compare.assert_equal_to(got, wanted, 300, wanted.abs().max().item())
+    for side, products in (("H_g", 3), ("H_a", 2)):
+        assert launches.ours("kron_precondition_", args | {side: []}, "cuda") == products
 
 
 MANY = [(3, 2)] * 130  # three tables of 64

@@ -326,13 +326,18 @@ ALL = [
     Case("lbfgs_push_", ":rejected", push(MIXED, 5, 3, "negative")),
     Case("kron_precondition_", ":layers", kron_precondition(LAYERS)),
     Case("kron_precondition_", ":wide-no-bias", kron_precondition(WIDE, bias=False)),
-    Case("kron_precondition_", ":identity", kron_precondition(LAYERS, identity=True)),
+    Case("kron_precondition_", ":no-H_g", kron_precondition(LAYERS, without="H_g")),
+    Case("kron_precondition_", ":no-H_a", kron_precondition(LAYERS, without="H_a")),
     Case("kron_precondition_", ":tiles", kron_precondition(LAYERS, layout=row_strided)),
-    Case(
-        "kron_precondition_",
-        ":tiles-identity",
-        kron_precondition(LAYERS, identity=True, layout=row_strided),
+    *(
+        Case(
+            "kron_precondition_",
+            f":tiles-no-{H}",
+            kron_precondition(LAYERS, True, H, 10.0, row_strided),
+        )
+        for H in ("H_g", "H_a")
     ),
+    Case("kron_precondition_", ":large-no-H_a", kron_precondition([(90, 200)], without="H_a")),
     Case("kron_precondition_", ":condition-1e6", kron_precondition([(63, 32)], condition=1e6)),
     Case("momentum_", ":layers", momentum(LAYERS)),
     Case("momentum_", ":wide-no-bias", momentum(WIDE, bias=False)),

@@ -19,17 +19,20 @@ def _joined_shapes(layers, bias):
     return [(d_out, d_in + bias) for d_in, d_out in layers]
 
 
-def kron_precondition(layers, bias=True, identity=False, condition=10.0, layout=lambda t: t):
+def kron_precondition(layers, bias=True, without="", condition=10.0, layout=lambda t: t):
+    """``without``: the side whose factors are missing, if one is: they are the identity."""
+
     def build(dtype):
         shapes = _joined_shapes(layers, bias)
-        H_g = [] if identity else random_spds(tuple(g for g, _ in shapes), 20, condition)
+        H_g = random_spds(tuple(g for g, _ in shapes), 20, condition)
         H_a = random_spds(tuple(a for _, a in shapes), 30, condition)
         M = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
         P, H_g, M, H_a, work = in_dtype(
             dtype, [nan_filled(*shapes), H_g, M, H_a, nan_filled(*shapes)]
         )
         P, M, work = ([layout(t) for t in matrices] for matrices in (P, M, work))
-        return dict(P=P, H_g=H_g, M=M, H_a=H_a, work=work)
+        args = dict(P=P, H_g=H_g, M=M, H_a=H_a, work=work)
+        return args | {without: []} if without else args
 
     return build
 

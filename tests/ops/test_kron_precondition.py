@@ -20,19 +20,26 @@ def test_direction_is_the_kronecker_product(backend, n_g, n_a, seed):
     compare.assert_equal_to(P, kron_direction(H_g, M, H_a), n_g + n_a, M.abs().max().item() * 9)
     ops.kron_precondition_([P], [], [M], [H_a], [work], backend=backend)
     compare.assert_equal_to(P, M @ H_a, n_a, M.abs().max().item() * 9)
+    ops.kron_precondition_([P], [H_g], [M], [], [work], backend=backend)
+    compare.assert_equal_to(P, H_g @ M, n_g, M.abs().max().item() * 9)
+    with pytest.raises(ValueError, match="H_g and H_a must not both be empty"):
+        ops.kron_precondition_([P], [], [M], [], [work], backend=backend)
 
 
 @pytest.mark.parametrize("backend", backends.BOTH)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("identity", [False, True], ids=["", "identity"])
+@pytest.mark.parametrize("without", ["", "H_g", "H_a"])
 @pytest.mark.parametrize(("g", "a"), [(1, 1), (3, 1), (1, 4), (3, 4), (9, 9)])
-def test_tiles_of_block_diagonal_factors(backend, threads, identity, g, a):
+def test_tiles_of_block_diagonal_factors(backend, threads, without, g, a):
     """Of two layers that share their scratch: each as by its dense block-diagonal factors."""
     shapes = [(40, 90), (70, 33)]
     args = kron_cases.kron_precondition_grid(shapes, g, a, shared=True)(torch.float64)
-    left = [torch.eye(len(H)).double() for H in args["H_g"]] if identity else args["H_g"]
-    wanted = [H @ M @ H_a for H, M, H_a in zip(left, args["M"], args["H_a"], strict=True)]
-    args["H_g"] = [] if identity else args["H_g"]
+    factors = dict(args)
+    if without:
+        factors[without] = [torch.eye(len(H)).double() for H in args[without]]
+        args[without] = []
+    each = zip(factors["H_g"], args["M"], factors["H_a"], strict=True)
+    wanted = [H_g @ M @ H_a for H_g, M, H_a in each]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

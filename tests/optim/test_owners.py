@@ -40,7 +40,7 @@ def test_blocks_cost_less_than_whole_sides():
     assert blocks[0] < whole[0]
     n_g, n_a = 128, 65
     assert whole[0] == (
-        2 * n_g * n_a * (n_g + n_a) + 4 * n_g * n_a**2 + 16 * n_a**3 + 8 * (n_g**2 + n_a**2)
+        2 * n_g * n_a * n_g + 4 * n_g * n_a**2 + 16 * n_a**3 + 8 * (n_g**2 + n_a**2)
     )
 
 

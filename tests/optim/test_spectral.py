@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS
+from kbfgs_ext import KBFGS, ops
 from kbfgs_ext.ops.spectral import SHIFTS, WEIGHTS
 from kbfgs_ext.ops.spectral.reference import polar
 from kbfgs_ext.optim import factors
@@ -53,17 +53,53 @@ def first_step(method, **options):
 
 
 @METHODS
-def test_a_step_is_the_polar_factor_of_the_papers(method):
-    """H_g is the identity then, and M a share of the gradient, which makes no difference."""
+def test_a_first_step_is_the_polar_factor_of_the_preconditioned_gradient(method):
+    """H_g is the identity then, and M a share of the gradient, which makes no difference. The first
+    layer has more outputs than inputs, the second fewer: that one has H_a."""
     options = {"damping": 0.3, "lr": 0.01, "step_length": "direction"}
     before, after, D, layers = first_step(method, direction="spectral", **options)
+    assert [layer.tall for layer in layers] == [True, False]
     for b, a, d, layer, X in zip(before, after, D, layers, inputs(), strict=True):
         X = torch.cat([X, torch.ones(len(X), 1, dtype=X.dtype)], 1)
         A = X.T @ X / len(X)
         H_a = torch.linalg.inv(A + 0.3**0.5 * torch.eye(layer.n_a, dtype=A.dtype))
-        P = polar(d @ H_a, WEIGHTS, 0.0, SHIFTS)
+        P = polar(d if layer.tall else d @ H_a, WEIGHTS, 0.0, SHIFTS)
         torch.testing.assert_close(b - a, 0.01 * P, rtol=1e-9, atol=1e-13)
         assert torch.linalg.svdvals((b - a) / 0.01).max() < 1.02
+
+
+def inverse_factor(g):
+    """H_g of a block, of K-BFGS(L) by its pairs."""
+    if isinstance(g, factors.GradientMatrix):
+        return g["H_g"].clone()
+    H, eye = (torch.eye(g.n, dtype=torch.float64) for _ in range(2))
+    ring = ([g[name]] for name in ("S", "Y", "rho", "pushed"))
+    ops.lbfgs_two_loop_([H], [eye], *ring, "recursion", "reference")
+    return H
+
+
+@DEFAULTS
+@pytest.mark.parametrize("block_size", ["auto", 3])
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)], ids=["tall", "wide"])
+def test_a_direction_has_the_factor_of_the_longer_side(method, shape, block_size):
+    """In a step before which both factors have learnt, in one block or in several."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*shape, dtype=torch.float64), nn.Tanh())
+    options = {"step_length": "direction", "nesterov": False, "pair_every": 1, "lr": 0.01}
+    opt = method(model, damping_g=0.1, block_size=block_size, **options)
+    x, target = (rows(40, n, torch.float64, seed=n) for n in shape)
+    closure = closure_of(model, opt, x, target)
+    for _ in range(9):
+        opt.step(closure)
+    (layer,) = opt.layers
+    assert layer.tall == (shape[1] > shape[0])
+    H_g = torch.block_diag(*map(inverse_factor, layer.gradients))
+    H_a = torch.block_diag(*(a["H_a"] for a in layer.activations))
+    assert all((H - torch.eye(len(H)).double()).abs().max() > 0.01 for H in (H_g, H_a))
+    (before,) = joined(model)
+    opt.step(closure)
+    P = polar(H_g @ layer["M"] if layer.tall else layer["M"] @ H_a, WEIGHTS, 0.0, SHIFTS)
+    torch.testing.assert_close(before - joined(model)[0], 0.01 * P, rtol=1e-7, atol=1e-12)
 
 
 def inputs():

@@ -180,6 +180,7 @@ def calls_of(
         "lbfgs_push_": ring | pair | dict(counts=counts, c=c, ok=ok),
         "kron_precondition_": product,
         "kron_precondition_, no H_g": product | dict(H_g=[]),
+        "kron_precondition_, no H_a": product | dict(H_a=[]),
         "momentum_": parameters | gradient | averaging | dict(M=M, ok=ok),
         "descend_": parameters | dict(P=P, step_size=scalars, ok=ok),
         "slope_": parameters | gradient | dict(slope=s, saved=P),

@@ -32,6 +32,7 @@ LAUNCHES = {
     "lbfgs_push_": 1,
     "kron_precondition_": 2,
     "kron_precondition_, no H_g": 1,
+    "kron_precondition_, no H_a": 1,
     "momentum_": 1,
     "descend_": 1,
     "slope_": 1,

@@ -27,23 +27,26 @@ def kron_precondition_(
             every block of a block-diagonal H_g and of an H_a.
         H_g: (n_g, n_g) each, symmetric; an empty list is the identity: P = M H_a.
         M: (n_g, n_a) each.
-        H_a: (n_a, n_a) each, symmetric.
-        work: (n_g, n_a) each, scratch for the inner product. On the CPU layers may share its
-            storage; the GPU backends work on all layers at once and need one each.
+        H_a: (n_a, n_a) each, symmetric; an empty list is the identity: P = H_g M.
+        work: (n_g, n_a) each, scratch for the inner product, which there is with both factors. On
+            the CPU layers may share its storage; the GPU backends work on all layers at once and
+            need one each.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or both factors are missing.
 
     Source: step 4 of the algorithm.
     """
     checks.backend(backend)
-    checks.same_length(P=P, M=M, H_a=H_a, work=work, **({"H_g": H_g} if H_g else {}))
+    factors = {name: H for name, H in (("H_g", H_g), ("H_a", H_a)) if H}
+    if M and not factors:
+        raise ValueError("H_g and H_a must not both be empty")
+    checks.same_length(P=P, M=M, work=work, **factors)
     wanted = _shapes(M)
-    for name, tensors in {"P": P, "work": work, "H_a": H_a, "H_g": H_g}.items():
-        if tensors or name != "H_g":
-            checks.shapes(name, tensors, wanted[name])
-            checks.alike(name, tensors, M)
+    for name, tensors in ({"P": P, "work": work} | factors).items():
+        checks.shapes(name, tensors, wanted[name])
+        checks.alike(name, tensors, M)
 
 
 @op("kron_precondition", writes=("M",))

@@ -26,7 +26,7 @@ def momentum_(M, dW, db, W, b, momentum, weight_decay, ok) -> None:
 def kron_precondition_(P, H_g, M, H_a) -> None:
     for i in range(len(P)):
         left = H_g[i] @ M[i] if H_g else M[i]
-        P[i].copy_(left @ H_a[i])  # (3)
+        P[i].copy_(left @ H_a[i] if H_a else left)  # (3)
 
 
 def descend_(W, b, P, step_size, ok) -> None:

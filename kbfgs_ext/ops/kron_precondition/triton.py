@@ -4,6 +4,8 @@ launch       programs              bytes per layer, e per element               
 `_left`      per tile of work      H_g, M read, n_g n_a e written               2 n_g^2 n_a
 `_right`     per tile of P         work, H_a read, n_g n_a e written            2 n_g n_a^2
 
+With one factor there is its launch alone, from M to P.
+
 `kron_step_` is `momentum_`, these and `descend_`: to form the new M while loading it, in every
 tile anew, took twice as long on an H100 as to store it first. Operands are read once per tile of
 the other side, n/64 times, through the L2 (all of them together are some 25 MB in the MNIST
@@ -73,9 +75,12 @@ PRODUCTS = {
 }
 
 
+LEFT_OUT = {True: WORK.value, False: P.value}  # where H_g M goes, with and without H_a
+
+
 @triton.jit
 def _left(
-    starts, rows, WORDS: tl.constexpr, ENTRIES: tl.constexpr, T: tl.constexpr,
+    starts, rows, OUT: tl.constexpr, WORDS: tl.constexpr, ENTRIES: tl.constexpr, T: tl.constexpr,
     PRECISION: tl.constexpr, OPERAND: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     entry, t = locate(starts, ENTRIES)
@@ -88,8 +93,8 @@ def _left(
         h = tile_of(row, H_G, i, k, n_g, n_g, T)
         m = tile_of(row, MOMENTUM, k, j, n_g, n_a, T)
         total = tl.dot(h.to(OPERAND), m.to(OPERAND), total, input_precision=PRECISION, out_dtype=T)
-    work = at(row, WORK, T) + i[:, None] * tl.load(row + WORK + 1) + j[None, :]
-    tl.store(work, total, mask=(i < n_g)[:, None] & (j < n_a)[None, :])
+    out = at(row, OUT, T) + i[:, None] * tl.load(row + OUT + 1) + j[None, :]
+    tl.store(out, total, mask=(i < n_g)[:, None] & (j < n_a)[None, :])
 
 
 @triton.jit
@@ -134,12 +139,12 @@ def _shared(work) -> bool:
 
 
 def kron_precondition_(P, H_g, M, H_a, work) -> None:
-    """(3) for all layers: two launches, or one without H_g.
+    """(3) for all layers: a launch for either factor.
 
     fp32 products are fp32 throughout, unless `torch.set_float32_matmul_precision` allows TF32
     ("high") or bf16 operands ("medium"); sums are fp32.
     """
-    if H_g and _shared(work):
+    if H_g and H_a and _shared(work):
         for i in range(len(P)):
             part = slice(i, i + 1)
             kron_precondition_(P[part], H_g[part], M[part], H_a[part], work[part])
@@ -153,11 +158,13 @@ def kron_precondition_(P, H_g, M, H_a, work) -> None:
 
 def _precondition(product: Product, P, H_g, M, H_a, work) -> None:
     T = real_type(*P)
-    table = table_of(P, product.tile, product.tile, H_g, H_a, M, P, work if H_g else ())
+    both = bool(H_g and H_a)
+    table = table_of(P, product.tile, product.tile, H_g, H_a, M, P, work if both else ())
     if H_g:
-        _by_products(_left, product, table, P[0].device, T=T)
-    left = (WORK if H_g else MOMENTUM).value
-    _by_products(_right, product, table, P[0].device, T=T, LEFT=left)
+        _by_products(_left, product, table, P[0].device, T=T, OUT=LEFT_OUT[both])
+    left = (WORK if both else MOMENTUM).value
+    if H_a:
+        _by_products(_right, product, table, P[0].device, T=T, LEFT=left)
 
 
 def kron_step_(
