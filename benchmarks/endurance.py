@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.data import embedded_digits
 from benchmarks.models import AUTOENCODERS, Loss
+from benchmarks.optimizers import options_of
 from kbfgs_ext import KBFGS, KBFGSL, presets
 from kbfgs_ext.bench.environment import environment
 
@@ -133,8 +134,8 @@ def measure(
     images, task = embedded_digits().train, AUTOENCODERS["mnist"]
     torch.manual_seed(seed)
     model = task.build()
-    options = OPTIONS | WILD | {"hessian_action": hessian_action, "restart_after": restart_after}
-    opt = METHODS[name](model, **options)
+    options = WILD | {"hessian_action": hessian_action, "restart_after": restart_after}
+    opt = METHODS[name](model, **options_of(options, OPTIONS))
     started = time.perf_counter()
     done = endure(
         model,

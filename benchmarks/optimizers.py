@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines.kfac import KFAC
 from benchmarks.models import Loss
-from kbfgs_ext import presets
+from kbfgs_ext import DirectionRule, FactorRule, Precision, RankRule, SafeguardRule, presets
 from kbfgs_ext.bench.precision import PRECISIONS
-
-if TYPE_CHECKING:
-    from kbfgs_ext import SafeguardRule
+from kbfgs_ext.optim.hyper import MOVED
 
 CAPTURED = ("kbfgs", "kbfgsl", "adamw")  # CUDA graphs can take their steps
 QUASI_NEWTON = ("kbfgs", "kbfgsl")
@@ -34,8 +32,9 @@ class SettingsError(ValueError):
 class Settings:
     """Hyperparameters of one optimizer; None where the optimizer has no such thing.
 
-    The names are those of the ``KBFGS`` constructor. The same class carries what a user asks for,
-    where None means: as in :data:`DEFAULTS`.
+    The names are those of the ``KBFGS`` constructor and of its rules' fields, flat, as `options_of`
+    takes them. The same class carries what a user asks for, where None means: as in
+    :data:`DEFAULTS`.
     """
 
     preset: str | None = None  # of kbfgs_ext.presets, under what else is given
@@ -58,6 +57,28 @@ class Settings:
         # Not asdict, which would turn a SafeguardRule into a dict.
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
+
+
+def options_of(words: Mapping[str, Any], preset: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The arguments of the ``KBFGS`` constructor for the flat ``words`` over a ``preset``.
+
+    Grids, command lines and rows name a setting by flat words: rows outlive the constructor's form.
+    """
+    made = dict(preset or {})
+    own: dict[str, dict[str, Any]] = {}
+    for word, value in words.items():
+        if word in MOVED:
+            argument, _, field = MOVED[word]
+            own.setdefault(argument, {})[field] = value
+        else:
+            made[word] = value
+    rules = {
+        "direction": DirectionRule.of(made.get("direction", "spectral")),
+        "factors": made.get("factors", FactorRule()),
+        "precision": made.get("precision", Precision()),
+        "ranks": made.get("ranks", RankRule()),
+    }
+    return made | {argument: replace(rules[argument], **own[argument]) for argument in own}
 
 
 # Starting points of single runs. Comparisons tune each optimizer over its grid (grids.py).
@@ -152,7 +173,7 @@ def build(
 
         preset = PRESETS[options.pop("preset")] if "preset" in options else {}
         method = kbfgs_ext.KBFGS if name == "kbfgs" else kbfgs_ext.KBFGSL
-        return method(model, **preset | options)
+        return method(model, **options_of(options, preset))
     if name == "kfac":
         return KFAC(model, loss, **options)
     if name == "muon":

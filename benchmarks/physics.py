@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks import plots, summary
 from benchmarks.equations import PROBLEMS
-from benchmarks.optimizers import anneal
+from benchmarks.optimizers import anneal, options_of
 from benchmarks.plots import Look
 from benchmarks.progress import REFRESH
 from benchmarks.summary import Row
@@ -42,7 +42,8 @@ EVALUATIONS = 60  # of a run, evenly over its budget
 UNITS = ("passes", "seconds")  # of a budget: runs of the closure, or time in steps
 IDENTITY = ("problem", "points", "width", "optimizer", "setting", "seed", *UNITS)
 
-Options = dict[str, Any]  # of an optimizer; "cosine": anneal the learning rate over the budget
+# Of an optimizer, by flat words; "cosine": anneal the learning rate over the budget.
+Options = dict[str, Any]
 
 # The batch is the whole set: a pair of its own step, no average over others. Such losses are smooth
 # and small, and so want little damping.
@@ -77,7 +78,7 @@ LOOKS = {
 def build(name: str, model: nn.Module, options: Options) -> torch.optim.Optimizer:
     """The optimizer ``name`` over all parameters of ``model``."""
     if name == "kbfgs":
-        return KBFGS(model, **options)
+        return KBFGS(model, **options_of(options))
     if name == "adam":
         return torch.optim.Adam(model.parameters(), fused=True, **options)
     # Without tolerances, which would end its steps early at the small losses of float64.

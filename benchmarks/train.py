@@ -14,7 +14,7 @@ from benchmarks.optimizers import Settings
 from benchmarks.progress import Display
 from benchmarks.training import SCHEDULES, Config, Observer, train
 from kbfgs_ext.bench.precision import PRECISIONS
-from kbfgs_ext.optim.settings import STEP_LENGTHS
+from kbfgs_ext.optim.rules import STEP_LENGTHS
 
 INTERRUPTED = 130  # exit status of a shell command ended by Ctrl-C
 DIVERGED = 3

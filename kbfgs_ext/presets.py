@@ -9,7 +9,10 @@ TUNED        the paper's direction, the dampings apart, a pair of short memory, 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
+
+from kbfgs_ext.optim.rules import DirectionRule, FactorRule
 
 PUBLISHED: dict[str, Any] = {
     "lr": 0.3,
@@ -19,14 +22,12 @@ PUBLISHED: dict[str, Any] = {
     "pair_decay": 0.9,
     "powell": 0.2,
     "hessian_action": "ema",
-    "direction": "newton",
-    "nesterov": False,
-    "step_length": "direction",
-    "relative_damping": False,
     "pair_every": 1,
-    "initial_scale": 1.0,
     "safeguard": False,
-    "restart_after": None,
+    "direction": DirectionRule("newton", step_length="direction", nesterov=False),
+    "factors": FactorRule(
+        initial_scale=1.0, relative_damping=False, restart_after=None, update_every=1
+    ),
 }
 
 TUNED: dict[str, Any] = PUBLISHED | {
@@ -34,8 +35,7 @@ TUNED: dict[str, Any] = PUBLISHED | {
     "damping_g": 0.55,
     "pair_decay": 0.5,
     "hessian_action": "minibatch",
-    "initial_scale": "damping",
-    "step_length": "balanced",
     "safeguard": True,
-    "restart_after": 10,
+    "direction": DirectionRule("newton", step_length="balanced", nesterov=False),
+    "factors": dataclasses.replace(PUBLISHED["factors"], initial_scale="damping", restart_after=10),
 }

@@ -260,7 +260,7 @@ def predictions(model: Model, size: int | None = None) -> list[Prediction]:
     found = [_prediction("AdamW, fused", {True: adamw(model, size)}, 1)]
     for name, options in settings().items():
         kinds = steps(model, options, size=size)
-        period = options.get("pair_every", Settings().pair_every)
+        period = options.get("pair_every", Settings.pair_every)
         found.append(_prediction(f"K-BFGS, {name}", kinds, period))
     return found
 

@@ -26,7 +26,7 @@ from kbfgs_ext.optim.settings import Settings
 WEIGHT_DECAY = 1e-5  # the paper's
 LR = 1e-4  # of all but ours, which look after themselves: no network blows up under the clock
 EAGER = "eager K-BFGS, ema, full second pass"
-PAPER = presets.PUBLISHED | {"safeguard": True, "restart_after": 10}
+PAPER = optimizers.options_of({"safeguard": True, "restart_after": 10}, presets.PUBLISHED)
 GRAPH = ", graph"  # ends the name of a captured step
 # What a user has: a GPU's own choice, op by op, and the same without the compiled extension.
 CHOICES = {"cpu": ("cpu",), "cuda": ("auto", "triton")}
@@ -57,12 +57,12 @@ class Provider:
 
 def providers(device: torch.device) -> tuple[Provider, ...]:
     """All of them on ``device``, the eager reference first."""
-    eager = {"backend": "reference", "freeze_second_pass": False}
+    eager = optimizers.options_of({"backend": "reference", "freeze_second_pass": False}, PAPER)
     return (
-        Provider(EAGER, _ours(KBFGS, **PAPER | eager)),
+        Provider(EAGER, _ours(KBFGS, **eager)),
         Provider(
             "eager K-BFGS, minibatch, full",
-            _ours(KBFGS, **PAPER | eager | {"hessian_action": "minibatch"}),
+            _ours(KBFGS, **eager | {"hessian_action": "minibatch"}),
         ),
         *itertools.chain.from_iterable(_backend(name, device) for name in CHOICES[device.type]),
         *_ordinary(device),
@@ -117,7 +117,7 @@ def _backend(backend: str, device: torch.device) -> list[Provider]:
     kinds: list[tuple[str, dict[str, Any], int]] = [
         (action, PAPER | {"hessian_action": action}, 1) for action in ("ema", "minibatch")
     ]
-    kinds.append(("defaults", {}, Settings().pair_every))
+    kinds.append(("defaults", {}, Settings.pair_every))
     return [
         Provider(
             f"{title}, {kind}{label}{GRAPH if captured else ''}",

@@ -34,7 +34,7 @@ ROUNDS = 3  # of pair_every steps each, after one that makes state
 
 def step_seconds(task: str, points: dict[str, Point]) -> dict[str, float]:
     """A step of each optimizer, the median of the rounds, which take turns."""
-    every = Settings().pair_every
+    every = Settings.pair_every
     taken: dict[str, list[float]] = {name: [] for name in points}
     runners = {}
     for name, point in points.items():

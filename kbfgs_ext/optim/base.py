@@ -25,6 +25,7 @@ from kbfgs_ext.optim.fallback import Fallback, default_fallback
 from kbfgs_ext.optim.memory import memory_usage
 from kbfgs_ext.optim.parts import Group
 from kbfgs_ext.optim.passes import check_generators, joined, once
+from kbfgs_ext.optim.rules import RankRule
 from kbfgs_ext.optim.settings import Settings
 from kbfgs_ext.optim.shards import mesh_of
 from kbfgs_ext.optim.step import Step
@@ -40,7 +41,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         model: the layers to cover are looked for here.
         settings: of the whole optimizer.
         defaults: hyperparameters of a param group.
-        groups to shared_work: as in `KBFGS`.
+        groups to ranks: as in `KBFGS`.
     """
 
     def __init__(
@@ -54,8 +55,7 @@ class CoveredOptimizer(torch.optim.Optimizer):
         context: nn.Module | Iterable[nn.Module] | None = None,
         generators: Iterable[torch.Generator] = (),
         process_group: Any = None,
-        mean_over: str = "ranks",
-        shared_work: bool | str = False,
+        ranks: RankRule = RankRule(),
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -80,8 +80,8 @@ class CoveredOptimizer(torch.optim.Optimizer):
         for options, _ in divided:
             hyper.check_group({**defaults, **options})
         device = common_device(found.layers)
-        among = shared_work, everything, found.layers
-        process = process_of(process_group, wrappers, mean_over, device, *among)
+        among = device, everything, found.layers
+        process = process_of(process_group, wrappers, ranks, *among)
         process.take(found.layers)
         process.broadcast(list(model.parameters()))
         self.steps = Step(settings, everything, generators, device, process)

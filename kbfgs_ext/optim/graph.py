@@ -54,7 +54,7 @@ class CapturedStep:
             loss = step(x, y)
 
     The first ``warm_up`` calls are ordinary steps, on a stream of their own; then one is captured,
-    and with pair_every or factor_every above 1 one of every kind, each when it comes next.
+    and with pair_every or update_every above 1 one of every kind, each when it comes next.
     From there on a call copies its inputs to the graph's and replays it, with the same results.
     lr, damping, damping_a and damping_g of the optimizer's groups may change between calls, by a
     scheduler or by hand. On a CPU every call is an ordinary step.

@@ -11,6 +11,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 DAMPINGS = ("damping", "damping_a", "damping_g")
 TORCH_KEYWORDS = ("foreach", "fused", "capturable", "maximize", "differentiable")
+# Keywords that are fields of a rule now: the rule's argument and class, and the field.
+MOVED = {
+    "step_length": ("direction", "DirectionRule", "step_length"),
+    "nesterov": ("direction", "DirectionRule", "nesterov"),
+    "initial_scale": ("factors", "FactorRule", "initial_scale"),
+    "relative_damping": ("factors", "FactorRule", "relative_damping"),
+    "restart_after": ("factors", "FactorRule", "restart_after"),
+    "factor_every": ("factors", "FactorRule", "update_every"),
+    "freeze_second_pass": ("factors", "FactorRule", "freeze_second_pass"),
+    "matmul_precision": ("precision", "Precision", "matmul"),
+    "master_weights": ("precision", "Precision", "master_weights"),
+    "mean_over": ("ranks", "RankRule", "mean_over"),
+    "shared_work": ("ranks", "RankRule", "shared_work"),
+}
 _REFUSED = {
     "maximize": "let the closure return (and backpropagate) -loss",
     "differentiable": "the step works in place, outside autograd",
@@ -59,16 +73,27 @@ def check_torch_keywords(given: Mapping[str, Any]) -> None:
     and capturable ask for nothing more, and their absence for nothing less.
 
     Raises:
-        TypeError: no optimizer of torch has the keyword, or its value is no bool.
+        TypeError: no optimizer of torch has the keyword, which may be a rule's by now, or its value
+            is no bool.
         ValueError: maximize=True or differentiable=True.
     """
     for name, value in given.items():
+        if name in MOVED:
+            argument, rule, field = MOVED[name]
+            what = "a field" if field == name else field
+            raise TypeError(f"{name} is {what} of {rule} now: {argument}={rule}({field}=...)")
         if name not in TORCH_KEYWORDS:
             raise TypeError(f"unexpected keyword argument {name!r}")
-        if value is not None and not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
+        if value is not None:
+            check_bool(name, value)
         if value and name in _REFUSED:
             raise ValueError(f"{name}=True is not supported: {_REFUSED[name]}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def check_count(name: str, value: Any) -> None:

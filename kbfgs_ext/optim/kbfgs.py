@@ -13,6 +13,7 @@ from torch import nn
 from kbfgs_ext.optim import gradients, hyper
 from kbfgs_ext.optim.base import CoveredOptimizer
 from kbfgs_ext.optim.compiled import uncompiled
+from kbfgs_ext.optim.rules import DirectionRule, FactorRule, Precision, RankRule
 from kbfgs_ext.optim.safeguard import SafeguardRule
 from kbfgs_ext.optim.settings import Settings
 from kbfgs_ext.optim.step import FINISH, SECOND
@@ -41,82 +42,61 @@ class KBFGS(CoveredOptimizer):
             convolutions, grouped and transposed ones too, `torch.nn.MultiheadAttention`,
             transformers' `Conv1D`, and what `register_kind` was given.
             Every other trained parameter goes to ``fallback``, and a warning says so once.
-        lr: learning rate, at least 0; a number or a scalar tensor. With step_length="layer" it is
-            the length of a step in every layer: the root mean square over the rows of [W, b].
-        damping: Levenberg-Marquardt damping (lambda), above 0; a number or a scalar tensor. Both
-            sides take its square root; see ``relative_damping`` for its unit.
-        momentum: decay of M, in [0, 1).
-        stat_decay: decay of the activation factor A, in [0, 1).
-        pair_decay: decay of the averaged pair (s, y), in [0, 1); 0 for full-batch training.
-        damping_a, damping_g: lam_a and lam_g themselves; None takes sqrt(damping).
-        powell: threshold mu1 of Powell's damping, in [0, 1).
+        lr: learning rate, at least 0; a number or a scalar tensor. By default it is the length of a
+            step in every layer: the root mean square over the rows of [W, b].
         weight_decay: coefficient of the L2 term in the gradient, at least 0.
-        hessian_action: "minibatch" forms A's product with a vector from the minibatch itself, "ema"
-            keeps the moving average A (the paper's; twice the memory on the activation side).
-        safeguard: undo a step, on the device, whose second pass shows a non-finite loss, and
-            shorten the next. With direction="newton" also one that shows a higher loss; and
-            shorten the next after a step that brought less than half of what its slope promises.
-            A `SafeguardRule` says how much. False is the paper's recursion.
-        backend: of the ops: "auto", "reference", "cpu", "cuda" or "triton".
-        fallback: makes the optimizer of the parameters that are not covered from a list of them;
-            None takes `torch.optim.AdamW` with torch's defaults.
-        freeze_second_pass: leave the weight gradients out of the second pass. They are not needed;
-            False computes them all the same (the plain form of the method, for comparison).
-        groups: layers with hyperparameters of their own: dicts with "params" (a module, a
-            parameter, or an iterable of them) and any of lr to powell and weight_decay.
-        max_grad_norm: largest norm of all gradients together; a larger gradient is scaled down to
-            it. The pair is made of unclipped gradients. None does not clip.
-        matmul_precision: of the optimizer's own float32 products, in the words of
-            `torch.set_float32_matmul_precision`; None leaves torch's setting, which is float32
-            throughout unless changed.
+        momentum: decay of M, in [0, 1).
+        damping: Levenberg-Marquardt damping (lambda), above 0; a number or a scalar tensor. Both
+            sides take its square root; see `FactorRule` for its unit.
         pair_every: make the second pass, and with it the pair and the safeguard's judgement, in
             every pair_every-th step, beginning with the first. The steps between are not judged.
-        factor_every: update the activation side (A and H_a) in every factor_every-th step.
-        block_size: largest block of a factor. A side of a layer (n_a or n_g) that is longer has a
-            block-diagonal factor, of blocks of nearly equal size: its memory grows with the side,
-            not with the square of it. "auto" is 256, but 2048 for the inputs of convolutions and
-            with direction="newton"; None makes one block of every side, however long.
-        restart_after: put a factor back to its start, on the device, after so many rejected pairs
-            in a row; and all of them after so many steps in a row that the safeguard has undone at
-            its smallest scale, or with direction="newton" when the loss surges. None never does.
-        initial_scale: gamma, above 0: H_g starts as gamma*I, the paper's as I. "damping" takes
-            1/lam_g, the inverse of a curvature of which the damping is all that is known.
-        step_length: "direction" moves a layer by -lr*P, the paper's. "balanced" shares the
-            length alike: -lr*(R/r)*P, with r the root mean square of the rows of a layer's P and R
-            that of the rows of all P of its param group (of the layers with the same factors).
-            "layer" takes from P the direction alone: -lr*P/r.
-        direction: "newton" is P = H_g M H_a, the paper's. "spectral" preconditions by the factor of
-            the longer side, P = M H_a or H_g M, and takes the polar factor, which has the singular
-            vectors of P and singular values of 1.
-        nesterov: precondition not M but what it would be after the same gradient once more, which
-            takes one more matrix of the weight's size.
-        relative_damping: the dampings are shares: lam_a of the mean square of a layer's inputs,
-            lam_g of its curvature along its own steps. False takes them as they are, in units of
-            squared inputs and of the loss, as the paper does.
-        master_weights: keep a 32-bit copy of covered 16-bit parameters, whose rounding they are
-            after every step: steps too small for 16 bits then add up. False rounds every step.
+        max_grad_norm: largest norm of all gradients together; a larger gradient is scaled down to
+            it. The pair is made of unclipped gradients. None does not clip.
+        groups: layers with hyperparameters of their own: dicts with "params" (a module, a
+            parameter, or an iterable of them) and any of lr, weight_decay, momentum, the dampings,
+            the decays and powell.
+        fallback: makes the optimizer of the parameters that are not covered from a list of them;
+            None takes `torch.optim.AdamW` with torch's defaults.
         exclude: layers that go to the fallback: modules, with all that is in them, and names or
             patterns of names ("head", "blocks.*.qkv").
-        context: modules outside ``model`` that the closure runs too, such as a frozen or otherwise
-            trained backbone: their buffers and gradients see one pass, as those of ``model`` do.
-        generators: `torch.Generator` objects that the closure draws from; both passes get the same
-            numbers, as from torch's own.
         process_group: of several processes that train the model together, each on its own part of
             every minibatch: gradients and statistics are averaged over them, and all take the
             same step (docs/distributed.md). None takes the group of `DistributedDataParallel`, if
             ``model`` is wrapped in it.
-        mean_over: what the objective is the mean over: "ranks", of the closures' losses, as with
-            DDP; or "rows", where a rank counts as much as the rows that it has, without DDP.
-        shared_work: of several processes each makes the steps of some layers and keeps their
-            factors, whose memory falls with the ranks: docs/distributed.md. "auto" does so where
-            layers are large enough. Models under `fully_shard` are always trained so.
+
+    Other Args:
+        direction: where a step goes: "spectral", "newton" (the paper's), or a `DirectionRule`,
+            which says how far as well.
+        safeguard: undo a step, on the device, whose second pass shows a non-finite loss, and
+            shorten the next. With direction="newton" also one that shows a higher loss; and
+            shorten the next after a step that brought less than half of what its slope promises.
+            A `SafeguardRule` says how much. False is the paper's recursion.
+        factors: how factors start, are damped, updated and restarted: a `FactorRule`.
+        precision: of the optimizer's own numbers: a `Precision`.
+        ranks: how several processes train together: a `RankRule`.
+        stat_decay: decay of the activation factor A, in [0, 1).
+        pair_decay: decay of the averaged pair (s, y), in [0, 1); 0 for full-batch training.
+        damping_a, damping_g: lam_a and lam_g themselves; None takes sqrt(damping).
+        powell: threshold mu1 of Powell's damping, in [0, 1).
+        hessian_action: "minibatch" forms A's product with a vector from the minibatch itself, "ema"
+            keeps the moving average A (the paper's; twice the memory on the activation side).
+        block_size: largest block of a factor. A side of a layer (n_a or n_g) that is longer has a
+            block-diagonal factor, of blocks of nearly equal size: its memory grows with the side,
+            not with the square of it. "auto" is 256, but 2048 for the inputs of convolutions and
+            with direction="newton"; None makes one block of every side, however long.
         memory: keep the gradient factor as its last ``memory`` pairs, at least 1: K-BFGS(L), for
             which `KBFGSL` is the name. None keeps it as a matrix.
+        context: modules outside ``model`` that the closure runs too, such as a frozen or otherwise
+            trained backbone: their buffers and gradients see one pass, as those of ``model`` do.
+        generators: `torch.Generator` objects that the closure draws from; both passes get the same
+            numbers, as from torch's own.
+        backend: of the ops: "auto", "reference", "cpu", "cuda" or "triton".
         torch_keywords: keywords of torch's own optimizers. foreach, fused and capturable change
             nothing, for every step is all that; maximize and differentiable are refused.
 
     Raises:
-        TypeError: ``model`` is no module, or a covered weight is not real floating point.
+        TypeError: ``model`` is no module, a keyword is unknown or a rule's, or a covered weight is
+            not real floating point.
         ValueError: a hyperparameter is out of its range; ``model`` has no layer to cover; its
             covered layers are on several devices; ``groups`` do not fit the model.
         NotImplementedError: ``model`` is sharded by other means than `fully_shard`.
@@ -143,27 +123,19 @@ class KBFGS(CoveredOptimizer):
         hessian_action: str = "minibatch",
         safeguard: bool | SafeguardRule = True,
         backend: str = "auto",
-        fallback: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer] | None = None,
-        freeze_second_pass: bool = True,
-        groups: Iterable[Mapping[str, Any]] = (),
-        max_grad_norm: float | None = None,
-        matmul_precision: str | None = None,
         pair_every: int = 10,
-        factor_every: int = 1,
         block_size: int | str | None = "auto",
-        restart_after: int | None = 10,
-        initial_scale: float | str = 1.0,
-        step_length: str = "layer",
-        direction: str = "spectral",
-        nesterov: bool = True,
-        relative_damping: bool = True,
-        master_weights: bool = True,
+        max_grad_norm: float | None = None,
+        direction: str | DirectionRule = "spectral",
+        factors: FactorRule = FactorRule(),
+        precision: Precision = Precision(),
+        ranks: RankRule = RankRule(),
+        groups: Iterable[Mapping[str, Any]] = (),
+        fallback: Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer] | None = None,
         exclude: nn.Module | str | Iterable[nn.Module | str] = (),
         context: nn.Module | Iterable[nn.Module] | None = None,
         generators: Iterable[torch.Generator] = (),
         process_group: torch.distributed.ProcessGroup | None = None,
-        mean_over: str = "ranks",
-        shared_work: bool | str = False,
         memory: int | None = None,
         **torch_keywords: bool | None,
     ) -> None:
@@ -179,26 +151,19 @@ class KBFGS(CoveredOptimizer):
             "powell": powell,
             "weight_decay": weight_decay,
         }
-        settings = Settings(
+        settings = Settings.of(
+            direction,
+            factors,
+            precision,
             memory=memory,
             hessian_action=hessian_action,
             safeguard=safeguard,
             backend=backend,
-            freeze_second_pass=bool(freeze_second_pass),
             max_grad_norm=max_grad_norm,
-            matmul_precision=matmul_precision,
             pair_every=pair_every,
-            factor_every=factor_every,
             block_size=block_size,
-            restart_after=restart_after,
-            initial_scale=initial_scale,
-            step_length=step_length,
-            direction=direction,
-            nesterov=bool(nesterov),
-            relative_damping=bool(relative_damping),
-            master_weights=bool(master_weights),
         )
-        around = exclude, context, generators, process_group, mean_over, shared_work
+        around = exclude, context, generators, process_group, ranks
         super().__init__(model, settings, defaults, groups, fallback, *around)
 
     def step(  # type: ignore[override]

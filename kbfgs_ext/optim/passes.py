@@ -198,7 +198,8 @@ class SecondPass:
             raise RuntimeError(
                 "the closure failed in the second pass, in which weights have no gradient: if it"
                 " reads, assigns or differentiates weight gradients, make the optimizer with"
-                f" freeze_second_pass=False. It failed with {type(error).__name__}: {error}"
+                " factors=FactorRule(freeze_second_pass=False). It failed with"
+                f" {type(error).__name__}: {error}"
             ) from error
 
     def _thaw(self) -> None:

@@ -8,21 +8,20 @@ from typing import Any
 
 from kbfgs_ext.ops import checks
 from kbfgs_ext.optim.hyper import check_count, check_number
+from kbfgs_ext.optim.rules import DirectionRule, FactorRule, Precision, check_rule
 from kbfgs_ext.optim.safeguard import FINITE, SafeguardRule
 
 HESSIAN_ACTIONS = ("ema", "minibatch")
-STEP_LENGTHS = ("direction", "balanced", "layer")
-DIRECTIONS = ("newton", "spectral")
-PRECISIONS = ("highest", "high", "medium")
 # The largest block of a factor where nothing is said: small ones along the polar factor, for which
 # docs/tuning.md has the evidence. With large ones, 16 MiB of float32, every side of the paper's
 # networks is one block.
 SMALL_BLOCK, LARGE_BLOCK = 256, 2048
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `KBFGS` that are the same for all layers; their meaning stands there.
+    """The arguments of `KBFGS` that are the same for all layers, and the fields of its rules, under
+    names of their own; their meaning stands there.
 
     Raises:
         TypeError, ValueError: one is out of its range; the message names it and its value.
@@ -32,19 +31,41 @@ class Settings:
     hessian_action: str = "minibatch"
     safeguard: bool | SafeguardRule = True
     backend: str = "auto"
-    freeze_second_pass: bool = True
+    freeze_second_pass: bool
     max_grad_norm: float | None = None
-    matmul_precision: str | None = None
+    matmul_precision: str | None
     pair_every: int = 10
-    factor_every: int = 1
+    factor_every: int
     block_size: int | str | None = "auto"
-    restart_after: int | None = 10
-    initial_scale: float | str = 1.0
-    step_length: str = "layer"
-    direction: str = "spectral"
-    nesterov: bool = True
-    relative_damping: bool = True
-    master_weights: bool = True
+    restart_after: int | None
+    initial_scale: float | str
+    step_length: str
+    direction: str
+    nesterov: bool
+    relative_damping: bool
+    master_weights: bool
+
+    @classmethod
+    def of(
+        cls, direction: str | DirectionRule, factors: FactorRule, precision: Precision, **rest: Any
+    ) -> Settings:
+        """What the rules say, and the ``rest``."""
+        along = DirectionRule.of(direction)
+        check_rule("factors", factors, FactorRule)
+        check_rule("precision", precision, Precision)
+        return cls(
+            direction=along.kind,
+            step_length=str(along.step_length),
+            nesterov=bool(along.nesterov),
+            initial_scale=factors.initial_scale,
+            relative_damping=factors.relative_damping,
+            restart_after=factors.restart_after,
+            factor_every=factors.update_every,
+            freeze_second_pass=factors.freeze_second_pass,
+            matmul_precision=precision.matmul,
+            master_weights=precision.master_weights,
+            **rest,
+        )
 
     def __post_init__(self) -> None:
         if self.memory is not None:
@@ -56,28 +77,9 @@ class Settings:
         checks.backend(self.backend)
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm, 0.0, math.inf, closed_low=False)
-        if self.matmul_precision is not None and self.matmul_precision not in PRECISIONS:
-            raise ValueError(
-                f"matmul_precision must be None or one of {PRECISIONS},"
-                f" got {self.matmul_precision!r}"
-            )
         check_count("pair_every", self.pair_every)
-        check_count("factor_every", self.factor_every)
         if self.block_size not in (None, "auto"):
             check_count("block_size", self.block_size)
-        if self.restart_after is not None:
-            check_count("restart_after", self.restart_after)
-        if self.step_length not in STEP_LENGTHS:
-            raise ValueError(f"step_length must be one of {STEP_LENGTHS}, got {self.step_length!r}")
-        if self.direction not in DIRECTIONS:
-            raise ValueError(f"direction must be one of {DIRECTIONS}, got {self.direction!r}")
-        if isinstance(self.initial_scale, str):
-            if self.initial_scale != "damping":
-                raise ValueError(
-                    f"initial_scale must be a number or 'damping', got {self.initial_scale!r}"
-                )
-        else:
-            check_number("initial_scale", self.initial_scale, 0.0, math.inf, closed_low=False)
         if not isinstance(self.safeguard, (bool, SafeguardRule)):
             raise TypeError(f"safeguard must be a bool or a SafeguardRule, got {self.safeguard!r}")
 

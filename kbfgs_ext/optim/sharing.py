@@ -13,7 +13,6 @@ from kbfgs_ext.optim.covered import CoveredLayer
 # From here on "auto" shares: FLOPs that a rank is spared for each byte of P that is sent. As of a
 # device with 50 TFLOP/s and a link of 50 GB/s; assumed, and not measured on any.
 FLOPS_PER_BYTE = 1000
-CHOICES = (False, True, "auto")
 
 
 def cost(layer: CoveredLayer) -> int:

@@ -14,10 +14,9 @@ from kbfgs_ext.optim.covered import CoveredLayer
 from kbfgs_ext.optim.distributed import Ranks
 from kbfgs_ext.optim.owners import Owners, Shards
 from kbfgs_ext.optim.process import Alone
+from kbfgs_ext.optim.rules import RankRule, check_rule
 from kbfgs_ext.optim.shards import mesh_of, shards_of
-from kbfgs_ext.optim.sharing import CHOICES, Shares
-
-MEANS = ("ranks", "rows")
+from kbfgs_ext.optim.sharing import Shares
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -35,9 +34,8 @@ def wrappers_of(*models: nn.Module) -> list[DDP]:
 def process_of(
     group: Any,
     wrappers: Sequence[DDP],
-    mean_over: str,
+    rule: RankRule,
     device: torch.device,
-    shared_work: bool | str = False,
     model: nn.Module | None = None,
     layers: Sequence[CoveredLayer] = (),
 ) -> Alone:
@@ -48,10 +46,8 @@ def process_of(
     Raises:
         TypeError, ValueError: the arguments do not fit each other.
     """
-    if mean_over not in MEANS:
-        raise ValueError(f"mean_over must be one of {MEANS}, got {mean_over!r}")
-    if shared_work not in CHOICES:
-        raise ValueError(f"shared_work must be one of {CHOICES}, got {shared_work!r}")
+    check_rule("ranks", rule, RankRule)
+    mean_over, shared_work = rule.mean_over, rule.shared_work
     if wrappers and mean_over == "rows":
         raise ValueError(
             'mean_over="rows" with DistributedDataParallel, which has averaged over the ranks by'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from benchmarks.data import Dataset
 from benchmarks.models import AUTOENCODERS, Autoencoder, cross_entropy, half_squared_error
 from benchmarks.optimizers import Settings, SettingsError
 from benchmarks.training import Config, Observer, train
-from kbfgs_ext import SafeguardRule
+from kbfgs_ext import DirectionRule, SafeguardRule, presets
 from kbfgs_ext.bench.environment import environment
 
 PAPERS = dict(AUTOENCODERS)
@@ -94,6 +95,20 @@ def test_settings_are_the_defaults_with_what_was_asked_for() -> None:
 def test_foreign_settings_are_refused(name: str, settings: Settings, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         optimizers.settle(name, settings)
+
+
+def test_flat_words_are_fields_of_the_constructors_rules() -> None:
+    """Over those of a preset; rows and grids have the words of before."""
+    words = {"lr": 1.0, "step_length": "layer", "restart_after": None, "factor_every": 2}
+    factors = replace(presets.TUNED["factors"], restart_after=None, update_every=2)
+    rules = {"direction": DirectionRule("newton", step_length="layer"), "factors": factors}
+    wanted = presets.TUNED | {"lr": 1.0} | rules
+    assert optimizers.options_of(words, presets.TUNED) == wanted
+    polar = {"direction": DirectionRule(nesterov=False)}
+    assert optimizers.options_of({"nesterov": False}) == polar
+    newton = {"direction": DirectionRule("newton", nesterov=True)}
+    assert optimizers.options_of({"direction": "newton", "nesterov": True}) == newton
+    assert optimizers.options_of({}) == {}
 
 
 @pytest.mark.parametrize("name", optimizers.NAMES)

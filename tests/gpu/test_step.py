@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kbfgs_ext import KBFGS, CapturedStep
+from kbfgs_ext import KBFGS, CapturedStep, DirectionRule
 from tests.helpers import compare
 from tests.optim import test_trajectories as trajectories
 from tests.optim.captured import CapturedRun
@@ -40,7 +40,9 @@ def problem(method, action, backend, **options):
 @ACTIONS
 @LENGTHS
 def test_a_step_reads_nothing_back(backend, method, action, length):
-    _, opt, closure = problem(method, action, backend, step_length=length)
+    _, opt, closure = problem(
+        method, action, backend, direction=DirectionRule("newton", step_length=length)
+    )
     for _ in range(WARM_UP):
         opt.step(closure)
     torch.cuda.synchronize()
@@ -58,8 +60,12 @@ def test_a_step_reads_nothing_back(backend, method, action, length):
 def test_a_captured_step_is_the_eager_step(backend, method, action, length):
     """With the learning rate changed between replays."""
     steps = 2 * WARM_UP + 3
-    eager, eager_opt, _ = problem(method, action, backend, step_length=length)
-    captured, opt, _ = problem(method, action, backend, step_length=length)
+    eager, eager_opt, _ = problem(
+        method, action, backend, direction=DirectionRule("newton", step_length=length)
+    )
+    captured, opt, _ = problem(
+        method, action, backend, direction=DirectionRule("newton", step_length=length)
+    )
     step = CapturedStep(opt, lambda x, target: half_squared_error(captured, x, target))
     for i in range(steps):
         x, target = (t.cuda() for t in batch(seed=i))

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from kbfgs_ext import KBFGS, KBFGSL, presets
+from kbfgs_ext import KBFGS, KBFGSL, DirectionRule, presets
 from kbfgs_ext.optim.safeguard import SafeguardRule
-from tests.optim.models import mlp, newton, newton_l
+from tests.optim.models import absolute, mlp, newton, newton_l
 from tests.optim.models import snapshot as tensors_of
-from tests.optim.ranks import World, batches, compare, half_square, steps
+from tests.optim.ranks import BY_ROWS, SHARED, World, batches, compare, half_square, steps
 
 
 def of(method=newton, **fixed):
@@ -42,7 +42,7 @@ def defaults(world: World) -> None:
     for options in world.some(({}, {"hessian_action": "ema", "pair_every": 2})):
         for method in (KBFGS, KBFGSL):
             compare(world, net(), of(method, **options), loss_of=huber, but=(" A",))
-    compare(world, net(), of(KBFGS), plain=True, unequal=True, loss_of=huber, mean_over="rows")
+    compare(world, net(), of(KBFGS), plain=True, unequal=True, loss_of=huber, ranks=BY_ROWS)
 
 
 def paper(world: World) -> None:
@@ -62,7 +62,9 @@ def tuned(world: World) -> None:
 
 
 def ring_of_pairs(world: World) -> None:
-    for options in world.some(({}, {"hessian_action": "ema", "initial_scale": 0.5})):
+    for options in world.some(
+        ({}, {"hessian_action": "ema", "factors": absolute(initial_scale=0.5)})
+    ):
         compare(world, net(), of(newton_l, memory=5, **options), but=(" A",))
 
 
@@ -75,7 +77,8 @@ def restarts(world: World) -> None:
     rule = SafeguardRule(smallest=1.0)
     for action in ("ema", "minibatch"):
         for method in (newton, newton_l):
-            make = of(method, lr=50.0, safeguard=rule, restart_after=2, hessian_action=action)
+            rules = {"safeguard": rule, "factors": absolute(restart_after=2)}
+            make = of(method, lr=50.0, **rules, hessian_action=action)
             opt = compare(world, net(), make, but=(" A",), number=20)
             assert opt.counters()["restarts"] > 1
 
@@ -140,21 +143,23 @@ def clipping(world: World) -> None:
 
 def fewer_passes(world: World) -> None:
     for action in ("ema", "minibatch"):
-        make = of(pair_every=3, factor_every=2, hessian_action=action)
+        make = of(pair_every=3, factors=absolute(update_every=2), hessian_action=action)
         compare(world, net(), make, but=(" A",))
     compare(world, net(), of(pair_every=2), plain=True, number=15)
 
 
 def other_factors(world: World) -> None:
-    compare(world, net(), of(block_size=6, step_length="layer", lr=0.05))
+    direction = DirectionRule("newton", step_length="layer")
+    compare(world, net(), of(block_size=6, direction=direction, lr=0.05))
     groups = lambda model: [{"params": list(model.modules())[1], "lr": 0.1}]  # noqa: E731
     inside = lambda model: model.module if isinstance(model, DDP) else model  # noqa: E731
     compare(world, net(), lambda model, **o: newton(model, groups=groups(inside(model)), **o))
 
 
 def full_second_pass(world: World) -> None:
-    compare(world, net(), of(freeze_second_pass=False))
-    compare(world, net(), of(freeze_second_pass=False), plain=True, number=15)
+    full = of(factors=absolute(freeze_second_pass=False))
+    compare(world, net(), full)
+    compare(world, net(), full, plain=True, number=15)
 
 
 def kinds_of_ddp(world: World) -> None:
@@ -264,7 +269,7 @@ def unequal_batches(world: World) -> None:
         rest = dict(unequal=True, but=(" A",))
         losses = dict(loss_of=scaled_loss, whole_loss=half_square)
         compare(world, net(), make, **losses, **rest)  # type: ignore[arg-type]
-        compare(world, net(), make, plain=True, mean_over="rows", **rest)  # type: ignore[arg-type]
+        compare(world, net(), make, plain=True, ranks=BY_ROWS, **rest)  # type: ignore[arg-type]
 
 
 def empty_batch(world: World) -> None:
@@ -284,14 +289,14 @@ def empty_batch(world: World) -> None:
             return (model(x) - y).square().sum() * (world.size / (2 * m))
 
         if plain:
-            opt = make(model, process_group=dist.group.WORLD, mean_over="rows", **options)
+            opt = make(model, process_group=dist.group.WORLD, ranks=BY_ROWS, **options)
             losses = steps(model, opt, x[mine], y[mine], 40, half_square)
             assert not last or losses[0].isnan()
         else:
             wrapped = DDP(model)
             opt = make(wrapped, **options)
             losses = steps(wrapped, opt, x[mine], y[mine], 40, total)
-        alike = "param " if options.get("shared_work") else ""  # the rest is the owners'
+        alike = "param " if "ranks" in options else ""  # the rest is the owners'
         kept = {k: t for k, t in tensors_of(model, opt).items() if not k.endswith(" A")}
         world.same_bits({k: t for k, t in kept.items() if k.startswith(alike)})
         losses = [torch.zeros_like(v) for v in losses] if last else losses
@@ -304,7 +309,7 @@ def empty_batch(world: World) -> None:
         run(of(hessian_action=action), plain=False)
         run(of(hessian_action=action), plain=True)
     run(of(), plain=True, made=between)
-    run(of(), plain=False, made=between, shared_work=True)
+    run(of(), plain=False, made=between, ranks=SHARED)
 
 
 def between() -> nn.Sequential:

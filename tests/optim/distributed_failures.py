@@ -19,7 +19,7 @@ from tests.optim.distributed_shards import layer_by_layer
 from tests.optim.distributed_states import broken, raises
 from tests.optim.models import newton
 from tests.optim.models import snapshot as tensors_of
-from tests.optim.ranks import World, batches, half_square, steps
+from tests.optim.ranks import SHARED, World, batches, half_square, steps
 
 
 def started(world: World, plain: bool, number: int = 3, **options: Any) -> tuple:
@@ -183,7 +183,7 @@ def others_wait_elsewhere(world: World) -> None:
         fails_in(KeyError, step)
 
     run = wrapped(net())
-    opt = newton(run, shared_work=True)
+    opt = newton(run, ranks=SHARED)
     with broken("momentum_", one):
         fails_in(OSError, lambda: steps(run, opt, x[mine], y[mine], 1, half_square))
 

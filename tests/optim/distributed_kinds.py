@@ -10,11 +10,11 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from kbfgs_ext import KBFGS
+from kbfgs_ext import KBFGS, FactorRule
 from tests.optim.distributed_cases import huber, net, of
 from tests.optim.models import newton_l
 from tests.optim.models import snapshot as tensors_of
-from tests.optim.ranks import World, batches, compare, half_square, steps
+from tests.optim.ranks import BY_ROWS, SHARED, World, batches, compare, half_square, steps
 
 
 class Images(nn.Sequential):
@@ -35,7 +35,7 @@ def convolutions(world: World) -> None:
         return
     ema = of(KBFGS, hessian_action="ema", pair_every=3)
     compare(world, Images(), ema, plain=True, but=(" A",), number=15, loss_of=huber)
-    rows = {"unequal": True, "plain": True, "mean_over": "rows"}
+    rows = {"unequal": True, "plain": True, "ranks": BY_ROWS}
     compare(world, Images(), of(), **rows, number=15, loss_of=huber)
 
 
@@ -68,7 +68,7 @@ def blocks(world: World) -> None:
     if world.size > 2:
         return
     compare(world, Images(), of(KBFGS, block_size=4), plain=True, number=15, loss_of=huber)
-    ema = of(KBFGS, hessian_action="ema", block_size=4, restart_after=2)
+    ema = of(KBFGS, hessian_action="ema", block_size=4, factors=FactorRule(restart_after=2))
     compare(world, net(), ema, but=(" A", " A.0", " A.1"), number=15, loss_of=huber)
 
 
@@ -92,7 +92,7 @@ def synced_batch_norm(world: World) -> None:
     x, y = batches()
     mine = world.slices()
     fallback = {"fallback": lambda p: torch.optim.AdamW(p, lr=0.02)}
-    for options in world.some(({}, {"shared_work": True})):
+    for options in world.some(({}, {"ranks": SHARED})):
         model, one = normed(SyncedNorm), normed(nn.BatchNorm1d)
         run = DDP(model)
         opt = KBFGS(run, pair_every=2, **fallback, **options)

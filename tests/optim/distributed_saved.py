@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from kbfgs_ext import KBFGS
 from tests.optim.distributed_shards import layer_by_layer
 from tests.optim.distributed_states import raises
-from tests.optim.ranks import World, batches, half_square, steps, whole
+from tests.optim.ranks import SHARED, World, batches, half_square, steps, whole
 
 Made = tuple[nn.Module, nn.Module, Any]
 
@@ -29,7 +29,7 @@ def alone(model: nn.Module) -> Made:
 
 def shared(model: nn.Module) -> Made:
     run = DDP(model)
-    return model, run, optimizer(run, shared_work=True)
+    return model, run, optimizer(run, ranks=SHARED)
 
 
 def cut(model: nn.Module) -> Made:

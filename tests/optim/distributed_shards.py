@@ -13,15 +13,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS, KBFGSL, DirectionRule, RankRule
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim import owners
 from kbfgs_ext.optim.safeguard import SafeguardRule
 from tests.optim.distributed_cases import four_calls, huber, net, of, scaled
 from tests.optim.distributed_kinds import Attentive
 from tests.optim.distributed_states import Counter, broken, raises
-from tests.optim.models import mlp, newton, newton_l, rows
-from tests.optim.ranks import World, batches, compare, half_square, steps, whole
+from tests.optim.models import BALANCED, absolute, mlp, newton, newton_l, rows
+from tests.optim.ranks import SHARED, World, batches, compare, half_square, steps, whole
 
 OWN_A = (" A", " A.0", " A.1")
 
@@ -38,13 +38,13 @@ def images() -> nn.Sequential:
 def shared_work(world: World) -> None:
     """Owners of layers, under DDP and without: one process's trajectory."""
     for make in (of(), of(KBFGS), of(KBFGSL, pair_every=2)):
-        compare(world, net(), make, loss_of=huber, number=10, shared_work=True)
+        compare(world, net(), make, loss_of=huber, number=10, ranks=SHARED)
     ema = of(hessian_action="ema", block_size=4)
-    compare(world, net(), ema, but=OWN_A, number=10, shared_work=True)
-    rows = {"plain": True, "unequal": True, "mean_over": "rows"}
-    compare(world, images(), of(KBFGS), number=10, loss_of=huber, shared_work=True, **rows)
-    gamma = of(newton_l, memory=4, initial_scale=0.5, step_length="balanced")
-    compare(world, net(), gamma, number=10, shared_work=True)
+    compare(world, net(), ema, but=OWN_A, number=10, ranks=SHARED)
+    rows = {"plain": True, "unequal": True, "ranks": RankRule("rows", shared_work=True)}
+    compare(world, images(), of(KBFGS), number=10, loss_of=huber, **rows)
+    gamma = of(newton_l, memory=4, factors=absolute(initial_scale=0.5), direction=BALANCED)
+    compare(world, net(), gamma, number=10, ranks=SHARED)
 
 
 def chosen_by_size(world: World) -> None:
@@ -52,7 +52,8 @@ def chosen_by_size(world: World) -> None:
     group = {"process_group": dist.group.WORLD}
     for sizes, choice in (((5, 7, 6, 3), False), ((1000, 1000, 1000), True)):
         for asked in (False, True, "auto"):
-            opt = KBFGS(mlp(*sizes, dtype=torch.float32), shared_work=asked, **group)
+            model = mlp(*sizes, dtype=torch.float32)
+            opt = KBFGS(model, ranks=RankRule(shared_work=asked), **group)
             shares = choice if asked == "auto" else asked
             assert opt.steps.process.shares is shares
             said = opt.steps.process.explain()
@@ -77,10 +78,10 @@ def handed_out_in_pieces(world: World) -> None:
 
     with mock.patch.object(owners, "PIECE", 1):
         make = of(KBFGS, block_size=4)
-        opt = compare(world, net(), make, loss_of=huber, number=10, shared_work=True)
+        opt = compare(world, net(), make, loss_of=huber, number=10, ranks=SHARED)
         assert len(opt.steps.parts.of(opt.layers)) == 3
         model = net()
-        opt = KBFGS(model, process_group=dist.group.WORLD, shared_work=True)
+        opt = KBFGS(model, process_group=dist.group.WORLD, ranks=SHARED)
         x, y = batches()
         with mock.patch.object(registry, "run", noted), mock.patch.object(dist, "broadcast", sent):
             steps(model, opt, x, y, 1, half_square)
@@ -90,7 +91,10 @@ def handed_out_in_pieces(world: World) -> None:
         assert own < 2 or "sent" in order[: order.index("polar_") + 2]
         # Steps that are measured by each other are of one part.
         balanced = KBFGS(
-            model, process_group=dist.group.WORLD, shared_work=True, step_length="balanced"
+            model,
+            process_group=dist.group.WORLD,
+            ranks=SHARED,
+            direction=DirectionRule(step_length="balanced"),
         )
         assert len(balanced.steps.parts.of(balanced.layers)) == 1
 
@@ -143,16 +147,18 @@ def sharded_methods(world: World) -> None:
     compare(world, net(), of(), shard=layer_by_layer, number=10)
     rest = {"shard": kept_whole, "loss_of": huber, "number": 10}
     compare(world, net(bias=False), of(KBFGSL, pair_every=3), **rest)
-    ema = of(hessian_action="ema", factor_every=2)
+    ema = of(hessian_action="ema", factors=absolute(update_every=2))
     compare(world, net(), ema, shard=at_once, but=OWN_A, number=10)
     opt = compare(world, net(), of(lr=30.0), shard=layer_by_layer, number=20)
     assert opt.counters()["undone"] > 3
-    again = of(lr=50.0, safeguard=SafeguardRule(smallest=1.0), restart_after=2)
+    rules = {"safeguard": SafeguardRule(smallest=1.0), "factors": absolute(restart_after=2)}
+    again = of(lr=50.0, **rules)
     opt = compare(world, net(), again, shard=at_once, number=10)
     assert opt.counters()["restarts"] > 1
-    ring = of(newton_l, memory=4, initial_scale=0.5, step_length="balanced")
+    ring = of(newton_l, memory=4, factors=absolute(initial_scale=0.5), direction=BALANCED)
     compare(world, net(), ring, shard=layer_by_layer, number=10)
-    compare(world, net(), of(freeze_second_pass=False), shard=layer_by_layer, number=10)
+    full = of(factors=absolute(freeze_second_pass=False))
+    compare(world, net(), full, shard=layer_by_layer, number=10)
 
 
 def sharded_kinds(world: World) -> None:
@@ -278,7 +284,7 @@ def memory_falls(world: World) -> None:
             layer_by_layer(model)
             opt = KBFGS(model)
         else:
-            opt = KBFGS(model, process_group=dist.group.WORLD, shared_work=True)
+            opt = KBFGS(model, process_group=dist.group.WORLD, ranks=SHARED)
         usage = opt.memory_usage()
         x, y = rows(8, 5), rows(8, 3, seed=1)
         steps(model, opt, x, y, 2, half_square)
@@ -311,7 +317,7 @@ def bytes_shared(world: World) -> None:
     x, y = x[world.slices()], y[world.slices()]
     model, cut = DDP(net()), net()
     layer_by_layer(cut)
-    for run, options in ((model, {"shared_work": True}), (cut, {})):
+    for run, options in ((model, {"ranks": SHARED}), (cut, {})):
         opt = newton(run, pair_every=2, **options)
         steps(run, opt, x, y, 2, half_square)
         with (

@@ -17,12 +17,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from kbfgs_ext import CapturedStep
+from kbfgs_ext import CapturedStep, RankRule
 from kbfgs_ext.ops import registry
 from tests.optim.distributed_cases import net
 from tests.optim.models import newton, rows
 from tests.optim.models import snapshot as tensors_of
-from tests.optim.ranks import World, batches, compare, half_square, steps
+from tests.optim.ranks import BY_ROWS, World, batches, compare, half_square, steps
 
 
 def raises(kind: type[BaseException], call) -> str:
@@ -174,7 +174,7 @@ def refusals(world: World) -> None:
     fully_shard(across, mesh=mesh, shard_placement_fn=lambda p: Shard(1))
     assert "sharded by its inputs" in raises(NotImplementedError, lambda: newton(across))
     whole = fully_shard(net(), mesh=mesh)
-    assert "fully_shard" in raises(ValueError, lambda: newton(whole, mean_over="rows"))
+    assert "fully_shard" in raises(ValueError, lambda: newton(whole, ranks=BY_ROWS))
     with mock.patch.object(type(mesh), "device_type", "cuda"):  # as if the weights were offloaded
         assert "CPUOffloadPolicy" in raises(NotImplementedError, lambda: newton(whole))
     late = net()
@@ -190,8 +190,8 @@ def refusals(world: World) -> None:
     opt = newton(DDP(net()))
     said = raises(NotImplementedError, lambda: CapturedStep(opt, lambda x: x))
     assert "CapturedStep captures the step of one process" in said
-    assert "mean_over" in raises(ValueError, lambda: newton(DDP(net()), mean_over="rows"))
-    assert "mean_over" in raises(ValueError, lambda: newton(net(), mean_over="columns"))
+    assert "mean_over" in raises(ValueError, lambda: newton(DDP(net()), ranks=BY_ROWS))
+    assert "mean_over" in raises(ValueError, lambda: RankRule(mean_over="columns"))
     assert "ProcessGroup" in raises(TypeError, lambda: newton(net(), process_group="gloo"))
 
 

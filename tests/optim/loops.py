@@ -177,7 +177,7 @@ def assert_one_trajectory(method, model, twin, x, steps=12, **options) -> None:
         for name, tensor in one.items():
             torch.testing.assert_close(tensor, two[name], **TIGHT)
         accepted += [int(t[0]) for name, t in one.items() if name.startswith("counts_a")]
-    assert min(accepted) > 0 or options.get("factor_every", 1) > 1
+    assert min(accepted) > 0 or opt.settings.factor_every > 1
 
 
 def _groups(opt) -> list[dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -12,14 +13,20 @@ import pytest
 import torch
 from torch import nn
 
-from kbfgs_ext import KBFGS, KBFGSL, presets
+from kbfgs_ext import KBFGS, KBFGSL, DirectionRule, FactorRule, presets
 
-# The paper's direction and length, with the safeguard and the rest of the defaults.
-_OF_THE_PAPER = ("lr", "damping", "direction", "nesterov", "step_length", "relative_damping")
-PAPER = {name: presets.PUBLISHED[name] for name in (*_OF_THE_PAPER, "pair_every")}
+# The paper's direction, length and dampings, with the safeguard and the rest of the defaults.
+PAPER = {name: presets.PUBLISHED[name] for name in ("lr", "damping", "direction", "pair_every")}
+PAPER["factors"] = FactorRule(relative_damping=False)
+BALANCED = DirectionRule("newton", step_length="balanced")
 newton, newton_l = (functools.partial(method, **PAPER) for method in (KBFGS, KBFGSL))
 DEFAULTS = pytest.mark.parametrize("method", [KBFGS, KBFGSL], ids=["kbfgs", "kbfgsl"])
 METHODS = pytest.mark.parametrize("method", [newton, newton_l], ids=["kbfgs", "kbfgsl"])
+
+
+def absolute(**fields: Any) -> FactorRule:
+    """The factors of `PAPER`, but for ``fields``."""
+    return dataclasses.replace(PAPER["factors"], **fields)
 
 
 def mlp(*sizes: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Sequential:

@@ -23,11 +23,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from kbfgs_ext import RankRule
 from tests.optim.models import rows
 from tests.optim.models import snapshot as tensors_of
 
 TIMEOUT = datetime.timedelta(seconds=100)
 BATCH = 24  # rows of all ranks together
+BY_ROWS, SHARED = RankRule(mean_over="rows"), RankRule(shared_work=True)
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -127,7 +129,8 @@ def compare(
     alone = copy.deepcopy(model)
     x, y = batches()
     mine = world.slices(unequal)
-    shared = shard is not None or options.get("shared_work", False)
+    rule = options.get("ranks", RankRule())
+    shared = shard is not None or rule.shared_work
     if shard is not None:
         shard(model)
         opt = make(model, **options)
@@ -143,7 +146,7 @@ def compare(
     alike = {name: t for name, t in own.items() if not shared or name.startswith("param ")}
     world.same_bits({name: t for name, t in alike.items() if not name.endswith(but or ("\0",))})
     world.same_bits({f"counter {name}": t.double() for name, t in opt.counters().items()})
-    weight = float(mine.stop - mine.start) if options.get("mean_over") == "rows" else 1.0
+    weight = float(mine.stop - mine.start) if rule.mean_over == "rows" else 1.0
     got = world.mean(losses, weight)
     if world.rank == 0 or shared:
         one = make(alone)

@@ -285,7 +285,7 @@ def test_sixteen_bits_and_autocast():
         block = nn.MultiheadAttention(E, HEADS, batch_first=True, bias=dtype is torch.bfloat16)
         block, model = block.to(dtype), model.to(dtype)
         both = nn.ModuleList([model, block])
-        opt = KBFGS(both, lr=0.05, direction="spectral", step_length="layer")
+        opt = KBFGS(both, lr=0.05)
 
         def forward(dtype=dtype, block=block, model=model):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):

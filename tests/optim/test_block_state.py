@@ -1,12 +1,13 @@
 """Factors in blocks: what is kept, counted, said and saved, and the memory that it takes."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS, KBFGSL, DirectionRule
 from tests.helpers.storage import StorageMeter
 from tests.optim.models import DEFAULTS, assert_same, mlp, rows, snapshot
 from tests.optim.test_blocks import ACTIONS, PLAIN, build
@@ -42,7 +43,8 @@ def test_what_is_kept_and_counted(method, action):
 @ACTIONS
 def test_a_restart_is_that_of_a_block(method, action):
     """A block that has refused its pairs starts again; its neighbour goes on."""
-    _, opt, closure = build(method, **{**PLAIN, "hessian_action": action, "restart_after": 3})
+    factors = replace(PLAIN["factors"], restart_after=3)
+    _, opt, closure = build(method, **{**PLAIN, "hessian_action": action, "factors": factors})
     for _ in range(3):
         opt.step(closure)
     layer = opt.layers[1]
@@ -126,7 +128,8 @@ def test_the_head_of_a_language_model_in_stated_memory(method, action):
     options = {"memory": 5} if method is KBFGSL else {}
     with warnings.catch_warnings(record=True) as said, StorageMeter() as meter:
         warnings.simplefilter("always")
-        opt = method(model, hessian_action=action, direction="newton", **options)
+        direction = DirectionRule("newton", step_length="layer", nesterov=True)
+        opt = method(model, hessian_action=action, direction=direction, **options)
         stated = opt.memory_usage()
 
         def closure():

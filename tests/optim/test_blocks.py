@@ -1,13 +1,14 @@
 """Factors in blocks: how sides are cut, and that a step is the one of dense matrices."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kbfgs_ext import KBFGS, KBFGSL, presets
+from kbfgs_ext import KBFGS, KBFGSL, DirectionRule, FactorRule, presets
 from kbfgs_ext.optim.blocks import cut
 from tests.helpers.block_oracle import BlockLayer, step
 from tests.optim.models import DEFAULTS, assert_same, closure_of, four_calls, mlp, rows, snapshot
@@ -19,15 +20,14 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 # The paper's: what these tests expect rests on it.
 PLAIN = {
     "damping": 0.3, "momentum": 0.9, "stat_decay": 0.9, "pair_decay": 0.9, "powell": 0.2,
-    "safeguard": False, "restart_after": None, "initial_scale": 1.0, "relative_damping": False,
-    "direction": "newton", "step_length": "direction", "nesterov": False, "pair_every": 1,
+    "safeguard": False, "direction": "newton", "pair_every": 1,
+    "factors": FactorRule(restart_after=None, relative_damping=False),
 }  # fmt: skip
 
 # The polar direction.
 DEFAULT = {
-    "lr": 0.07, "damping_a": 1.0, "damping_g": 0.3, "relative_damping": True,
-    "direction": "spectral", "nesterov": True, "step_length": "layer", "pair_every": 3,
-    "safeguard": True, "restart_after": 10,
+    "lr": 0.07, "damping_a": 1.0, "damping_g": 0.3, "direction": "spectral", "pair_every": 3,
+    "safeguard": True, "factors": FactorRule(),
 }  # fmt: skip
 
 # n_a, n_g: layer 0 is 6, 20 and layer 2 is 21, 20 and layer 4 is 21, 3.
@@ -93,7 +93,8 @@ def test_half_a_side_of_outputs_is_two_layers_that_share_an_input(
     for half, rows_ in zip(halves, (slice(0, 4), slice(4, 8)), strict=True):
         for name, p in half.named_parameters():
             p.data.copy_(getattr(whole, name)[rows_])
-    options = {**PLAIN, "hessian_action": action, "backend": backend, "relative_damping": relative}
+    options = {**PLAIN, "hessian_action": action, "backend": backend}
+    options["factors"] = replace(PLAIN["factors"], relative_damping=relative)
     opt = method(one, lr=0.1, block_size=4, **options)
     other = method(two, lr=0.1, block_size=None, **options)
     assert not opt.layers[0].whole and opt.layers[1].whole
@@ -218,8 +219,16 @@ def test_kernels_and_reference_agree_on_every_option(method, action):
     options = [
         DEFAULT,
         presets.TUNED,
-        {"relative_damping": True, "step_length": "balanced", "restart_after": 1, "pair_every": 2},
-        {"factor_every": 3, "weight_decay": 0.01, "max_grad_norm": 0.5, "initial_scale": 3.0},
+        {
+            "direction": DirectionRule("newton", step_length="balanced"),
+            "factors": FactorRule(restart_after=1),
+            "pair_every": 2,
+        },
+        {
+            "factors": replace(PLAIN["factors"], update_every=3, initial_scale=3.0),
+            "weight_decay": 0.01,
+            "max_grad_norm": 0.5,
+        },
     ]
     for option in options:
         runs = []

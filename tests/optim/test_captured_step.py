@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS, CapturedStep
+from kbfgs_ext import KBFGS, CapturedStep, DirectionRule, FactorRule
 from kbfgs_ext.optim import graph, hyper, recorder
 from tests.helpers.tape import Tape
 from tests.optim.captured import CapturedRun
@@ -79,7 +79,7 @@ def test_on_the_cpu_every_call_is_an_ordinary_step(method):
 @METHODS
 @pytest.mark.parametrize("length", ["direction", "balanced", "layer"])
 def test_captured_steps_are_the_ordinary_ones(method, length, as_if_cuda, monkeypatch):
-    model, opt, step = made(method, step_length=length)
+    model, opt, step = made(method, direction=DirectionRule("newton", step_length=length))
     calls = []
     opt.register_step_pre_hook(lambda *a: calls.append("before"))
     opt.register_step_post_hook(lambda *a: calls.append("after"))
@@ -87,7 +87,9 @@ def test_captured_steps_are_the_ordinary_ones(method, length, as_if_cuda, monkey
     assert step.captured
     assert calls == ["before", "after"] * len(BATCHES)
     monkeypatch.undo()
-    plain, plain_opt, wanted = eager(method, BATCHES, step_length=length)
+    plain, plain_opt, wanted = eager(
+        method, BATCHES, direction=DirectionRule("newton", step_length=length)
+    )
     assert losses == wanted
     assert_same(snapshot(model, opt), snapshot(plain, plain_opt))
 
@@ -96,14 +98,18 @@ def test_captured_steps_are_the_ordinary_ones(method, length, as_if_cuda, monkey
 @pytest.mark.parametrize("every", [(3, 1), (1, 3), (3, 2)], ids=str)
 def test_steps_of_several_kinds_are_captured_one_by_one(method, every, as_if_cuda, monkeypatch):
     """A second pass in some steps, activations in some: a graph of each kind."""
-    options = {"pair_every": every[0], "factor_every": every[1], "relative_damping": True}
+    options = {
+        "pair_every": every[0],
+        "factors": FactorRule(update_every=every[1]),
+        "direction": DirectionRule("newton", nesterov=True),
+    }
     batches = BATCHES + BATCHES
-    model, opt, step = made(method, nesterov=True, **options)
+    model, opt, step = made(method, **options)
     losses = [step(*batch).item() for batch in batches]
     kinds = {(i % every[0] == 0, i % every[1] == 0) for i in range(len(batches))}
     assert set(step._graphs) == kinds
     monkeypatch.undo()
-    plain, plain_opt, wanted = eager(method, batches, nesterov=True, **options)
+    plain, plain_opt, wanted = eager(method, batches, **options)
     assert losses == wanted
     assert_same(snapshot(model, opt), snapshot(plain, plain_opt))
 

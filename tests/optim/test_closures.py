@@ -17,7 +17,7 @@ from tests.optim.loops import (
     gradients_of,
     train,
 )
-from tests.optim.models import METHODS, rows
+from tests.optim.models import METHODS, absolute, rows
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -38,6 +38,7 @@ def error_of(out):
     return (out - TARGET).square().mean()
 
 
+FULL = absolute(freeze_second_pass=False)
 PLAIN = backward_of(lambda m: error_of(m(x_of())))
 
 
@@ -204,7 +205,7 @@ def test_inner_steps_on_parameters(method):
         model,
         work,
         backward_of(lambda m: maml(m, inner_by_hand)),
-        lambda m: method(m, freeze_second_pass=False),
+        lambda m: method(m, factors=FULL),
     )
 
 
@@ -337,13 +338,13 @@ def test_closures_that_use_weight_gradients(method, bias, how):
         train(model, method(model), work, 1)
     if not bias and how in ("assigns", "backward(inputs=)"):
         model = net(bias)
-        opt = method(model, freeze_second_pass=False)
+        opt = method(model, factors=FULL)
         with pytest.warns(UserWarning, match="curvature does not follow") as said:
             train(model, opt, work)  # a virtual bias gets no gradient: no pair, and no wrong one
         assert len([w for w in said if "does not follow" in str(w.message)]) == 1
         assert [int(d["accepted"] + d["rejected"]) for d in opt.diagnostics().values()] == [0, 0]
         return
-    assert_trains_as(net(bias), work, plainly, lambda m: method(m, freeze_second_pass=False))
+    assert_trains_as(net(bias), work, plainly, lambda m: method(m, factors=FULL))
 
 
 # ---------------------------------------------------------------------- clipping
@@ -375,7 +376,7 @@ def test_clipping_by_norm_is_max_grad_norm(method, action, bias):
 @pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
 def test_the_pair_is_of_unclipped_gradients(method, bias, clip):
     model = net(bias)
-    opt = method(model, freeze_second_pass=bias)
+    opt = method(model, factors=absolute(freeze_second_pass=bias))
 
     def work(m):
         loss = PLAIN(m)

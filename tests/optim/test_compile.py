@@ -87,7 +87,7 @@ def test_compiled_attention(method, counter):
     for compiled in (False, True):
         torch.manual_seed(0)
         model = torch.nn.MultiheadAttention(8, 2, batch_first=True, bias=False)
-        opt = method(model, lr=0.1, direction="newton", step_length="direction")
+        opt = method(model, lr=0.1)
         called = torch.compile(model, backend=counter) if compiled else model
 
         def closure(opt=opt, called=called):

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS
+from kbfgs_ext import KBFGS, DirectionRule, FactorRule
 from tests.optim.loops import TIGHT, assert_one_trajectory, images
-from tests.optim.models import METHODS, assert_resumes, closure_of, snapshot
+from tests.optim.models import BALANCED, METHODS, absolute, assert_resumes, closure_of, snapshot
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -145,7 +145,7 @@ def test_a_pointwise_convolution_is_linear_on_pixels(method, action):
     for at in (0, 2):
         pixels[at].load_state_dict({k: v.flatten(1) if v.dim() > 1 else v
                                     for k, v in model[at].state_dict().items()})  # fmt: skip
-    options = {"hessian_action": action, "step_length": "balanced", "lr": 0.05}
+    options = {"hessian_action": action, "direction": BALANCED, "lr": 0.05}
     opt, other = method(model, **options), method(pixels, **options)
     target = images(4, 3, 6, seed=1)
     closure = closure_of(model, opt, x, target)
@@ -191,13 +191,17 @@ def test_a_reused_convolution(method, action):
 
 
 OPTIONS = [
-    {"factor_every": 3},
+    {"factors": absolute(update_every=3)},
     {"pair_every": 2},
-    {"restart_after": 1},
+    {"factors": absolute(restart_after=1)},
     {"block_size": 10},
-    {"step_length": "balanced"},
-    {"direction": "spectral", "step_length": "layer", "relative_damping": True, "lr": 0.01},
-    {"direction": "spectral", "nesterov": True, "initial_scale": "damping", "lr": 0.01},
+    {"direction": BALANCED},
+    {"direction": DirectionRule(nesterov=False), "factors": FactorRule(), "lr": 0.01},
+    {
+        "direction": DirectionRule(step_length="direction"),
+        "factors": absolute(initial_scale="damping"),
+        "lr": 0.01,
+    },
     {"weight_decay": 0.01, "safeguard": False},
     {"backend": "reference"},
 ]
@@ -221,7 +225,7 @@ def test_groups_in_blocks(method, action):
     torch.manual_seed(0)
     x = images(6, 10, 2, 3)
     model = network(nn.Conv2d(10, 8, 1, groups=2), x=x)
-    options = {"block_size": 3, "restart_after": 2, "hessian_action": action}
+    options = {"block_size": 3, "factors": absolute(restart_after=2), "hessian_action": action}
     assert_one_trajectory(method, model, twin_of(model), x, **options)
     (conv, _) = method(model, **options).layers
     assert [f.n for f in conv.activations] == [3, 3] and [f.n for f in conv.gradients] == [2, 2]

@@ -18,7 +18,7 @@ from tests.optim.loops import (
     everything,
     train,
 )
-from tests.optim.models import METHODS, closure_of, four_calls, newton, rows
+from tests.optim.models import METHODS, absolute, closure_of, four_calls, newton, rows
 from tests.optim.test_closures import PLAIN, net
 from tests.optim.test_saved_state import build, run
 
@@ -358,4 +358,4 @@ def test_an_empty_list_of_gradients_in_the_second_pass(method):
         model = net(bias=False)
         with pytest.raises(RuntimeError, match="freeze_second_pass=False"):
             train(model, method(model), work, 1)
-        train(model, method(model, freeze_second_pass=False), work)
+        train(model, method(model, factors=absolute(freeze_second_pass=False)), work)

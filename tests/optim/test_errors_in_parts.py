@@ -7,7 +7,7 @@ from torch import nn
 from kbfgs_ext import KBFGS, presets
 from kbfgs_ext.ops import registry
 from tests.optim.loops import JUDGED, LEARNED, assert_as_before, backward_of, everything, train
-from tests.optim.models import METHODS, assert_same, newton, newton_l, rows
+from tests.optim.models import METHODS, absolute, assert_same, newton, newton_l, rows
 from tests.optim.test_errors import good_of, raises_in
 from tests.optim.test_saved_state import build, run
 
@@ -15,11 +15,11 @@ from tests.optim.test_saved_state import build, run
 
 
 SETTINGS = {
-    "newton": (newton, {"direction": "newton", "hessian_action": "ema"}),
-    "minibatch": (newton, {"direction": "newton", "hessian_action": "minibatch"}),
+    "newton": (newton, {"hessian_action": "ema"}),
+    "minibatch": (newton, {"hessian_action": "minibatch"}),
     "tuned": (newton, presets.TUNED),
     "defaults": (KBFGS, {"pair_every": 1}),
-    "ring": (newton_l, {"memory": 3, "initial_scale": 0.5, "weight_decay": 0.1}),
+    "ring": (newton_l, {"memory": 3, "factors": absolute(initial_scale=0.5), "weight_decay": 0.1}),
     "no momentum": (newton, {"momentum": 0.0, "max_grad_norm": 0.1}),
 }
 
@@ -111,7 +111,7 @@ def test_a_step_in_16_bits_is_taken_back_to_the_bit(method, frozen):
     """The 32-bit copies come back with the parameters, and the frozen half of a layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).bfloat16()
-    opt, x = method(model, direction="newton"), rows(12, 4).bfloat16()
+    opt, x = method(model), rows(12, 4).bfloat16()
     work = backward_of(lambda m: m(x).float().square().mean())
     train(model, opt, work, 2)
     model[0].bias.requires_grad_(not frozen)

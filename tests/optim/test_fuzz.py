@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS, KBFGSL, DirectionRule, FactorRule
 from tests.optim.models import four_calls
 
 ACTIVATIONS = {
@@ -72,12 +72,17 @@ OPTIONS = st.fixed_dictionaries(
         "safeguard": st.booleans(),
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "pair_every": st.integers(1, 2),
-        "factor_every": st.integers(1, 2),
         "max_grad_norm": st.sampled_from([None, 1.0]),
         "block_size": st.sampled_from([None, None, 1, 20]),
-        "restart_after": st.sampled_from([None, 1]),
-        "initial_scale": st.sampled_from([1.0, 1.0, "damping", 30.0]),
-        "step_length": st.sampled_from(["direction", "balanced", "layer"]),
+        "direction": st.builds(
+            DirectionRule, step_length=st.sampled_from(["direction", "balanced", "layer"])
+        ),
+        "factors": st.builds(
+            FactorRule,
+            initial_scale=st.sampled_from([1.0, 1.0, "damping", 30.0]),
+            restart_after=st.sampled_from([None, 1]),
+            update_every=st.integers(1, 2),
+        ),
     }
 )
 METHODS = st.sampled_from([(KBFGS, {}), (KBFGSL, {"memory": 1}), (KBFGSL, {"memory": 3})])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kbfgs_ext import KBFGS, KBFGSL
+from kbfgs_ext import KBFGS, KBFGSL, FactorRule
 from tests.helpers.storage import StorageMeter
 from tests.optim.models import DEFAULTS, assert_resumes, closure_of
 
@@ -82,7 +82,7 @@ def test_memory(method, action):
 @ACTIONS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_resuming_and_restarts(method, action, dtype):
-    options = {"hessian_action": action, "restart_after": 1, "lr": 1e-3}
+    options = {"hessian_action": action, "factors": FactorRule(restart_after=1), "lr": 1e-3}
     opt, closure = assert_resumes(lambda: depthwise(method, 40, dtype, **options))
     opt.restart()
     opt.step(closure)
@@ -101,7 +101,8 @@ def test_checkpoints_know_their_groups():
 @pytest.mark.parametrize("method", [KBFGS, KBFGSL])
 def test_a_group_has_the_gate_and_the_restart_of_its_own(method):
     """One whose pairs were refused starts again, and its neighbour goes on."""
-    _, opt, closure = depthwise(method, 5, torch.float64, restart_after=3, lr=1e-4, pair_every=1)
+    factors = FactorRule(restart_after=3)
+    _, opt, closure = depthwise(method, 5, torch.float64, factors=factors, lr=1e-4, pair_every=1)
     for _ in range(3):
         opt.step(closure)
     conv, _ = opt.layers

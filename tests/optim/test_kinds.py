@@ -15,7 +15,7 @@ import kbfgs_ext
 from kbfgs_ext import KBFGS
 from kbfgs_ext.optim import inputs, layers
 from tests.optim.loops import TIGHT
-from tests.optim.models import METHODS, assert_same, closure_of, mlp, rows, snapshot
+from tests.optim.models import BALANCED, METHODS, assert_same, closure_of, mlp, rows, snapshot
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 
@@ -35,7 +35,7 @@ class Conv1D(nn.Module):
 
 @METHODS
 @ACTIONS
-@pytest.mark.parametrize("options", [{}, {"step_length": "balanced"}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize("options", [{}, {"direction": BALANCED}, {"weight_decay": 0.1}])
 def test_conv1d_is_a_transposed_linear(method, action, options):
     torch.manual_seed(0)
     model = nn.Sequential(Conv1D(7, 5), nn.Tanh(), Conv1D(3, 7), nn.Linear(3, 2).double())

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kbfgs_ext import KBFGS
+from kbfgs_ext import KBFGS, FactorRule
 from kbfgs_ext.optim.direction import Direction
 from tests.optim.models import (
     METHODS,
+    absolute,
     assert_same,
     closure_of,
     four_calls,
@@ -218,12 +219,11 @@ def test_a_non_finite_gradient_is_not_clipped_into_a_step():
 @METHODS
 @ACTIONS
 @pytest.mark.parametrize("pair_every", [1, 3])
-@pytest.mark.parametrize("factor_every", [1, 2])
-def test_intervals(method, action, pair_every, factor_every):
+@pytest.mark.parametrize("update_every", [1, 2])
+def test_intervals(method, action, pair_every, update_every):
     """How often the closure runs and each side is updated in 6 steps, and that it still trains."""
-    _, opt, closure = problem(
-        method, hessian_action=action, pair_every=pair_every, factor_every=factor_every
-    )
+    updates = absolute(update_every=update_every)
+    _, opt, closure = problem(method, hessian_action=action, pair_every=pair_every, factors=updates)
     calls = itertools.count()
 
     def counted():
@@ -232,7 +232,7 @@ def test_intervals(method, action, pair_every, factor_every):
 
     losses = [opt.step(counted).item() for _ in range(6)]
     assert losses[-1] < losses[0]
-    pairs, factors = 6 // pair_every, 6 // factor_every
+    pairs, factors = 6 // pair_every, 6 // update_every
     assert next(calls) == 6 + pairs
     for counts in opt.diagnostics().values():
         assert int(counts["accepted"] + counts["rejected"]) == pairs
@@ -243,7 +243,8 @@ def test_intervals(method, action, pair_every, factor_every):
 @METHODS
 @ACTIONS
 def test_a_step_without_pair_and_factors_changes_the_rest_alone(method, action):
-    model, opt, closure = problem(method, hessian_action=action, pair_every=2, factor_every=2)
+    options = {"pair_every": 2, "factors": absolute(update_every=2)}
+    model, opt, closure = problem(method, hessian_action=action, **options)
     opt.step(closure)
     before = snapshot(model, opt)
     opt.step(closure)
@@ -268,14 +269,14 @@ def test_factors_by_themselves_are_those_of_a_step_with_a_pair(method, action):
 
 
 def test_steps_between_pairs_keep_no_activations(monkeypatch):
-    """With factor_every, the inputs are not held through the backward pass either."""
+    """With update_every, the inputs are not held through the backward pass either."""
     seen = []
     monkeypatch.setattr(
         Direction,
         "aim",
         lambda self, part, *_: seen.append([x.observer.has_inputs() for x in part.layers]),
     )
-    _, opt, closure = problem(factor_every=3, pair_every=3)
+    _, opt, closure = problem(factors=absolute(update_every=3), pair_every=3)
     for _ in range(4):
         opt.step(closure)
     assert seen == [[True] * 2, [False] * 2, [False] * 2, [True] * 2]
@@ -298,7 +299,7 @@ def test_only_steps_with_a_pair_are_judged():
 
 
 def test_a_void_first_step_does_not_count_for_the_intervals():
-    _, opt, closure = problem(pair_every=2, factor_every=2)
+    _, opt, closure = problem(pair_every=2, factors=absolute(update_every=2))
     opt.step(lambda: closure() * math.nan)
     assert opt.steps.number == 0
     calls = []
@@ -321,7 +322,8 @@ def test_intervals_and_clipping_read_nothing_back():
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
-        opt = KBFGS(model, max_grad_norm=1.0, pair_every=2, factor_every=3, hessian_action="ema")
+        every = {"pair_every": 2, "factors": FactorRule(update_every=3)}
+        opt = KBFGS(model, max_grad_norm=1.0, hessian_action="ema", **every)
         x, target = torch.randn(8, 5), torch.randn(8, 3)
         for _ in range(4):
             opt.step(closure_of(model, opt, x, target))
@@ -332,7 +334,7 @@ def test_intervals_and_clipping_read_nothing_back():
 def test_a_layer_unfrozen_between_factors_starts_at_once():
     model = mlp(5, 7, 3)
     model[2].requires_grad_(False)
-    opt = KBFGS(model, factor_every=4)
+    opt = KBFGS(model, factors=FactorRule(update_every=4))
     closure = closure_of(model, opt, rows(12, 5), rows(12, 3, seed=1))
     opt.step(closure)
     model[2].requires_grad_(True)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kbfgs_ext import KBFGS
+from kbfgs_ext import KBFGS, Precision
 from tests.helpers import compare
 from tests.optim.models import METHODS, assert_same, closure_of, mlp, rows, snapshot
 
@@ -33,7 +33,8 @@ def test_steps_too_small_for_16_bits_add_up(method, half):
     lr = 1e-2 * torch.finfo(half).eps
     moved = {}
     for kept in (True, False):
-        model, opt, closure = problem(method, half, lr=lr, master_weights=kept, safeguard=False)
+        precision = Precision(master_weights=kept)
+        model, opt, closure = problem(method, half, lr=lr, precision=precision, safeguard=False)
         before = [p.detach().clone() for p in model.parameters() if p.dim() == 2]
         for _ in range(200):
             opt.step(closure)
@@ -81,7 +82,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(method):
 
 
 def test_a_checkpoint_without_copies_starts_them_from_the_parameters():
-    model, opt, closure = problem(master_weights=False)
+    model, opt, closure = problem(precision=Precision(master_weights=False))
     for _ in range(3):
         opt.step(closure)
     other, other_opt, other_closure = problem()
@@ -123,4 +124,4 @@ def test_memory_usage_counts_the_copies():
     model, opt, _ = problem()
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     assert opt.memory_usage()["master_W"] == 4 * weights
-    assert "master_W" not in problem(master_weights=False)[1].memory_usage()
+    assert "master_W" not in problem(precision=Precision(master_weights=False))[1].memory_usage()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kbfgs_ext import KBFGS
+from kbfgs_ext import KBFGS, RankRule
 from kbfgs_ext.optim import sharing
 from kbfgs_ext.optim.process import Alone
 from kbfgs_ext.optim.shards import pieces
@@ -75,8 +75,8 @@ def test_auto_shares_what_is_large(monkeypatch):
 def test_what_shared_work_takes():
     for wrong in ("always", None, 3):
         with pytest.raises(ValueError, match="shared_work must be one of"):
-            KBFGS(mlp(4, 3), shared_work=wrong)
-    opt = KBFGS(mlp(4, 3), shared_work="auto")
+            RankRule(shared_work=wrong)
+    opt = KBFGS(mlp(4, 3), ranks=RankRule(shared_work="auto"))
     assert type(opt.steps.process) is Alone and not opt.steps.process.explain()
 
 

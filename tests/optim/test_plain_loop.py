@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
+from kbfgs_ext import DirectionRule
 from tests.optim.models import (
     METHODS,
+    absolute,
     assert_same,
     assert_same_weights,
     closure_of,
@@ -22,7 +24,11 @@ from tests.optim.models import (
 
 @METHODS
 @pytest.mark.parametrize("action", ["ema", "minibatch"])
-@pytest.mark.parametrize("every", [{}, {"pair_every": 2, "factor_every": 3}], ids=["1", "2, 3"])
+@pytest.mark.parametrize(
+    "every",
+    [{}, {"pair_every": 2, "factors": absolute(update_every=3)}],
+    ids=["1", "2, 3"],
+)
 def test_the_four_calls_are_a_step(method, action, every):
     """Bit for bit, with dropout, BatchNorm, a fallback and a scheduler that does not complain."""
 
@@ -163,7 +169,15 @@ def test_reentrant_checkpointing_is_refused():
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"direction": "spectral", "lr": 0.02, "pair_every": 2}, {"hessian_action": "ema"}],
+    [
+        {},
+        {
+            "direction": DirectionRule(step_length="direction", nesterov=False),
+            "lr": 0.02,
+            "pair_every": 2,
+        },
+        {"hessian_action": "ema"},
+    ],
     ids=["paper", "spectral", "ema"],
 )
 def test_the_default_device_is_the_user_s_own(method, backend, options):

@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS
+from kbfgs_ext import KBFGS, Precision
 from kbfgs_ext.optim.direction import Direction
 from tests.helpers import backends
 from tests.optim.models import (
@@ -316,7 +316,7 @@ def test_matmul_precision_is_set_for_own_products_alone(chosen, monkeypatch):
         return aim(*args)
 
     monkeypatch.setattr(Direction, "aim", watched)
-    model, opt, closure = problem(matmul_precision=chosen)
+    model, opt, closure = problem(precision=Precision(matmul=chosen))
     model.register_forward_hook(
         lambda *_: seen["model"].add(torch.get_float32_matmul_precision()) and None
     )
@@ -331,8 +331,8 @@ def test_matmul_precision_is_set_for_own_products_alone(chosen, monkeypatch):
 
 
 def test_matmul_precision_of_another_name():
-    with pytest.raises(ValueError, match="matmul_precision must be None or one of.*got 'tf32'"):
-        KBFGS(mlp(4, 3), matmul_precision="tf32")
+    with pytest.raises(ValueError, match="matmul must be None or one of.*got 'tf32'"):
+        Precision(matmul="tf32")
 
 
 @pytest.mark.parametrize("chosen", ["highest", "high", "medium"])
@@ -345,7 +345,7 @@ def test_matmul_precision_beside_torchs_newer_settings(chosen):
             place.fp32_precision = setting
         with pytest.raises(RuntimeError, match="mix of the legacy and new"):
             torch.get_float32_matmul_precision()
-        _, opt, closure = problem(matmul_precision=chosen)
+        _, opt, closure = problem(precision=Precision(matmul=chosen))
         assert opt.step(closure).isfinite()
         assert [place.fp32_precision for place in places] == ["tf32", "bf16"]
     finally:

@@ -8,11 +8,21 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kbfgs_ext import FactorRule
 from kbfgs_ext.optim.checkpoint import FORMAT
 from kbfgs_ext.optim.parts import Part
 from kbfgs_ext.optim.safeguard import SafeguardRule
 from kbfgs_ext.optim.updates import restart
-from tests.optim.models import METHODS, assert_same, mlp, newton_l, problem, rows, snapshot
+from tests.optim.models import (
+    METHODS,
+    absolute,
+    assert_same,
+    mlp,
+    newton_l,
+    problem,
+    rows,
+    snapshot,
+)
 
 ACTIONS = pytest.mark.parametrize("action", ["ema", "minibatch"])
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -20,7 +30,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
 
 def started(method, **options):
     """A problem after three steps, and its first layer."""
-    _, opt, closure = problem(method, restart_after=3, **options)
+    _, opt, closure = problem(method, factors=absolute(restart_after=3), **options)
     for _ in range(3):
         opt.step(closure)
     return opt, opt.layers[0]
@@ -66,7 +76,7 @@ def test_restarts_after_so_many_rejections_in_a_row(method, action):
 @ACTIONS
 def test_in_a_step(method, action):
     """A factor gone wrong (zero) rejects, restarts, and learns again."""
-    _, opt, closure = problem(method, restart_after=2, hessian_action=action)
+    _, opt, closure = problem(method, factors=absolute(restart_after=2), hessian_action=action)
     opt.step(closure)
     layer = opt.layers[0]
     layer["H_a"].zero_()
@@ -81,8 +91,8 @@ def test_in_a_step(method, action):
 @METHODS
 @ACTIONS
 def test_without_rejections_nothing_changes(method, action):
-    a, opt, closure = problem(method, restart_after=1, hessian_action=action)
-    b, plain, again = problem(method, hessian_action=action, restart_after=None)
+    a, opt, closure = problem(method, factors=absolute(restart_after=1), hessian_action=action)
+    b, plain, again = problem(method, factors=absolute(restart_after=None), hessian_action=action)
     for _ in range(8):
         opt.step(closure)
         plain.step(again)
@@ -92,7 +102,7 @@ def test_without_rejections_nothing_changes(method, action):
 
 def test_an_indefinite_factor_is_refused_and_restarts():
     """H_g = -I climbs; y'Hy < 0 shows it, and training goes on from the restart."""
-    _, opt, closure = problem(restart_after=3)
+    _, opt, closure = problem(factors=absolute(restart_after=3))
     opt.step(closure)
     for layer in opt.layers:
         layer["H_g"].neg_()
@@ -107,7 +117,8 @@ def test_an_indefinite_factor_is_refused_and_restarts():
 
 def test_an_indefinite_ring_restarts_when_no_step_is_kept():
     """Its gate has no H y to see it by, and accepts every pair. H = I - 1000 I."""
-    _, opt, closure = problem(newton_l, restart_after=3, safeguard=SafeguardRule(smallest=0.25))
+    rules = {"factors": absolute(restart_after=3), "safeguard": SafeguardRule(smallest=0.25)}
+    _, opt, closure = problem(newton_l, **rules)
     opt.step(closure)
     for layer in opt.layers:
         n = layer.n_g
@@ -133,7 +144,7 @@ def uphill(closure, calls=0):
     return rising
 
 
-STANDSTILL = {"restart_after": 3, "safeguard": SafeguardRule(smallest=1.0)}
+STANDSTILL = {"factors": absolute(restart_after=3), "safeguard": SafeguardRule(smallest=1.0)}
 
 
 @METHODS
@@ -235,14 +246,15 @@ def test_a_streak_outlives_a_checkpoint(method):
     opt, layer = started(method)
     layer["counts_g"][1] += 2
     restart_side(opt, layer, "g")
-    _, other, _ = problem(method, restart_after=3)
+    _, other, _ = problem(method, factors=absolute(restart_after=3))
     other.load_state_dict(opt.state_dict())
     resumed = other.layers[0]
     resumed["counts_g"][1] += 1
     restart_side(other, resumed, "g")
     assert restarts(other) == (1, 0)
+    never = absolute(restart_after=None)
     with pytest.raises(ValueError, match="restart_after = 3, this .* = None"):
-        problem(method, restart_after=None)[1].load_state_dict(opt.state_dict())
+        problem(method, factors=never)[1].load_state_dict(opt.state_dict())
 
 
 @METHODS
@@ -271,7 +283,8 @@ def test_a_checkpoint_of_another_format_is_refused():
 @BACKENDS
 def test_no_host_read(method, action, backend):
     with FakeTensorMode():
-        _, opt, closure = problem(method, hessian_action=action, backend=backend, restart_after=2)
+        options = {"hessian_action": action, "backend": backend}
+        _, opt, closure = problem(method, factors=absolute(restart_after=2), **options)
         for _ in range(3):
             opt.step(closure)
 
@@ -279,7 +292,7 @@ def test_no_host_read(method, action, backend):
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (1.5, TypeError)])
 def test_bad_values(value, error):
     with pytest.raises(error, match=f"restart_after must be .*got {value}"):
-        problem(restart_after=value)
+        FactorRule(restart_after=value)
 
 
 @METHODS
@@ -316,7 +329,8 @@ def test_factors_stay_symmetric_to_the_last_bit(method, action, backend, dtype):
 @ACTIONS
 def test_started_anew_it_is_a_new_optimizer(method, action):
     """But for what is counted; after steps that have filled everything."""
-    options = {"hessian_action": action, "initial_scale": "damping", "restart_after": 3}
+    factors = absolute(initial_scale="damping", restart_after=3)
+    options = {"hessian_action": action, "factors": factors}
     model, opt, closure = problem(method, **options)
     for _ in range(5):
         opt.step(closure)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler as schedulers
 
-from tests.optim.models import METHODS, assert_same, four_calls, rows, snapshot
+from tests.optim.models import METHODS, absolute, assert_same, four_calls, rows, snapshot
 
 OPTIONS = {
     "plain": {},
@@ -20,7 +20,11 @@ OPTIONS = {
     "scaler": {"autocast": torch.float16, "scaled": True},
     "micro-batches": {"sizes": [7, 5, 4]},
     "clipping": {"max_grad_norm": 0.1},
-    "intervals": {"pair_every": 2, "factor_every": 3, "hessian_action": "ema"},
+    "intervals": {
+        "pair_every": 2,
+        "factors": absolute(update_every=3),
+        "hessian_action": "ema",
+    },
     "plain loop": {"plain_loop": True, "pair_every": 2},
     "groups": {"grouped": True},
     "tensors": {"lr": torch.tensor(1.0), "damping": torch.tensor(0.5)},

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kbfgs_ext import KBFGS, ops
+from kbfgs_ext import KBFGS, DirectionRule, FactorRule, ops
 from kbfgs_ext.ops.spectral import SHIFTS, WEIGHTS
 from kbfgs_ext.ops.spectral.reference import polar
 from kbfgs_ext.optim import factors
@@ -56,8 +56,8 @@ def first_step(method, **options):
 def test_a_first_step_is_the_polar_factor_of_the_preconditioned_gradient(method):
     """H_g is the identity then, and M a share of the gradient, which makes no difference. The first
     layer has more outputs than inputs, the second fewer: that one has H_a."""
-    options = {"damping": 0.3, "lr": 0.01, "step_length": "direction"}
-    before, after, D, layers = first_step(method, direction="spectral", **options)
+    direction = DirectionRule(step_length="direction", nesterov=False)
+    before, after, D, layers = first_step(method, damping=0.3, lr=0.01, direction=direction)
     assert [layer.tall for layer in layers] == [True, False]
     for b, a, d, layer, X in zip(before, after, D, layers, inputs(), strict=True):
         X = torch.cat([X, torch.ones(len(X), 1, dtype=X.dtype)], 1)
@@ -85,8 +85,9 @@ def test_a_direction_has_the_factor_of_the_longer_side(method, shape, block_size
     """In a step before which both factors have learnt, in one block or in several."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(*shape, dtype=torch.float64), nn.Tanh())
-    options = {"step_length": "direction", "nesterov": False, "pair_every": 1, "lr": 0.01}
-    opt = method(model, damping_g=0.1, block_size=block_size, **options)
+    direction = DirectionRule(step_length="direction", nesterov=False)
+    options = {"direction": direction, "pair_every": 1, "lr": 0.01, "damping_g": 0.1}
+    opt = method(model, block_size=block_size, **options)
     x, target = (rows(40, n, torch.float64, seed=n) for n in shape)
     closure = closure_of(model, opt, x, target)
     for _ in range(9):
@@ -137,10 +138,10 @@ def test_a_run_does_not_know_the_scale_of_the_loss(method, action):
 
 @METHODS
 def test_the_activation_damping_is_a_share_of_the_mean_square_input(method):
-    _, _, _, layers = first_step(method, damping_a=0.25, relative_damping=True)
+    _, _, _, layers = first_step(method, damping_a=0.25, factors=FactorRule())
     for layer in layers:
         assert float(layer["lam_a"]) == pytest.approx(0.25 * float(layer["v"]), rel=1e-12)
-    model, opt, closure = problem(method, relative_damping=True)
+    model, opt, closure = problem(method, factors=FactorRule())
     seen = []
     model[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     for _ in range(3):
@@ -153,7 +154,9 @@ def test_nesterov_looks_a_gradient_ahead(method):
     """After the first step M is (1-mu)*D, and what is preconditioned (1-mu)*(1+mu)*D."""
     options = {"momentum": 0.75, "lr": 0.1}
     b, plain, _, _ = first_step(method, **options)
-    before, ahead, _, _ = first_step(method, nesterov=True, **options)
+    before, ahead, _, _ = first_step(
+        method, direction=DirectionRule("newton", nesterov=True), **options
+    )
     assert all(map(torch.equal, b, before))
     for start, p, a in zip(b, plain, ahead, strict=True):
         torch.testing.assert_close(a - start, 1.75 * (p - start), rtol=1e-10, atol=1e-14)
@@ -218,6 +221,8 @@ def test_a_gradient_of_zero_and_one_that_is_not_finite_move_nothing(method):
 def test_what_it_is_not():
     with pytest.raises(ValueError, match="direction must be one of .*, got 'polar'"):
         KBFGS(mlp(5, 3), direction="polar")
+    with pytest.raises(TypeError, match="direction must be a string or a DirectionRule, got 1"):
+        KBFGS(mlp(5, 3), direction=1)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.step.counts import OpCounter
-from kbfgs_ext import KBFGS, KBFGSL, presets
+from kbfgs_ext import KBFGS, KBFGSL, DirectionRule, presets
 from kbfgs_ext.ops import registry
 from kbfgs_ext.optim import gradients
 from tests.helpers.storage import StorageMeter
@@ -34,7 +34,8 @@ def test_no_host_read(method, action, backend, length):
         model = nn.Sequential(
             nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Dropout(), nn.BatchNorm1d(7), nn.Linear(7, 3)
         )
-        opt = method(model, hessian_action=action, backend=backend, step_length=length)
+        direction = DirectionRule("newton", step_length=length)
+        opt = method(model, hessian_action=action, backend=backend, direction=direction)
         x, target = torch.randn(8, 5), torch.randn(8, 3)
         for _ in range(3):
             opt.step(closure_of(model, opt, x, target))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kbfgs_ext import KBFGS, presets
+from kbfgs_ext import KBFGS, FactorRule, Precision, presets
 from tests.optim.loops import assert_one_trajectory, images
 from tests.optim.models import DEFAULTS, assert_resumes, closure_of
 
@@ -111,10 +111,8 @@ def test_it_is_linear_on_patches(method, action, case):
 def test_checkpoints_blocks_and_restarts(method, action, case):
     def made():
         model, x = build(case)
-        opt = method(
-            model, lr=0.1, hessian_action=action, block_size=7, restart_after=1,
-            relative_damping=True,
-        )  # fmt: skip
+        options = {"hessian_action": action, "factors": FactorRule(restart_after=1)}
+        opt = method(model, lr=0.1, block_size=7, **options)
         return model, opt, closure_of(model, opt, x, images(3, 3, seed=1))
 
     opt, _ = assert_resumes(made)
@@ -125,7 +123,7 @@ def test_checkpoints_blocks_and_restarts(method, action, case):
 def test_memory_in_sixteen_bits(copies):
     """A weight that lies otherwise in memory has a 32-bit copy, or one of its own type."""
     model = nn.Sequential(nn.ConvTranspose1d(3, 4, 2)).to(torch.bfloat16)
-    opt = KBFGS(model, master_weights=copies)
+    opt = KBFGS(model, precision=Precision(master_weights=copies))
     stated = opt.memory_usage()
     opt.step(
         closure_of(model, opt, *(torch.randn(5, n, k).bfloat16() for n, k in ((3, 6), (4, 7))))

@@ -28,6 +28,9 @@ def trained(optimizer, backend, **options):
     return losses, torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
+NEWTON = kbfgs_ext.DirectionRule("newton", step_length="layer", nesterov=True)
+
+
 @pytest.mark.parametrize("safeguard", [False, True])
 @pytest.mark.parametrize(
     ("optimizer", "options"),
@@ -37,7 +40,7 @@ def trained(optimizer, backend, **options):
         (kbfgs_ext.KBFGSL, {"hessian_action": "ema", "memory": 3}),
         (kbfgs_ext.KBFGSL, {"hessian_action": "minibatch", "memory": 20}),
         (kbfgs_ext.KBFGS, {"hessian_action": "ema", "block_size": 4, "pair_every": 1}),
-        (kbfgs_ext.KBFGS, {"hessian_action": "minibatch", "block_size": 4, "direction": "newton"}),
+        (kbfgs_ext.KBFGS, {"hessian_action": "minibatch", "block_size": 4, "direction": NEWTON}),
         (kbfgs_ext.KBFGSL, {"hessian_action": "minibatch", "block_size": 4, "memory": 3}),
     ],
     ids=[
