@@ -28,12 +28,12 @@ class DirectionRule:
     """Where a step goes, and how far.
 
     ``direction="newton"`` stands for ``DirectionRule("newton")``, with that kind's own length and
-    look ahead: the paper's. Equations: (3), (16) to (19)
-    and (23) of kbfgs_ext/ops/README.md.
+    look ahead: the paper's. Equations: (3), (16) to (19) and (23) of kbfgs_ext/ops/README.md.
 
     Args:
-        kind: "newton" is P = H_g M H_a, the paper's. "spectral" takes its polar factor, which has
-            the singular vectors of P and singular values of 1.
+        kind: "newton" is P = H_g M H_a, the paper's. "spectral" preconditions by the factor of the
+            longer side, P = M H_a or H_g M, and takes the polar factor, which has the singular
+            vectors of P and singular values of 1.
         step_length: "direction" moves a layer by -lr*P, the paper's. "balanced" shares the
             length alike: -lr*(R/r)*P, with r the root mean square of the rows of a layer's P and R
             that of the rows of all P of its param group (of the layers with the same factors).
