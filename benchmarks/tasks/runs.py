@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.optimizers import anneal
 from benchmarks.summary import Row, Spread, point_text
 from benchmarks.tasks import problems
-from benchmarks.tasks.optimizers import GRIDS, Point, build
+from benchmarks.tasks.optimizers import GRIDS, OURS, Point, build
 from benchmarks.tasks.problems import Task
 from benchmarks.tasks.reinforcement import PointMass
 from benchmarks.training import counters
@@ -64,7 +64,7 @@ def run(
         begun = time.process_time()
         loss = opt.step(closure_of(opt, batch, loss_scale))
         seconds += time.process_time() - begun
-        if not torch.isfinite(loss.detach()) and optimizer not in ("kbfgs", "tuned"):
+        if not torch.isfinite(loss.detach()) and optimizer not in OURS:
             curve.append([step + 1, math.nan, math.nan, seconds])
             break
         if (step + 1) * PARTS % steps < PARTS:

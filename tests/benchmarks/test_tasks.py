@@ -65,7 +65,8 @@ def test_muon_takes_linear_layers_and_convolutions_and_reaches_their_weights() -
 
 def test_grids_are_of_one_size_but_for_the_setting_that_is_the_same_everywhere() -> None:
     sizes = {name: len(grid) for name, grid in optimizers.GRIDS.items()}
-    assert (sizes.pop("kbfgs"), sizes.pop("kfac")) == (1, 10) and set(sizes.values()) == {5}
+    ours = sizes.pop("kbfgs"), sizes.pop("shorter")
+    assert (*ours, sizes.pop("kfac")) == (1, 1, 10) and set(sizes.values()) == {5}
     assert set(optimizers.LABELS) == set(optimizers.GRIDS)
 
 
