@@ -14,9 +14,9 @@ from tests.helpers.backends import BOTH
 
 ITERATIONS = len(api.COEFFICIENTS) // 3
 SHAPES = [(1, 1), (1, 9), (9, 1), (7, 30), (30, 7), (33, 33), (100, 785), (130, 97)]
-ACCURACY = 0.0126  # of the iteration, on singular values from LEAST to 1
-LEAST = 0.01
 PRODUCTS, INVERSES = (api.COEFFICIENTS, None), (api.WEIGHTS, api.SHIFTS)
+# How near to 1 singular values from `LEAST` to 1 come.
+ACCURACY, LEAST = {PRODUCTS: 0.0126, INVERSES: 0.0996}, {PRODUCTS: 0.01, INVERSES: 0.005}
 WAYS = pytest.mark.parametrize("way", [PRODUCTS, INVERSES], ids=["products", "inverses"])
 
 
@@ -54,7 +54,7 @@ def on_values(values, way=PRODUCTS):
 
 def test_each_polynomial_is_the_best_on_what_the_ones_before_have_left():
     """Chebyshev's alternation: errors of one size at four places, of changing sign."""
-    low, high = LEAST, 1.0
+    low, high = LEAST[PRODUCTS], 1.0
     for t in range(0, 3 * ITERATIONS, 3):
         a, b, c = api.COEFFICIENTS[t : t + 3]
         inner = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))
@@ -62,18 +62,18 @@ def test_each_polynomial_is_the_best_on_what_the_ones_before_have_left():
         error = 1 - (a * places + b * places**3 + c * places**5)
         np.testing.assert_allclose(error, error[0] * np.array([1, -1, 1, -1]), rtol=1e-6)
         low, high = 1 - error[0], 1 + error[0]
-    assert 1 - low <= ACCURACY
+    assert 1 - low <= ACCURACY[PRODUCTS]
 
 
 def test_the_inverses_are_the_best_of_their_degree():
-    """The same in eight places: Zolotarev's function."""
-    x = np.geomspace(LEAST, 1.0, 200_001)
+    """The same in six places: Zolotarev's function."""
+    x = np.geomspace(LEAST[INVERSES], 1.0, 200_001)
     error = 1 - on_values(x, INVERSES)
     inner = error[1:-1]
     turns = (inner - error[:-2]) * (inner - error[2:]) > 0
     places = np.array([error[0], *inner[turns], error[-1]])
-    np.testing.assert_allclose(places, error[0] * (-1.0) ** np.arange(8), rtol=1e-5)
-    assert error[0] <= ACCURACY
+    np.testing.assert_allclose(places, error[0] * (-1.0) ** np.arange(6), rtol=1e-5)
+    assert error[0] <= ACCURACY[INVERSES]
 
 
 @WAYS
@@ -150,7 +150,7 @@ def test_is_the_polar_factor(backend, way, shape):
     """Singular values from 1 to 1/20: all come out as 1, with their vectors as they were."""
     P, polar = with_spectrum(*shape, torch.logspace(0, -1.3, 40, dtype=torch.float64))
     (got,) = run([P], backend, way)
-    assert torch.linalg.matrix_norm(got - polar, 2) <= ACCURACY + 1e-9
+    assert torch.linalg.matrix_norm(got - polar, 2) <= ACCURACY[way] + 1e-9
 
 
 @WAYS
@@ -174,7 +174,7 @@ def test_ridge_against_the_decomposition(backend, way, ridge):
     U, S, V = torch.linalg.svd(P, full_matrices=False)
     wanted = (U * (S / (S.square() + ridge * S.square().mean()).sqrt())) @ V
     (got,) = run([P], backend, way, ridge=ridge)
-    spread = max(ACCURACY, 1 - on_values(min(LEAST, (ridge / 30) ** 0.5), way))
+    spread = max(ACCURACY[way], 1 - on_values(min(LEAST[way], (ridge / 30) ** 0.5), way))
     assert torch.linalg.matrix_norm(got - wanted, 2) <= spread
 
 
@@ -205,7 +205,7 @@ def test_rank_one_zero_and_rows_of_zeros(backend, way):
     dead[2:4] = 0
     zero, rank_one, rest = run([torch.zeros(6, 9, dtype=torch.float64), one, dead], backend, way)
     assert torch.equal(zero, torch.zeros_like(zero))
-    torch.testing.assert_close(rank_one, one / one.norm(), rtol=0, atol=ACCURACY)
+    torch.testing.assert_close(rank_one, one / one.norm(), rtol=0, atol=ACCURACY[way])
     assert torch.equal(rest[2:4], torch.zeros_like(rest[2:4]))
 
 
@@ -254,7 +254,7 @@ def test_bad_arguments_are_named():
         ops.polar_([torch.ones(3)], work, api.COEFFICIENTS)
     with pytest.raises(ValueError, match=r"work\[0\] must be torch.float32 on cpu"):
         ops.polar_(P, [work[0].double()], api.COEFFICIENTS)
-    with pytest.raises(ValueError, match="shifts must be 1 to 3 and .* coefficients, got 3 and 12"):
+    with pytest.raises(ValueError, match="shifts must be 1 to 3 and .* coefficients, got 2 and 12"):
         ops.polar_(P, work, api.COEFFICIENTS, shifts=api.SHIFTS)
     with pytest.raises(ValueError, match="shifts must be 1 to 3 .*, got 4 and 5"):
         ops.polar_(P, work, (1.0,) * 5, shifts=(1.0,) * 4)
@@ -269,7 +269,7 @@ def test_inverses_on_all_instruction_sets_and_threads(dtype, shifts):
     """Sizes around those of blocks: of what is inverted entry by entry, and of the halves."""
     sizes = (16, 31, 32, 33, 63, 64, 65, 97, 130, 200)
     P = [randn(k, k + 3, seed=k).to(dtype) for k in sizes]
-    way = api.WEIGHTS[: shifts + 1], api.SHIFTS[-shifts:]
+    way = (0.5, 0.02, 0.07, 0.4)[: shifts + 1], (1e-4, 4e-3, 0.1)[-shifts:]
     same, truth = run(P, "reference", way), run([p.double() for p in P], "reference", way)
     slope = 1e9 * on_values(1e-9, way)
     native = environment.native()

@@ -65,7 +65,7 @@ def test_a_first_step_is_the_polar_factor_of_the_preconditioned_gradient(method)
         H_a = torch.linalg.inv(A + 0.3**0.5 * torch.eye(layer.n_a, dtype=A.dtype))
         P = polar(d if layer.tall else d @ H_a, WEIGHTS, 0.0, SHIFTS)
         torch.testing.assert_close(b - a, 0.01 * P, rtol=1e-9, atol=1e-13)
-        assert torch.linalg.svdvals((b - a) / 0.01).max() < 1.02
+        assert torch.linalg.svdvals((b - a) / 0.01).max() < 1.1
 
 
 def inverse_factor(g):

@@ -19,18 +19,18 @@ COEFFICIENTS = (
     1.956171638884454, -1.337507745944073, 0.3838527013298799,
 )  # fmt: skip
 
-# Of three inverses (18'): no rational function of their degree brings the singular values from 0.01
-# to 1 nearer to 1 (within 0.0126 too); Zolotarev's, and tests/ops/test_spectral.py shows that they
+# Of two inverses (18'): no rational function of their degree brings the singular values from 0.005
+# to 1 nearer to 1 (within 0.0996); Zolotarev's, and tests/ops/test_spectral.py shows that they
 # alternate.
-WEIGHTS = (0.5448877719135393, 0.015140384707938324, 0.07167816519439324, 0.4342006275139837)
-SHIFTS = (9.300089283695973e-05, 0.0042080026983234535, 0.13924450184498066)
+WEIGHTS = (0.8490016030355411, 0.01727801440383314, 0.23772506135520405)
+SHIFTS = (7.853246321035182e-05, 0.01920639484475042)
 MOST_INVERSES = 3  # that ``work`` has room for
 
 MULTIPLE = 16  # elements: rows in ``work`` may begin on 64 bytes in float32
 
 
 def only_value(coefficients: Sequence[float], shifts: Sequence[float] | None) -> float:
-    """What `polar_` makes of the one singular value of a matrix of one row: nearly 1."""
+    """What `polar_` makes of the one singular value of a matrix of one row: about 1."""
     if shifts is not None:
         both = zip(coefficients[1:], shifts, strict=True)
         return coefficients[0] + sum(c / (1 + s) for c, s in both)
@@ -62,7 +62,7 @@ def polar_(
     shifts: Sequence[float] | None = None,
     backend: str = "auto",
 ) -> None:
-    """The polar factor of every layer's direction, in its place: singular values of nearly 1.
+    """The polar factor of every layer's direction, in its place: singular values of about 1.
 
     (16)  G = X X',  X = P, or P' where that has fewer rows, over its largest entry
     (17)  G <- (G + ridge*tr(G)/k*I)/norm,  norm = ||G||_F + ridge*tr(G)/k;  Z = I
@@ -71,7 +71,8 @@ def polar_(
     (19)  P <- Z X/sqrt(norm), transposed back
 
     The singular vectors stay, and so does a singular value of 0; those below a hundredth of the
-    largest come out below 1, in proportion to what they were (README.md in this folder).
+    largest, or a two-hundredth with `SHIFTS`, come out below 1, in proportion to what they were
+    (README.md in this folder).
 
     Args:
         P: (n_g, n_a) each, replaced. 0 stays 0. An entry that is not finite makes all of its P NaN.
@@ -81,8 +82,8 @@ def polar_(
             ``shifts`` c, such as `WEIGHTS`.
         ridge: at least 0. Singular values become sigma/sqrt(sigma^2 + ridge*v) with v the mean of
             sigma^2 over the k of a layer: the small ones, where the noise is, stay small.
-        shifts: positive and at most `MOST_INVERSES`, such as `SHIFTS`. Half the time on a CPU;
-            the GPU backends make no inverses.
+        shifts: positive and at most `MOST_INVERSES`, such as `SHIFTS`. Less than half the time on
+            a CPU; the GPU backends make no inverses.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
