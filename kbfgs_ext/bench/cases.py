@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -132,17 +131,16 @@ def _ours(op: str, backend: str) -> Run:
     return lambda args: call(*[args[name] for name in names], backend)
 
 
+SERIES = ("coefficients", "shifts")  # numbers that are the same for all entries
+
+
 def _apart(run: Run) -> Run:
     """``run``, called once for each entry of the lists."""
 
-    def one(arg: Any, i: int, count: int) -> Any:
-        per_layer = isinstance(arg, list) or (isinstance(arg, tuple) and len(arg) == count)
-        return arg[i : i + 1] if per_layer else arg
-
     def calls(args: Arguments) -> None:
-        count = max(len(arg) for arg in args.values() if isinstance(arg, list))
-        for i in range(count):
-            run({n: one(a, i, count) for n, a in args.items()})
+        each = [n for n, a in args.items() if isinstance(a, (list, tuple)) and n not in SERIES]
+        for i in range(max(len(args[name]) for name in each)):
+            run(args | {name: args[name][i : i + 1] for name in each})
 
     return calls
 

@@ -44,7 +44,7 @@ BY_HAND = {
     "output_change_": Cost(4 * (2 * N + 2 * N_A + N_G), 5 * N),
     "restore_": Cost(4 * (N + N) + 1, 0),
     "polar_": Cost(4 * 2 * N, 3 * N_A**2 * N_G + (4 * 4 - 3) * N_A**3),
-    "polar_, inverses": Cost(4 * 2 * N, 3 * N_A**2 * N_G + 3 * N_A**3),
+    "polar_, inverses": Cost(4 * 2 * N, 3 * N_A**2 * N_G + 2 * N_A**3),
     "judge_": Cost(4 * (2 * 1 + 2 * 4 + 3) + 2 * COUNTS + 2 * 5, 0),
     "admit_": Cost(4 * (1 + 16) + 2 * COUNTS + 2 * 5 + 1, 0),
     "lengths_": Cost(8 * (1 + 1 + 1) + 4 * 1, 0),
