@@ -21,7 +21,7 @@ from benchmarks import data
 from benchmarks.optimizers import Settings
 from benchmarks.progress import REFRESH
 from benchmarks.summary import Row, Spread, read_rows
-from benchmarks.tables import RESULTS, lines_of, machine, markdown
+from benchmarks.tables import RESULTS, machine, markdown
 from benchmarks.tasks.optimizers import LABELS
 from benchmarks.tasks.runs import text
 from benchmarks.training import Config, train
@@ -67,9 +67,9 @@ def final(row: Row, place: int = 1) -> float:
     return math.inf if row["status"] != "complete" or value is None else value
 
 
-def table() -> str:
+def table(rows: Sequence[Row]) -> str:
     """Per set every optimizer at its best learning rate, the lowest training loss first."""
-    rows, places = lines_of("autoencoders"), {}
+    places: dict[str, None] = {}
     heads = ["images", "optimizer", "lr", "of", "seeds", "epochs", "train", "test"]
     body = []
     for name in EPOCHS:
@@ -128,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = run(config, images[dataset])
         store(asked.out, [row], IDENTITY)
         console.print(f"{wanted}: {final(row):.4g} / {final(row, 2):.4g}", highlight=False)
+    print(table(read_rows(asked.out)))
     return 0
 
 
