@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import coverage, gpu, sixteen_bits, summary
+from benchmarks import autoencoders, coverage, gpu, sixteen_bits, summary
 from benchmarks import physics as physics_runs
 from benchmarks.demo import TARGETS, seconds_to
 from benchmarks.grids import GRIDS
@@ -352,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sufficient": sufficient,
     "physics": physics,
     "tasks": tasks,
+    "autoencoders": lambda: autoencoders.table(lines_of("autoencoders")),
     "tasks-seconds": tasks_seconds.table,
     "tasks-blocks": tasks_blocks.table,
     "tasks-sides": tasks_sides.table,
